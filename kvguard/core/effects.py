@@ -1,0 +1,225 @@
+"""What is to be done, in the imperative: the only output of the core. The shell performs effects in order; Persist completes before a later one starts.
+
+Knows: orders in columns. Must not know: how they are carried out.
+Invariants: an effect that ends later names the event that completes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvguard.format.messages import Hello, IdsFrame, KvFrame, Message, PlanOrder, Rebuild
+from kvguard.types import Epoch, NodeId, StreamId
+
+Ints = tuple[int, ...]
+
+
+class Effect:
+    """Base of all effects."""
+
+    __slots__ = ()
+
+
+# ---- both cores -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Persist(Effect):
+    """Make key = value durable (fsync) before anything after this in the same tuple. None deletes.
+
+    Node: "promise/INSTANCE" -> Epoch. Coordinator: "epoch/INSTANCE", "recovery/INSTANCE", "holders/INSTANCE/RANK", "forks/INSTANCE", "history/N".
+    """
+
+    key: str
+    value: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Dial(Effect):
+    """Keep a link named `link` to `address`, reconnecting; LinkUp and LinkDown follow."""
+
+    link: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class HangUp(Effect):
+    link: str
+
+
+@dataclass(frozen=True, slots=True)
+class Send(Effect):
+    """A message without payload. On a link that is down it is dropped: whoever needs an answer has a deadline."""
+
+    link: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Note(Effect):
+    """For logs, counters and history: never acted on. `what`: a word such as unprotected, resync, stale_epoch, refused, fenced."""
+
+    what: str
+    subject: str
+    reason: str
+    fields: tuple[tuple[str, object], ...] = ()
+
+
+# ---- the node: out --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Capture(Effect):
+    """Gather pieces of a stream's pool (or of a replica that is pushed on) into a buffer; Captured follows. Columns as in messages.KvFrame.
+
+    `rows`, `row_generations`: read before and after, with each block's generation; a piece whose generation moved is stale. References (flag 1) are only checked.
+    """
+
+    id: int
+    stream: StreamId
+    epoch: Epoch
+    rows: Ints
+    row_generations: Ints
+    starts: Ints
+    counts: Ints
+    blocks: Ints
+    generations: Ints
+    flags: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class SendKv(Effect):
+    """The frame with the buffer's bytes; the buffer is freed when the transport is done with it."""
+
+    link: str
+    message: KvFrame
+    buffer: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendIds(Effect):
+    """The frame, its `ids` and `samplers` still empty: the shell fills them from `rows` of the stream, reading each row's generation before and after.
+
+    Rows whose generation is not `row_generations` any more are left out (a Cut or Release is on its way)."""
+
+    link: str
+    message: IdsFrame
+    stream: StreamId
+    rows: Ints
+    row_generations: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class FreeBuffer(Effect):
+    buffer: int
+
+
+# ---- the node: in ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Probe(Effect):
+    """Open (or make) the replica of hello.stream; Probed follows with messages.Held."""
+
+    link: str
+    hello: Hello
+
+
+@dataclass(frozen=True, slots=True)
+class Apply(Effect):
+    """Apply a frame to the replica that this session opened; Applied follows. Payload sums are checked before anything becomes visible."""
+
+    link: str
+    session: int
+    message: IdsFrame | KvFrame
+    buffer: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropReplica(Effect):
+    """All pages and ids of this stream's replica go. `epoch`: refused when the replica's promise is newer."""
+
+    stream: StreamId
+    reason: str
+
+
+# ---- the node: recovery ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SetEpoch(Effect):
+    """Write the epoch word of the local ranks' tables of this instance: the engine sees it at its next step's entry or exit."""
+
+    instance: str
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class SendReport(Effect):
+    """Gather all holdings of the instance (live pools, dead pools still mapped, replicas) and send messages.Report."""
+
+    link: str
+    instance: str
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class CarryPlan(Effect):
+    """Truncate and release replicas as ordered, gather the ids asked of `node`; PlanCarried follows."""
+
+    plan: PlanOrder
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class OrderRestore(Effect):
+    """Tell the live engine of `stream` to truncate itself to the plan; EngineRestored follows."""
+
+    stream: StreamId
+    plan: PlanOrder
+
+
+@dataclass(frozen=True, slots=True)
+class Claim(Effect):
+    """Give a rank to a standby, with the dead pool's descriptors or the replicas' pages; EngineRestored follows."""
+
+    plan: PlanOrder
+    rebuild: Rebuild
+
+
+@dataclass(frozen=True, slots=True)
+class PushReplica(Effect):
+    """Open a replica held here as the source of a stream towards another node; StreamAttached(pushing=node) and Looked follow."""
+
+    stream: StreamId
+    node: NodeId
+    link: str
+
+
+@dataclass(frozen=True, slots=True)
+class KillProcess(Effect):
+    """SIGKILL through the pidfd of a hung process; ProcessDied follows."""
+
+    incarnation: int
+    stream: StreamId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetStream(Effect):
+    """Unmap a local pool and its table: dead, and adopted or no longer needed."""
+
+    stream: StreamId
+
+
+# ---- the coordinator ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerAsked(Effect):
+    """Completes Asked."""
+
+    id: int
+    body: dict
+    error: str = ""
+    code: int = 0

@@ -1,0 +1,264 @@
+"""What happened, in the past tense: the only input of the core. `step(now_ns, event) -> tuple[Effect, ...]`.
+
+Knows: facts in columns (one event per rank and step carries all its records). Must not know: clocks, sockets, bytes of KV, processes.
+Invariants: an event that completes an effect carries the effect's id and epoch, so that stale completions are refused in one place.
+
+Links are opaque names: "peer:NODE" and "coordinator" were dialled here, names that start with "in:" were accepted here; replies go where they came from.
+Rows are indices in a rank's commit table; buffers are the shell's ids of payload memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvguard.format.messages import Message, PlanOrder, Rebuild, StreamShape
+from kvguard.types import Epoch, Lineage, NodeId, Rank, SequenceId, StreamId
+
+Ints = tuple[int, ...]
+
+
+class Event:
+    """Base of all events."""
+
+    __slots__ = ()
+
+
+# ---- both cores -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LinkUp(Event):
+    """Frames can be sent. `node`: the peer's name where the transport's keys prove it, else what it says of itself, else ""."""
+
+    link: str
+    node: NodeId = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkDown(Event):
+    """Everything unacknowledged on this link is lost."""
+
+    link: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived(Event):
+    """One message, well-formed and with a good header checksum. `buffer`: its payload, 0 for none."""
+
+    link: str
+    message: Message
+    buffer: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Broken(Event):
+    """Something arrived that is not a frame; counted, the link goes on or is cut by the transport."""
+
+    link: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick(Event):
+    """Time passed: sent when next_deadline() is due. `late_ns`: how much later than asked; a late loop holds its judgement."""
+
+    late_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TurnEnded(Event):
+    """All events of one turn of the loop are in: acknowledgements go out now."""
+
+
+# ---- the node: local ranks ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A sequence appeared in `row`."""
+
+    row: int
+    sequence: SequenceId
+    generation: int
+    lineage: Lineage
+    request: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A row was truncated: KV and ids beyond `kept` are void, what follows is of `generation`. `blocks`: how many of its blocks were kept."""
+
+    row: int
+    kept: int
+    generation: int
+    lineage: Lineage
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """Blocks were appended to a row's list from index `first` on, with their generations."""
+
+    row: int
+    first: int
+    blocks: Ints
+    generations: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class StreamAttached(Event):
+    """A pool with its commit table is mapped: a rank attached (or re-attached), or a replica is to be pushed on (`pushing`, towards one node, for a plan).
+
+    `epoch`: what the engine had adopted. `adopted_pool`: a known stream goes on in a new process.
+    """
+
+    stream: StreamId
+    shape: StreamShape
+    incarnation: int
+    epoch: Epoch
+    endpoint: str = ""
+    pushing: NodeId = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Looked(Event):
+    """What changed in a stream's table since the last look. Applied in the order released, cut, opened, grown, then the columns.
+
+    Columns by changed row: `rows`, `committed` (positions whose KV is a fact), `ids` (how many ids are known; >= committed).
+    """
+
+    stream: StreamId
+    released: Ints = ()
+    cut: tuple[Cut, ...] = ()
+    opened: tuple[Opened, ...] = ()
+    grown: tuple[Grown, ...] = ()
+    rows: Ints = ()
+    committed: Ints = ()
+    ids: Ints = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepsSeen(Event):
+    """The engine's step words as read now. entered > left: inside a step of `size` positions. `pulse` rises within long steps. `suspended`: a known pause."""
+
+    stream: StreamId
+    entered: int
+    left: int
+    size: int
+    pulse: int
+    suspended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StreamDetached(Event):
+    """The engine closed its rank cleanly: nothing is lost, nothing needs recovery."""
+
+    stream: StreamId
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessDied(Event):
+    """A pidfd fired. `stream` None: a standby's. `killed`: by us, because of a hang. `since_ns`: when the death was seen."""
+
+    incarnation: int
+    stream: StreamId | None
+    reason: str
+    salvageable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StandbyAttached(Event):
+    """A spare process is ready to take a rank. `fingerprints`: by rank text, the shape it would have."""
+
+    instance: str
+    standby: int
+    endpoint: str
+    fingerprints: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Captured(Event):
+    """Completes Capture. `stale`: indices of pieces thrown away because a generation moved on; `buffer` holds the others' bytes, in order."""
+
+    id: int
+    stream: StreamId
+    epoch: Epoch
+    buffer: int
+    payload_bytes: int
+    stale: tuple[int, ...]
+    sums: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRestored(Event):
+    """A survivor has truncated itself as the plan says, or a claimed standby has its KV and is now the rank on `stream`. `error`: it can't."""
+
+    instance: str
+    rank: Rank
+    epoch: Epoch
+    stream: StreamId
+    endpoint: str
+    error: str = ""
+    bytes_by_rung: tuple[tuple[str, int], ...] = ()
+    restore_ms: float = 0.0
+
+
+# ---- the node: replicas ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Probed(Event):
+    """Completes Probe: the stream's replica is open here, cut back to what agrees. `reason`: refused."""
+
+    link: str
+    session: int
+    held: Message
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied(Event):
+    """Completes Apply. `refused`: (no, reason) of sequences that the store won't keep. `gap`: not empty when the frame didn't fit what is held."""
+
+    link: str
+    session: int
+    lane: str  # ids | kv
+    number: int
+    refused: tuple[tuple[int, str], ...] = ()
+    gap: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanCarried(Event):
+    """Completes CarryPlan: replicas here are truncated as ordered. `known`: KnownIds of the sequences that this node answers for."""
+
+    instance: str
+    epoch: Epoch
+    known: tuple
+
+
+# ---- the coordinator ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded(Event):
+    """First event of a coordinator: what its durable store says, by key (see effects.Persist)."""
+
+    values: dict[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked(Event):
+    """An operator's order that changes something (pause, unpause, failover ...), checked by the shell for authority."""
+
+    id: int
+    verb: str
+    arguments: dict
+
+
+__all__ = [
+    "Applied", "Arrived", "Asked", "Broken", "Captured", "Cut", "EngineRestored", "Event", "Grown", "LinkDown", "LinkUp", "Loaded", "Looked", "Opened",
+    "PlanCarried", "PlanOrder", "Probed", "ProcessDied", "Rebuild", "StandbyAttached", "StepsSeen", "StreamAttached", "StreamDetached", "Tick", "TurnEnded",
+]  # fmt: skip

@@ -1,0 +1,51 @@
+"""What every device does: memory of a KV pool, mapped here, from which slots are gathered and into which they are scattered.
+
+Knows: layouts (format/layout.py), blocks and slots. Must not know: sequences, streams, peers.
+Canonical bytes: what capture writes and scatter reads does not depend on the pool's strides: token-major, within a token region by region in the layout's order,
+within a region in the order of its inner dimensions. A whole block of a pool whose tokens aren't addressable is the region-major copy of that block.
+
+Made so that CUDA fits: a capture may complete later (`poll`), the completion word is published by the device, an engine-side capture fills a ring.
+Invariants of every implementation (tests/contracts/test_device.py): capture then scatter into an equal pool reproduces the bytes; nothing outside the named slots
+is read or written; a descriptor that doesn't fit the layout is refused before it is mapped.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kvguard.format.layout import Layout
+
+
+class Pool(Protocol):
+    """One rank's KV pool, mapped in this process."""
+
+    layout: Layout
+
+    def capture(self, blocks, starts, counts, out: memoryview) -> int:
+        """Gather slots [start, start + count) of each block into `out`, in order; returns the bytes written. Columns are int sequences or int64 arrays."""
+
+    def capture_blocks(self, blocks, out: memoryview) -> int:
+        """Gather whole blocks: prefill in bulk, and layouts whose tokens aren't addressable."""
+
+    def scatter(self, blocks, starts, counts, source: memoryview) -> None:
+        """The reverse of capture: the engine's process pulls with it, the daemon never calls it."""
+
+    def scatter_blocks(self, blocks, source: memoryview) -> None: ...
+
+    def publish(self, word: memoryview, value: int) -> None:
+        """Write `value` to the 64-bit word once all KV writes launched before this call are complete on the device: at once on a CPU, stream-ordered on a GPU."""
+
+    def export(self) -> list[int]:
+        """Descriptors that another process can open the pool with (Device.open)."""
+
+    def close(self) -> None:
+        """Unmap. The memory lives while another process maps it."""
+
+
+class Device(Protocol):
+    kind: str  # host | cuda
+
+    def allocate(self, layout: Layout) -> Pool: ...
+
+    def open(self, layout: Layout, descriptors: list[int]) -> Pool:
+        """Map another process's pool. Raises Refused where the descriptors don't fit the layout. Takes ownership of the descriptors."""

@@ -1,0 +1,127 @@
+"""What an engine process and its node's daemon say over the daemon's Unix socket (SOCK_SEQPACKET, one message a packet, descriptors beside it).
+
+Knows: fields, types and which descriptors travel with which message. Must not know: sockets.
+Invariants: a message over limits.SOCKET_BYTES_MAX travels as Body with a sealed memfd that holds it; the engine never waits for any of these inside a step.
+
+Descriptor order: Attach rank [pidfd, bell eventfd, table memfd, pool...]; Attach scheduler [pidfd, bell, table]; Attach standby [pidfd].
+ClaimOrder [table, pool...] when `adopt`, else one arena descriptor per entry of `replicas`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvguard.errors import BadFrame
+from kvguard.format.layout import Layout
+from kvguard.format.messages import PlanOrder, Rebuild, StreamShape
+from kvguard.types import Epoch, Lineage, Rank, SequenceId, StreamId
+
+
+class Local(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of all local messages."""
+
+
+class Attach(Local, frozen=True):
+    """engine -> daemon. `role`: rank | scheduler | standby. A re-attach says the same again with the epoch adopted since.
+
+    `stream`: for a rank (pool drawn at allocation); for a scheduler its rank is (dp, 0, 0) and pool 0. `layouts`: one for a rank; for a standby by rank text.
+    """
+
+    role: str
+    instance: str
+    incarnation: int
+    epoch: Epoch
+    endpoint: str
+    stream: StreamId | None
+    layouts: dict[str, Layout]
+    version: int = 1
+
+
+class Attached(Local, frozen=True):
+    """daemon -> engine: mapped and streamed from now on. `epoch`: the instance's epoch as this node knows it."""
+
+    epoch: Epoch
+
+
+class AttachRefused(Local, frozen=True):
+    """daemon -> engine: a duplicate live rank, a layout that doesn't fit, an epoch that is over. `final`: don't try again."""
+
+    reason: str
+    final: bool
+
+
+class Detach(Local, frozen=True):
+    """engine -> daemon: a clean end."""
+
+
+class RestoreOrder(Local, frozen=True):
+    """daemon -> surviving engine: truncate to the plan, answer Restored."""
+
+    plan: PlanOrder
+
+
+class ReplicaPages(msgspec.Struct, frozen=True, array_like=True):
+    """One replica as the puller sees it: page n of the arena descriptor holds block n of `stream` (store/arena.py says how a page is laid out).
+
+    Columns by sequence: names, block lists, block generations, how many positions are whole, ids (u32 LE), sampler, request.
+    """
+
+    stream: StreamId
+    shape: StreamShape
+    sequences: tuple[SequenceId, ...]
+    blocks: tuple[tuple[int, ...], ...]
+    generations: tuple[tuple[int, ...], ...]
+    positions: tuple[int, ...]
+    lineages: tuple[Lineage, ...]
+    ids: tuple[bytes, ...]
+    samplers: tuple[bytes, ...]
+    requests: tuple[bytes, ...]
+
+
+class ClaimOrder(Local, frozen=True):
+    """daemon -> standby: take this rank. `adopt`: the dead process's table and pool come along and `stream` stays; else pull from `replicas` into a new pool."""
+
+    instance: str
+    rank: Rank
+    epoch: Epoch
+    plan: PlanOrder
+    rebuild: Rebuild
+    adopt: bool
+    stream: StreamId | None
+    layout: Layout | None
+    replicas: tuple[ReplicaPages, ...]
+
+
+class Restored(Local, frozen=True):
+    """engine -> daemon: truncated, or pulled and ready as `rank` (after the Attach of its new stream). `error`: it can't."""
+
+    instance: str
+    rank: Rank
+    epoch: Epoch
+    error: str = ""
+    bytes_by_rung: dict[str, int] = {}
+    restore_ms: float = 0.0
+
+
+class Body(Local, frozen=True):
+    """The message itself is in the memfd that comes first; `descriptors` of it follow."""
+
+    bytes: int
+
+
+ALL = Attach | Attached | AttachRefused | Detach | RestoreOrder | ClaimOrder | Restored | Body
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(ALL)
+
+
+def pack(message: Local) -> bytes:
+    return _encoder.encode(message)
+
+
+def unpack(data) -> Local:
+    """Raises BadFrame for anything that is not exactly one well-typed message."""
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise BadFrame(f"not a message of the local protocol: {error}") from error
