@@ -72,7 +72,8 @@ class Note(Effect):
 class Capture(Effect):
     """Gather pieces of a stream's pool (or of a replica that is pushed on) into a buffer; Captured follows. Columns as in messages.KvFrame.
 
-    `rows`, `row_generations`: read before and after, with each block's generation; a piece whose generation moved is stale. References (flag 1) are only checked.
+    `rows`, `row_generations`: read before and after, with each block's generation; a piece whose generation moved is stale.
+    References (flag 1) are only checked.
     """
 
     id: int

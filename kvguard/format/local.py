@@ -79,7 +79,7 @@ class ReplicaPages(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ClaimOrder(Local, frozen=True):
-    """daemon -> standby: take this rank. `adopt`: the dead process's table and pool come along and `stream` stays; else pull from `replicas` into a new pool."""
+    """daemon -> standby: take this rank. `adopt`: the dead process's table and pool come along, `stream` stays; else pull from `replicas` into a new pool."""
 
     instance: str
     rank: Rank

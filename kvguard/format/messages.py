@@ -154,7 +154,10 @@ PIECE_TOKENS, PIECE_REFERENCE, PIECE_BLOCK = 0, 1, 2
 
 
 class Ack(Message, frozen=True):
-    """Cumulative, once per loop turn and session. `refused`: sequences the holder won't keep, with the reason. `resync`: a gap or a broken frame: say Hello again."""
+    """Cumulative, once per loop turn and session. `refused`: sequences the holder won't keep, with the reason.
+
+    `resync`: why Hello must be said again (a gap, a broken frame), else empty.
+    """
 
     session: int
     epoch: Epoch
@@ -238,7 +241,10 @@ class Beat(Message, frozen=True):
 
 
 class Fault(Message, frozen=True):
-    """A rank is gone, seen by its daemon. `kind`: died | hung | detached. `salvageable`: its pool is still mapped here. `since_ms`: fault to this message, where known."""
+    """A rank is gone, seen by its daemon. `kind`: died | hung | detached. `salvageable`: its pool is still mapped here.
+
+    `since_ms`: fault to this message, where known.
+    """
 
     node: NodeId
     stream: StreamId
