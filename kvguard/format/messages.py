@@ -484,6 +484,11 @@ def pack(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
+def pack_tag(kind: type[Message]) -> bytes:
+    """The type's name as it stands at the head of every message of this type."""
+    return _encoder.encode(kind.__struct_config__.tag)
+
+
 def unpack(data) -> Message:
     """Raises BadFrame for anything that is not exactly one well-typed message."""
     try:

@@ -33,6 +33,7 @@ MAGIC = b"KVG1"
 VERSION = 1
 PREFIX = struct.Struct("<4sHHIIQ")
 _bounds = struct.Struct("<4sHHII")
+_payload_tag = messages.pack_tag(messages.KvFrame)
 
 
 class Sizes(NamedTuple):
@@ -64,8 +65,8 @@ def read_prefix(data) -> Sizes:
     return Sizes(header_bytes, payload_bytes, checksum)
 
 
-def decode(data) -> tuple[messages.Message, int]:
-    """The message in `data` (prefix + header, nothing more) and the length of the payload that belongs to it. Raises BadFrame."""
+def check(data) -> Sizes:
+    """Bounds of the frame whose prefix and header `data` is, nothing more; the header's checksum holds, its message is not looked at. Raises BadFrame."""
     sizes = read_prefix(data)
     if len(data) != PREFIX.size + sizes.header_bytes:
         raise BadFrame(f"header of {len(data) - PREFIX.size} bytes, prefix says {sizes.header_bytes}")
@@ -74,4 +75,18 @@ def decode(data) -> tuple[messages.Message, int]:
     digest.update(view[PREFIX.size :])
     if digest.intdigest() != sizes.checksum:
         raise BadFrame("header checksum doesn't match: damaged on the way")
-    return messages.unpack(view[PREFIX.size :]), sizes.payload_bytes
+    return sizes
+
+
+def may_carry_payload(head) -> bool:
+    """True for the message type that has payloads, whether or not this one has: frames of one type stay in order only if they share a channel.
+
+    Reads the type's name alone. False for anything that is not a frame.
+    """
+    return _payload_tag in bytes(head[PREFIX.size : PREFIX.size + 16])
+
+
+def decode(data) -> tuple[messages.Message, int]:
+    """The message in `data` (prefix + header, nothing more) and the length of the payload that belongs to it. Raises BadFrame."""
+    sizes = check(data)
+    return messages.unpack(memoryview(data)[PREFIX.size :]), sizes.payload_bytes
