@@ -9,7 +9,7 @@ The serving path imports torch, safetensors and numpy, never transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional
@@ -114,6 +114,25 @@ class StageModel:
         hidden = hidden[rows.place]
         return self._logits(hidden, batch) if self.last else hidden
 
+    def rows_are_independent(self) -> bool:
+        """Whether this machine's matrix products keep the promise of batch-invariant mode: tries each distinct shape of product once, with the
+        other rows changed and the row moved. False means that equal bits after a resume are luck here; reports then say null.
+        """
+        draw = torch.Generator().manual_seed(0)
+        tried: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        for weight in self._family.products():
+            if (tuple(weight.shape), weight.stride()) in tried:
+                continue
+            tried.add((tuple(weight.shape), weight.stride()))
+            rows = torch.randn(DECODE_ROWS, weight.shape[1], generator=draw).to(self.dtype)
+            others = torch.randn(DECODE_ROWS, weight.shape[1], generator=draw).to(self.dtype)
+            expected = functional.linear(rows, weight)
+            for place in range(DECODE_ROWS):
+                others[place] = rows[0]
+                if not torch.equal(functional.linear(others, weight)[place], expected[0]):
+                    return False
+        return True
+
     def _logits(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Logits of the rows that asked for them, in tiles of their own: the output projection is the largest product of a small model."""
         wanted, row = [], 0
@@ -150,6 +169,15 @@ class _Family:
 
     def product(self, layer: int, name: str, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         return rows.product(x, self.of(layer, f"{name}.weight"), self.of(layer, f"{name}.bias"))
+
+    def products(self) -> Iterator[torch.Tensor]:
+        """Every weight that product() and logits() multiply by, as [out, in]."""
+        for name, tensor in self.tensors.items():
+            if tensor.dim() == 2 and name.startswith(f"{self.stem}."):
+                yield tensor
+        output = self.tensors.get(self.embedding if self.shape.tied else "lm_head.weight")
+        if output is not None:
+            yield output
 
     def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return functional.layer_norm(x, x.shape[-1:], self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"], self.shape.norm_eps)
@@ -214,6 +242,9 @@ class _Gpt2(_Family):
 
     def product(self, layer: int, name: str, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         return rows.product(x, self.of(layer, f"{name}.weight").t(), self.of(layer, f"{name}.bias"))  # stored inputs first
+
+    def products(self) -> Iterator[torch.Tensor]:
+        return (tensor if tensor is self.tensors.get(self.embedding) else tensor.t() for tensor in super().products())
 
     def scale(self, layer: int) -> float:
         scale = self.shape.head_dim**-0.5 if self.shape.raw.get("scale_attn_weights", True) else 1.0
