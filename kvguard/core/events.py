@@ -239,6 +239,15 @@ class PlanCarried(Event):
     known: tuple
 
 
+@dataclass(frozen=True, slots=True)
+class ReplicasSeen(Event):
+    """What the store holds for others, as messages.Beat says it: (stream, sequences, bytes). Told before a Tick that is due, at most once per heartbeat."""
+
+    replicas: tuple[tuple[StreamId, int, int], ...]
+    arena_bytes: int
+    arena_bytes_max: int
+
+
 # ---- the coordinator ------------------------------------------------------------------------------------------------------------
 
 
@@ -260,5 +269,5 @@ class Asked(Event):
 
 __all__ = [
     "Applied", "Arrived", "Asked", "Broken", "Captured", "Cut", "EngineRestored", "Event", "Grown", "LinkDown", "LinkUp", "Loaded", "Looked", "Opened",
-    "PlanCarried", "PlanOrder", "Probed", "ProcessDied", "Rebuild", "StandbyAttached", "StepsSeen", "StreamAttached", "StreamDetached", "Tick", "TurnEnded",
+    "PlanCarried", "PlanOrder", "Probed", "ProcessDied", "Rebuild", "ReplicasSeen", "StandbyAttached", "StepsSeen", "StreamAttached", "StreamDetached", "Tick", "TurnEnded",
 ]  # fmt: skip

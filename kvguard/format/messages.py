@@ -114,7 +114,11 @@ Op = OpenOp | CutOp | ReleaseOp
 
 
 class IdsFrame(Message, frozen=True):
-    """Lane `ids`: first `ops` in order, then the extensions. `ids`: little-endian u32, concatenated in column order; `samplers` likewise by `sampler_bytes`."""
+    """Lane `ids`: first `ops` in order, then the extensions. `ids`: little-endian u32, concatenated in column order; `samplers` likewise by `sampler_bytes`.
+
+    `after_kv`: the kv frame that must have been applied before this one (set where `ops` cut or release: the lanes overtake each other, and pieces
+    captured before a cut must not land after it).
+    """
 
     session: int
     epoch: Epoch
@@ -126,6 +130,7 @@ class IdsFrame(Message, frozen=True):
     ids: bytes = b""
     sampler_bytes: Ints = ()
     samplers: bytes = b""
+    after_kv: int = 0
 
 
 class KvFrame(Message, frozen=True):
