@@ -27,7 +27,8 @@ class Effect:
 class Persist(Effect):
     """Make key = value durable (fsync) before anything after this in the same tuple. None deletes.
 
-    Node: "promise/INSTANCE" -> Epoch. Coordinator: "epoch/INSTANCE", "recovery/INSTANCE", "holders/INSTANCE/RANK", "forks/INSTANCE", "history/N".
+    Node: "promise/INSTANCE" -> Epoch. Coordinator: "epoch/INSTANCE", "recovery/INSTANCE", "holders/INSTANCE/RANK", "forks/INSTANCE", "history/N",
+    "resume/INSTANCE", "emitter/INSTANCE", "paused" (format/ledger.py says what is in them).
     """
 
     key: str

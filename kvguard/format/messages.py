@@ -49,7 +49,7 @@ class Holding(msgspec.Struct, frozen=True, array_like=True):
     """What one pool or replica has of one stream, by sequence; columns of equal length.
 
     `kind`: "pool" | "replica". `alive`: the pool's process lives. `positions`: committed (pool) or complete and verified on arrival (replica).
-    `ids`: how many token ids are known.
+    `ids`: how many token ids are known. `fingerprint`: of the stream's shape, 0 where it isn't known (then it is checked at the claim).
     """
 
     stream: StreamId
@@ -60,6 +60,7 @@ class Holding(msgspec.Struct, frozen=True, array_like=True):
     lineages: tuple[Lineage, ...]
     positions: Ints
     ids: Ints
+    fingerprint: int = 0
 
 
 # ---- streams --------------------------------------------------------------------------------------------------------------------
