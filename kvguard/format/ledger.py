@@ -1,0 +1,96 @@
+"""What the coordinator's durable store holds, as bytes: the values of Persist by key.
+
+Knows: the records and their keys. Must not know: databases, when a record is written (core/coordinator.py).
+Invariants: fields are only added at the end with a default; a record that can't be read raises BadFrame, it is never taken for an empty one.
+
+Keys: epoch/INSTANCE -> Epoch; holders/INSTANCE/RANK -> MemberRecord; recovery/INSTANCE -> RecoveryRecord; resume/INSTANCE -> messages.Resume;
+forks/INSTANCE -> lineages by sequence; emitter/INSTANCE -> the incarnation of its session; history/N -> HistoryRecord; paused -> bool.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvguard.errors import BadFrame
+from kvguard.format.messages import PlanOrder, Resume
+from kvguard.types import Epoch, Lineage, NodeId, Rank, SequenceId, StreamId
+
+FENCING, PLANNED, RESUMED = "fencing", "planned", "resumed"
+
+
+class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
+    """Where a rank lives and who may acknowledge its stream. `former`: replaced holders that may still acknowledge."""
+
+    node: NodeId
+    stream: StreamId
+    incarnation: int
+    endpoint: str
+    holders: tuple[NodeId, ...]
+    former: tuple[NodeId, ...] = ()
+
+
+class RecoveryRecord(msgspec.Struct, frozen=True, array_like=True):
+    """One round of one recovery. `attempt` counts rounds since the instance last ran; `dead_writers`: lost ranks whose process is known to be gone.
+
+    `refused`: (node, standby) that failed in an earlier round; `former`: streams pinned until the rebuilt ranks are protected; times are of this round.
+    """
+
+    instance: str
+    epoch: Epoch
+    phase: str
+    reason: str
+    lost: tuple[Rank, ...]
+    members: dict[str, MemberRecord]
+    excluded: tuple[NodeId, ...]
+    dead_writers: tuple[Rank, ...]
+    attempt: int = 1
+    refused: tuple[tuple[NodeId, int], ...] = ()
+    order: PlanOrder | None = None
+    lost_sequences: tuple[tuple[SequenceId, str], ...] = ()
+    former: tuple[StreamId, ...] = ()
+    timing_ms: dict[str, float] = {}
+
+
+class HistoryRecord(msgspec.Struct, frozen=True, array_like=True):
+    """A recovery that ended, well or with `error`. `positions`, `rungs`: by sequence; `lost`: sequences that nothing knew the ids of, with the reason."""
+
+    instance: str
+    epoch: Epoch
+    reason: str
+    ranks: tuple[Rank, ...]
+    targets: dict[str, NodeId]
+    timing_ms: dict[str, float]
+    positions: dict[SequenceId, int]
+    rungs: dict[SequenceId, str]
+    lost: dict[SequenceId, str]
+    bytes_by_rung: dict[str, int]
+    attempt: int
+    error: str = ""
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders = {
+    "epoch": msgspec.msgpack.Decoder(Epoch),
+    "holders": msgspec.msgpack.Decoder(MemberRecord),
+    "recovery": msgspec.msgpack.Decoder(RecoveryRecord),
+    "resume": msgspec.msgpack.Decoder(Resume),
+    "forks": msgspec.msgpack.Decoder(dict[SequenceId, Lineage]),
+    "emitter": msgspec.msgpack.Decoder(int),
+    "history": msgspec.msgpack.Decoder(HistoryRecord),
+    "paused": msgspec.msgpack.Decoder(bool),
+}
+
+
+def pack(record) -> bytes:
+    return _encoder.encode(record)
+
+
+def unpack(key: str, data: bytes):
+    """The record under `key`. Raises BadFrame when the bytes aren't one, or the key is of no known kind."""
+    decoder = _decoders.get(key.partition("/")[0])
+    if decoder is None:
+        raise BadFrame(f"the store has a key {key!r} that this version doesn't know. Try: the version that wrote it")
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise BadFrame(f"the record under {key!r} can't be read: {error}. Try: restore the store from a copy; epochs are found again at the nodes") from error
