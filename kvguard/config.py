@@ -61,6 +61,7 @@ class NodeConfig:
     insecure: bool = setting(False, "bool", "true allows addresses off loopback without keys")
     device: str = setting("host", "word", "where pools live", choices=("host",))
     uids: tuple[int, ...] = setting((), "ints", "users whose engines may attach; empty: only the daemon's own", 0, (1 << 32) - 2)
+    fault_injection: bool = setting(False, "bool", "true lets drills damage replicas and frames on purpose; never in production")
     log_level: str = setting("info", "word", "least severity that is logged", choices=LEVELS)
 
     @property
