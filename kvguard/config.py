@@ -57,7 +57,7 @@ class NodeConfig:
     poll_ms: int = setting(20, "int", "how often commit tables are looked at when no bell rings", 1, 10_000)
     hang_ms: int = setting(10_000, "int", "no step is called hung before this long, however fast the ones before it were", 100, 3_600_000)
     ids_retention_s: int = setting(300, "int", "how long token ids are kept after delivery", 0, 86_400)
-    keys: str = setting("", "path", "directory with this process's key and the peers' (`kvguard keys generate`); empty: no encryption")
+    keys: str = setting("", "path", "file with this process's key and the peers that are allowed (`kvguard keys generate`); empty: no encryption")
     insecure: bool = setting(False, "bool", "true allows addresses off loopback without keys")
     device: str = setting("host", "word", "where pools live", choices=("host",))
     uids: tuple[int, ...] = setting((), "ints", "users whose engines may attach; empty: only the daemon's own", 0, (1 << 32) - 2)
@@ -87,7 +87,7 @@ class CoordinatorConfig:
     recovery_ms: int = setting(60_000, "int", "a recovery that takes longer fails, explicitly", 1000, 86_400_000)
     failovers_per_window: int = setting(5, "int", "automatic failovers of one instance within `window_s`; more need an operator", 1, 10_000)
     window_s: int = setting(600, "int", "see failovers_per_window", 1, 86_400)
-    keys: str = setting("", "path", "directory with this process's key and the peers' (`kvguard keys generate`); empty: no encryption")
+    keys: str = setting("", "path", "file with this process's key and the peers that are allowed (`kvguard keys generate`); empty: no encryption")
     insecure: bool = setting(False, "bool", "true allows addresses off loopback without keys")
     log_level: str = setting("info", "word", "least severity that is logged", choices=LEVELS)
 
@@ -328,7 +328,7 @@ def relations(cls: type[Config], values: dict[str, object], where) -> list[Fault
         if values.get(key):
             judge(
                 (key, *secured), lambda a, k, i: not on_loopback(a) and not k and not i, "leaves this machine without keys",
-                lambda *_: 'keys = "/etc/kvguard/keys" (`kvguard keys generate`), or insecure = true on a network that you trust',
+                lambda *_: 'keys = "/etc/kvguard/key" (`kvguard keys generate`), or insecure = true on a network that you trust',
             )  # fmt: skip
     anywhere = ("tcp://0.0.0.0:", "tcp://[::]:")
     judge(

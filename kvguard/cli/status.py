@@ -1,0 +1,45 @@
+"""kvguard status.
+
+Knows: the coordinator's kvguard.status/1 document. Must not know: how it is made.
+"""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from kvguard.cli import show
+from kvguard.cli.asking import Reach, reaching
+
+NODES = ["node", "state", "reason", "heartbeat_age_ms", "version"]
+RANKS = ["instance", "rank", "node", "holders", "state", "reason", "sequences", "unprotected_sequences", "lag_tokens"]
+WIDE = [*RANKS, "committed", "acked", "lag_bytes", "lag_ms"]
+
+
+@click.command()
+@reaching
+@click.option("-o", "output", type=click.Choice(["table", "wide", "json"]), default="table", help="Form of the output.")
+@click.option("--watch", is_flag=True, help="Again every second, until interrupted.")
+def status(reach: Reach, output: str, watch: bool) -> None:
+    """What is protected, where, and why not."""
+    while True:
+        found = reach.coordinator("status")
+        if watch and output != "json":
+            click.clear()
+        display(found, output)
+        if not watch:
+            return
+        time.sleep(1.0)
+
+
+def display(found: dict, output: str) -> None:
+    if output == "json":
+        show.document(found)
+        return
+    if found["paused"]:
+        click.echo("Automatic failovers are PAUSED.  (kvguard unpause)")
+    columns = WIDE if output == "wide" else RANKS
+    show.table("Nodes", NODES, [[node.get(key) for key in NODES] for node in found["nodes"]], "none has said hello")
+    show.table("Instances", ["instance", "epoch", "issuer"], [[one[key] for key in ("instance", "epoch", "issuer")] for one in found["instances"]], "none")
+    show.table("Ranks", columns, [[rank.get(key) for key in columns] for rank in found["ranks"]], "none is attached")
