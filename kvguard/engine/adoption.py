@@ -1,0 +1,90 @@
+"""Going on with a dead writer's table: the shadow is rebuilt from what readers could see, and cut to facts.
+
+Knows: the table, and that its writer is dead (whoever hands over the descriptor has seen it die). Must not know: why, or what a plan will make of it.
+
+Invariants
+- What stays is each row's last complete version; what was staged, or half written, is as if it had never been.
+- A position stays accepted only if its step's completion was seen: the next process counts steps on, and must not complete the dead one's.
+- Where the dead writer had raised a generation and died before saying why, the row opens a new generation; nothing that was raised goes back.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvguard.engine.memory import U64
+from kvguard.engine.table import TableWriter
+from kvguard.format import rows as fmt
+
+
+def rebuild(writer: TableWriter) -> None:
+    """Fill the writer's private state from its table; publishes every row anew."""
+    views = writer.views
+    highest = max(int(array.max()) for array in (views.row_generations, views.block_generations, views.row_block_generations, views.heads[:, :, fmt.H_GENERATION]))
+    writer._counter = max(writer._counter, highest)
+    writer._versions[:] = views.selectors
+    writer.step = _last_step(writer)
+    memory = views.body
+    touched = np.flatnonzero(views.selectors)
+    kept = {row: found for row in touched.tolist() if (found := _last_version(memory, writer, row)) is not None}
+    for row, found in kept.items():
+        _take(writer, row, found)
+    free = [row for row in range(writer.geometry.rows) if row not in kept]
+    writer._free.clear()
+    writer._free.extend(free)
+    _close(writer, [row for row in free if views.selectors[row]])
+    for row, found in kept.items():
+        _mend(writer, row, found)
+    unreferenced = np.flatnonzero((writer._references == 0) & (views.block_generations > 0))
+    if len(unreferenced):
+        first = writer._raise_counter(len(unreferenced))
+        views.block_generations[unreferenced] = np.arange(first, first + len(unreferenced), dtype=U64)
+    for offset in (fmt.SUSPENDED_AT, fmt.SIZE_AT):
+        views.words[offset // 8] = 0
+    views.words[fmt.ENTERED_AT // 8] = views.words[fmt.LEFT_AT // 8] = writer.step
+
+
+def _last_step(writer: TableWriter) -> int:
+    """No step number of the dead process may be used again, whether or not it was ever completed."""
+    words = writer.views.words
+    used = [int(words[offset // 8]) for offset in (fmt.ENTERED_AT, fmt.LEFT_AT, fmt.WRITTEN_AT)]
+    return max(*used, int(writer.views.heads[:, :, fmt.H_STEP].max()))
+
+
+def _last_version(memory: memoryview, writer: TableWriter, row: int) -> fmt.Row | None:
+    """The version that the selector names, or the one before where that one is torn; None where no open version is whole."""
+    version = int(writer.views.selectors[row])
+    found = fmt.read_version(memory, writer.geometry, row, version)
+    if found is None:
+        found = fmt.read_version(memory, writer.geometry, row, version - 1)
+    return found if found is not None and found.head.is_open else None
+
+
+def _take(writer: TableWriter, row: int, found: fmt.Row) -> None:
+    fact = fmt.committed(found.head, int(writer._written[0]))
+    head = found.head._replace(accepted=fact, prior=fact, base=fact, step=0, prior_step=0)
+    writer._heads[row] = fmt.head_words(head)
+    writer._names[found.meta.name] = row
+    writer._metas[row] = found.meta
+    np.add.at(writer._references, np.array(found.blocks, np.intp), 1)
+
+
+def _close(writer: TableWriter, rows: list[int]) -> None:
+    """Rows without an open version read as released, in a generation of their own."""
+    for row in rows:
+        slot = writer.views.heads[row, int(writer._versions[row]) & 1, fmt.H_FLAGS] & U64(fmt.META_SLOT)
+        writer._heads[row, fmt.H_FLAGS] = slot
+        writer._heads[row, fmt.H_GENERATION] = writer._raise_row(row)
+    if rows:
+        writer._publish(np.array(rows))
+
+
+def _mend(writer: TableWriter, row: int, found: fmt.Row) -> None:
+    """Publish the row's facts; cut it where a generation had moved on without it."""
+    views = writer.views
+    moved = [n for n, block in enumerate(found.blocks) if views.block_generations[block] != found.block_generations[n]]
+    writer._publish(np.array([row]))
+    if moved:
+        writer.truncate(row, min(writer.accepted(row), moved[0] * writer.geometry.block_tokens))
+    elif int(views.row_generations[row]) != found.head.generation:
+        writer.truncate(row, writer.accepted(row), keep_blocks=len(found.blocks))
