@@ -10,13 +10,15 @@ The serving path imports torch, safetensors and numpy, never transformers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 
 import torch
 from torch.nn import functional
 
 from kvguard.pipeline.attention import Paging, attend, pool_shape
-from kvguard.pipeline.batch import Batch
+from kvguard.pipeline.batch import PREFILL_CHUNK, Batch, Share
 from kvguard.pipeline.weights import ModelFiles, ModelShape, rope_parameters, tensor_shapes
+from kvguard.types import Span
 
 DECODE_ROWS = 8  # M: a product over 8 rows costs little more than over one, for reading the weights is what costs
 _ROPE_UNIT = 1024  # rotary tables grow by whole units, each computed in one way, so that no entry depends on when it was made
@@ -85,6 +87,29 @@ class StageModel:
         self.shape, self.layers, self.first, self.last, self.dtype, self.invariant = shape, layers, first, last, dtype, invariant
         family = {"llama": _Llama, "gpt2": _Gpt2, "opt": _Opt}[shape.family]
         self._family: _Family = family(shape, files.read(tensor_shapes(shape, layers, first, last), dtype), dtype)
+
+    def part(self, layers: range, first: bool, last: bool) -> StageModel:
+        """A stage within this one that shares its tensors: what a standby, which maps the whole model and is warm, becomes when it is claimed.
+        Raises ValueError for what this one has not.
+        """
+        if layers.step != 1 or not self.layers.start <= layers.start < layers.stop <= self.layers.stop or first > self.first or last > self.last:
+            raise ValueError(f"layers {layers.start} to {layers.stop}, first={first}, last={last} are not within layers {self.layers.start} to "
+                             f"{self.layers.stop}, first={self.first}, last={self.last}. Try: a stage of the whole model")
+        made = copy(self)
+        made.layers, made.first, made.last = layers, first, last
+        return made
+
+    def warm(self) -> None:
+        """Runs a prompt's chunk and a decoded position on a small pool of its own, so that the weights are in memory and mapped, and the
+        libraries have chosen their kernels, before a step's deadline counts. Takes as long as reading the weights.
+        """
+        block_tokens, end = 16, min(PREFILL_CHUNK, self.shape.context - 1)
+        blocks = tuple(range(-(-(end + 1) // block_tokens)))
+        kv = torch.zeros(self.pool_shape(len(blocks), block_tokens), dtype=self.dtype)
+        for span, prefill in ((Span(0, end), True), (Span(end, end + 1), False)):
+            rows = span.end - span.start
+            x = torch.zeros(rows, dtype=torch.int64) if self.first else torch.zeros(rows, self.shape.hidden, dtype=self.dtype)
+            self.forward(x, Batch((Share("warm", span, prefill, blocks, 1),), block_tokens), kv)
 
     def pool_shape(self, blocks: int, block_tokens: int) -> tuple[int, ...]:
         """The shape that `kv` must have: [layers, 2, blocks, block_tokens, kv_heads, head_dim]."""

@@ -90,8 +90,11 @@ def _convert(gguf_dir: Path, target: Path) -> None:
         import gguf  # noqa: F401
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
     except ImportError as error:
         raise KvguardError(f"{error.name} is not installed: it reads the downloaded weights. Try: pip install 'kvguard[engine]'") from error
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     model = AutoModelForCausalLM.from_pretrained(gguf_dir, gguf_file=GGUF_NAME, dtype=torch.bfloat16)
     config = model.config.to_dict()
     config.pop("quantization_config", None)

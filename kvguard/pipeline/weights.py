@@ -61,7 +61,7 @@ class ModelFiles:
         page cache with every other process that maps it, others are converted into private memory. Raises BadConfig for a missing name.
         """
         import torch
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         dtype = dtype or torch.float32
         by_file: dict[Path, list[str]] = {}
@@ -72,9 +72,11 @@ class ModelFiles:
             by_file.setdefault(self.where[full], []).append(name)
         tensors = {}
         for path, wanted in by_file.items():
-            with safe_open(path, framework="pt") as opened:
-                for name in wanted:
-                    tensors[name] = opened.get_tensor(self._full(name)).to(dtype)
+            try:
+                with safe_open(path, framework="pt") as opened:
+                    tensors |= {name: opened.get_tensor(self._full(name)).to(dtype) for name in wanted}
+            except (OSError, SafetensorError) as error:
+                raise BadConfig(f"{path} can't be read any more: {error}. Try: start again with a directory that nobody writes to") from error
         return tensors
 
     def _full(self, name: str) -> str:
@@ -115,33 +117,39 @@ def _fault(name: str, dims: tuple[int, ...], found: dict[str, tuple[int, ...]]) 
 def parse_config(config: dict, source: str) -> ModelShape:
     """The ModelShape of a config.json document. Raises BadConfig naming `source` for what is missing or has no code here."""
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise BadConfig(f"{source}: model_type {family!r} is not supported: the reference engine knows {', '.join(FAMILIES)}. "
                         "Try: a Llama, GPT-2 or OPT model")
-    names = _CONFIG_NAMES[family]
     values, faults = {}, []
-    for word, (name, default) in names.items():
+
+    def number(word: str, name: str, default: int | None) -> int:
         value = config.get(name)
         value = default if value is None else value
-        if not isinstance(value, int) or value <= 0:
+        if type(value) is not int or value <= 0:
             faults.append(f"{name} is {value!r}, not a positive number")
             value = 1
         values[word] = value
+        return value
+
+    for word, (name, default) in _CONFIG_NAMES[family].items():
+        number(word, name, default)
     if family == "gpt2":
-        values["inner"] = config.get("n_inner") or 4 * values["hidden"]
-    values["kv_heads"] = config.get("num_key_value_heads") or values["heads"] if family == "llama" else values["heads"]
-    values["head_dim"] = config.get("head_dim") or values["hidden"] // values["heads"]
+        number("inner", "n_inner", 4 * values["hidden"])
+    number("kv_heads", "num_key_value_heads" if family == "llama" else "", values["heads"])
+    number("head_dim", "head_dim" if family == "llama" else "", max(1, values["hidden"] // values["heads"]))
+    epsilon = config.get("rms_norm_eps", 1e-6) if family == "llama" else config.get("layer_norm_epsilon", 1e-5)
+    if not isinstance(epsilon, (int, float)) or not 0 <= epsilon < 1:
+        faults.append(f"the norms' epsilon is {epsilon!r}, not a small number")
+    eos = config.get("eos_token_id")
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(type(token) is int for token in eos):
+        faults.append(f"eos_token_id is {config.get('eos_token_id')!r}, not a number or a list of numbers")
     activation = config.get({"llama": "hidden_act"}.get(family, "activation_function")) or {"llama": "silu", "gpt2": "gelu_new"}.get(family, "relu")
     faults += _unsupported(config, family, activation, values)
     if faults:
         raise BadConfig(f"{source}/config.json: " + "; ".join(faults) + ". Try: another model of this family")
-    eos = config.get("eos_token_id")
-    return ModelShape(
-        family=family, **values, activation=activation, raw=config,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6) if family == "llama" else config.get("layer_norm_epsilon", 1e-5)),
-        tied=bool(config.get("tie_word_embeddings", family != "llama")),
-        eos=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
-    )
+    return ModelShape(family=family, **values, norm_eps=float(epsilon), activation=activation,
+                      tied=bool(config.get("tie_word_embeddings", family != "llama")), eos=tuple(eos), raw=config)
 
 
 _CONFIG_NAMES = {
@@ -162,8 +170,8 @@ def _unsupported(config: dict, family: str, activation: str, values: dict) -> li
         faults.append(f"{values['heads']} heads do not divide over {values['kv_heads']} KV heads")
     if family != "llama" and values["heads"] * values["head_dim"] != values["hidden"]:
         faults.append(f"hidden size {values['hidden']} does not divide over {values['heads']} heads")
-    if family == "llama" and rope_parameters(config)["rope_type"] not in ("default", "linear", "llama3"):
-        faults.append(f"rope_type {rope_parameters(config)['rope_type']!r} has no code here")
+    if family == "llama":
+        faults += _rope_faults(config)
     if family == "opt" and not config.get("do_layer_norm_before", True):
         faults.append("do_layer_norm_before = false (opt-350m) has no code here")
     if family == "opt" and config.get("word_embed_proj_dim", values["hidden"]) != values["hidden"]:
@@ -173,6 +181,21 @@ def _unsupported(config: dict, family: str, activation: str, values: dict) -> li
     if config.get("quantization_config"):
         faults.append("quantization_config is set: quantised weights have no code here")
     return faults
+
+
+_ROPE_NEEDS = {"default": (), "linear": ("factor",),
+               "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
+def _rope_faults(config: dict) -> list[str]:
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(name) or {}, dict):
+            return [f"{name} is {config[name]!r}, not an object"]
+    rope = rope_parameters(config)
+    if rope["rope_type"] not in _ROPE_NEEDS:
+        return [f"rope_type {rope['rope_type']!r} has no code here"]
+    return [f"rope parameter {name} is {rope.get(name)!r}, not a number" for name in ("rope_theta", *_ROPE_NEEDS[rope["rope_type"]])
+            if type(rope.get(name)) not in (int, float) or rope[name] <= 0]
 
 
 def rope_parameters(config: dict) -> dict:
@@ -260,8 +283,10 @@ def _index_tensors(directory: Path) -> tuple[dict[str, Path], dict[str, tuple[in
     if single.is_file():
         paths = [single]
     elif index.is_file():
-        named = _read_json(index, f"{directory} is not a model directory").get("weight_map", {})
-        paths = [directory / Path(str(name)).name for name in sorted(set(named.values()))]
+        named = _read_json(index, f"{directory} is not a model directory").get("weight_map")
+        if not isinstance(named, dict):
+            raise BadConfig(f"{index} has no weight_map: it does not say which files there are. Try: copy the model anew")
+        paths = [directory / name for name in sorted({Path(str(file)).name for file in named.values()})]  # names only: no way out of the directory
     else:
         raise BadConfig(f"{directory}: no model.safetensors and no index of shards: weights in other formats are not read. "
                         "Try: save_pretrained(..., safe_serialization=True)")

@@ -93,6 +93,23 @@ def test_products_are_independent_of_rows_here(files):
     assert StageModel(files, range(files.shape.layers), True, True).rows_are_independent()
 
 
+def test_a_part_of_a_warm_model_computes_the_same_bits(files, pipeline, prompts):
+    whole, made = pipeline(files, stages=1), pipeline(files, stages=3)
+    warm = StageModel(files, range(files.shape.layers), True, True)
+    warm.warm()
+    made.stages = [warm.part(stage.layers, stage.first, stage.last) for stage in made.stages]
+    made.stages[1].warm()
+    for run in (whole, made):
+        run.add("a", prompts(70, seed=1))
+        run.generate(4)
+    assert whole.checksums == made.checksums
+    for wrong in ((range(0, 9), True, True), (range(2, 2), False, False)):
+        with pytest.raises(ValueError, match="Try:"):
+            warm.part(*wrong)
+    with pytest.raises(ValueError, match="Try:"):
+        made.stages[1].part(range(1, 2), True, False)
+
+
 def test_pulse_after_every_layer_of_the_stage(files):
     stage, pulses = StageModel(files, range(1, 3), False, False), []
     share = Share("a", Span(0, 3), True, (0,), 0)

@@ -114,6 +114,20 @@ def test_what_is_not_a_model_is_refused(tmp_path, directory):
         open_model(directory)
 
 
+def test_an_index_without_a_map_is_refused(directory):
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": ["../../etc/passwd"]}')
+    with pytest.raises(BadConfig, match="weight_map.*Try:"):
+        open_model(directory)
+
+
+def test_files_that_vanish_after_opening_are_named(directory):
+    files = open_model(directory)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(BadConfig, match="any more.*Try:"):
+        files.read(all_names(files))
+
+
 def test_a_truncated_file_is_refused(directory):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -142,6 +156,12 @@ def test_missing_and_misshapen_tensors_are_all_named(directory):
     ("llama", {"hidden_act": "xielu"}, "xielu"),
     ("llama", {"num_key_value_heads": 3}, "3 KV heads"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ("llama", {"rope_parameters": 3}, "rope_parameters is 3"),
+    ("llama", {"rope_parameters": {"rope_type": "linear"}}, "factor is None"),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "dynamic"),
+    ("llama", {"hidden_size": True, "eos_token_id": "end", "rms_norm_eps": "small"}, "hidden_size is True.*epsilon is 'small'.*eos_token_id"),
+    ("llama", {"model_type": ["llama"]}, "not supported"),
+    ("gpt2", {"n_inner": -4}, "n_inner is -4"),
     ("gpt2", {"n_head": 5}, "5 heads"),
     ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
     ("opt", {"word_embed_proj_dim": 32, "activation_function": "swish"}, "word_embed_proj_dim"),
