@@ -1,0 +1,158 @@
+"""What leaves a pool: bytes with their sums, token ids, facts. Each read between two looks at the generations, so that nothing reused is ever sent.
+
+Knows: the protocols of pools and tables (here: Table). Must not know: links, sessions, files, processes.
+Invariants: a piece whose row or block generation differs before or after the copy contributes no byte, no sum and no id; sums are taken from the very copy that is
+sent; a capture completes before this returns (host pools; a device pool that completes later feeds the same event itself).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from kvguard.core import effects, events
+from kvguard.format import pages
+from kvguard.format.messages import PIECE_BLOCK, PIECE_REFERENCE, PIECE_TOKENS, Holding, IdsFrame, KnownIds, StreamShape
+from kvguard.types import StreamId
+
+
+class Table(Protocol):
+    """What is asked of engine.look.TableReader, and of whatever stands in for it (a replica that is pushed on, a simulation)."""
+
+    def generations(self, rows, blocks) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def row_generation(self, row: int) -> int: ...
+
+    def read_ids(self, row: int, start: int, end: int) -> bytes: ...
+
+    def sampler(self, row: int) -> bytes: ...
+
+
+class Bytes(Protocol):
+    """What is asked of device.base.Pool to capture."""
+
+    def capture(self, blocks, starts, counts, out: memoryview) -> int: ...
+
+    def capture_blocks(self, blocks, out: memoryview) -> int: ...
+
+
+@dataclass
+class Stream:
+    """A pool with its table, mapped here: a local rank's, living or dead, or a replica that is pushed on."""
+
+    id: StreamId
+    shape: StreamShape
+    pool: Bytes
+    table: Table
+    incarnation: int = 0
+    endpoint: str = ""
+    alive: bool = True
+
+
+# ---- bytes ----------------------------------------------------------------------------------------------------------------------
+
+
+def _fresh(stream: Stream, wanted: tuple[np.ndarray, np.ndarray], rows: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """Which pieces' generations are the wanted ones now, bool [n]."""
+    of_rows, of_blocks = stream.table.generations(rows, blocks)
+    return (of_rows == wanted[0]) & (of_blocks == wanted[1])
+
+
+def capture(stream: Stream, effect: effects.Capture) -> tuple[memoryview, tuple[int, ...], bytes]:
+    """(bytes of the good pieces in order, indices of the stale ones, packed sums of the good ones)."""
+    shape = stream.shape
+    rows, blocks = np.array(effect.rows, np.intp), np.array(effect.blocks, np.int64)
+    wanted = np.array(effect.row_generations, np.uint64), np.array(effect.generations, np.uint64)
+    counts, flags = np.array(effect.counts, np.int64), np.array(effect.flags, np.int64)
+    slots = np.array(effect.starts, np.int64) % shape.block_tokens
+    sizes = np.where(flags == PIECE_TOKENS, counts * shape.token_bytes, np.where(flags == PIECE_BLOCK, shape.block_bytes, 0))
+    before = _fresh(stream, wanted, rows, blocks)
+    copied = before & (flags != PIECE_REFERENCE)
+    out = memoryview(bytearray(int(sizes[copied].sum())))
+    if copied.any():
+        if shape.addressable:
+            stream.pool.capture(blocks[copied], slots[copied], counts[copied], out)
+        else:
+            stream.pool.capture_blocks(blocks[copied], out)
+    good = before & _fresh(stream, wanted, rows, blocks)
+    if not good[copied].all():
+        out = _compacted(out, sizes[copied], good[copied])
+    sums = pages.sums_of(out, shape.token_bytes if shape.addressable else shape.block_bytes)
+    return out, tuple(np.flatnonzero(~good).tolist()), pages.pack_sums(sums)
+
+
+def _compacted(data: memoryview, sizes: np.ndarray, good: np.ndarray) -> memoryview:
+    """Only the good pieces' bytes."""
+    ends = np.cumsum(sizes)
+    return memoryview(bytearray().join(data[end - size : end] for end, size, kept in zip(ends.tolist(), sizes.tolist(), good.tolist(), strict=True) if kept))
+
+
+# ---- ids ------------------------------------------------------------------------------------------------------------------------
+
+
+def filled(stream: Stream, effect: effects.SendIds) -> IdsFrame:
+    """The frame with ids and samplers; rows whose generation moved on are left out."""
+    nos, starts, counts, parts, sampler_bytes, samplers = [], [], [], [], [], []
+    message = effect.message
+    for no, start, count, row, generation in zip(message.nos, message.starts, message.counts, effect.rows, effect.row_generations, strict=True):
+        if stream.table.row_generation(row) != generation:
+            continue
+        ids, sampler = stream.table.read_ids(row, start, start + count), stream.table.sampler(row)
+        if stream.table.row_generation(row) != generation or len(ids) != 4 * count:
+            continue
+        nos.append(no)
+        starts.append(start)
+        counts.append(count)
+        parts.append(ids)
+        sampler_bytes.append(len(sampler))
+        samplers.append(sampler)
+    return IdsFrame(
+        message.session, message.epoch, message.number, message.ops, tuple(nos), tuple(starts), tuple(counts), b"".join(parts), tuple(sampler_bytes),
+        b"".join(samplers), message.after_kv,
+    )  # fmt: skip
+
+
+# ---- facts ----------------------------------------------------------------------------------------------------------------------
+
+
+class Facts:
+    """All that the looks at one table have said so far, by sequence: what a report states of a pool."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, list] = {}  # row -> [sequence, generation, lineage, committed, ids, request]
+
+    def take(self, looked: events.Looked) -> None:
+        for row in looked.released:
+            self._rows.pop(row, None)
+        for cut in looked.cut:
+            entry = self._rows[cut.row]
+            entry[1], entry[2], entry[3], entry[4] = cut.generation, cut.lineage, min(entry[3], cut.kept), min(entry[4], cut.kept)
+        for opened in looked.opened:
+            self._rows[opened.row] = [opened.sequence, opened.generation, opened.lineage, 0, 0, opened.request]
+        for row, committed, ids in zip(looked.rows, looked.committed, looked.ids, strict=True):
+            self._rows[row][3:5] = committed, ids
+
+    def holding(self, stream: Stream) -> Holding:
+        rows = [self._rows[row] for row in sorted(self._rows)]
+        names, generations, lineages, positions, ids, _ = zip(*rows, strict=True) if rows else ((),) * 6
+        return Holding(stream.id, "pool", stream.alive, names, generations, lineages, positions, ids, stream.shape.fingerprint)
+
+    def known(self, stream: Stream, sequences: tuple[str, ...], counts: tuple[int, ...]) -> list[KnownIds]:
+        """Ids (as many as were planned), sampler and request of sequences that live in the table. One that isn't there any more is left out."""
+        found = {entry[0]: (row, entry) for row, entry in self._rows.items()}
+        answer = []
+        for sequence, count in zip(sequences, counts, strict=True):
+            if sequence in found:
+                row, entry = found[sequence]
+                answer.append(KnownIds(sequence, stream.table.read_ids(row, 0, min(count, entry[4])), stream.table.sampler(row), entry[5]))
+        return answer
+
+
+def as_event(stream: StreamId, look) -> events.Looked:
+    """engine.look.Look in the core's own types: two rooms that don't import each other say the same."""
+    return events.Looked(
+        stream, look.released, tuple(events.Cut(*cut) for cut in look.cut), tuple(events.Opened(*opened) for opened in look.opened),
+        tuple(events.Grown(*grown) for grown in look.grown), look.rows, look.committed, look.ids,
+    )  # fmt: skip
