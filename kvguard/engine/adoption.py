@@ -63,7 +63,7 @@ def _last_version(memory: memoryview, writer: TableWriter, row: int) -> fmt.Row 
 def _take(writer: TableWriter, row: int, found: fmt.Row) -> None:
     fact = fmt.committed(found.head, int(writer._written[0]))
     head = found.head._replace(accepted=fact, prior=fact, base=fact, step=0, prior_step=0)
-    writer._heads[row] = fmt.head_words(head)
+    writer._set(row, fmt.head_words(head))
     writer._names[found.meta.name] = row
     writer._metas[row] = found.meta
     np.add.at(writer._references, np.array(found.blocks, np.intp), 1)
@@ -73,17 +73,18 @@ def _close(writer: TableWriter, rows: list[int]) -> None:
     """Rows without an open version read as released, in a generation of their own."""
     for row in rows:
         slot = writer.views.heads[row, int(writer._versions[row]) & 1, fmt.H_FLAGS] & U64(fmt.META_SLOT)
-        writer._heads[row, fmt.H_FLAGS] = slot
-        writer._heads[row, fmt.H_GENERATION] = writer._raise_row(row)
-    if rows:
-        writer._publish(np.array(rows))
+        closed = np.zeros(fmt.HEAD_WORDS, U64)
+        closed[fmt.H_FLAGS] = slot
+        closed[fmt.H_GENERATION] = writer._raise_row(row)
+        writer._set(row, closed)
+        writer._publish_one(row)
 
 
 def _mend(writer: TableWriter, row: int, found: fmt.Row) -> None:
     """Publish the row's facts; cut it where a generation had moved on without it."""
     views = writer.views
     moved = [n for n, block in enumerate(found.blocks) if views.block_generations[block] != found.block_generations[n]]
-    writer._publish(np.array([row]))
+    writer._publish_one(row)
     if moved:
         writer.truncate(row, min(writer.accepted(row), moved[0] * writer.geometry.block_tokens))
     elif int(views.row_generations[row]) != found.head.generation:

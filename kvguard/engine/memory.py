@@ -106,16 +106,31 @@ def multipliers(places: np.ndarray) -> np.ndarray:
 
 _HEAD = multipliers(np.arange(fmt.HEAD_WORDS, dtype=U64) + U64(fmt.HEAD_SALT))
 _HEAD_FOLD = np.where(np.arange(fmt.HEAD_WORDS) == fmt.H_SUM, U64(0), U64(fmt.FOLD))
-_HEAD_ADD = _HEAD.copy()  # (word + 1) * m = word * m + m
+_HOT, _COLD = slice(0, fmt.HOT_WORDS), slice(fmt.HOT_WORDS, fmt.HEAD_WORDS)
 _META = multipliers(np.arange(fmt.META_WORDS, dtype=U64) + U64(fmt.META_SALT))
+
+
+def _mixed(words: np.ndarray, part: slice) -> np.ndarray:
+    multipliers_ = _HEAD[part]
+    mixed = words[:, part] * multipliers_
+    mixed += multipliers_  # (word + 1) * m
+    mixed ^= mixed >> U64(32)
+    return mixed
 
 
 def head_sums(heads: np.ndarray) -> np.ndarray:
     """Checksums of heads, u64 [n, HEAD_WORDS] -> [n]."""
-    mixed = heads * _HEAD
-    mixed += _HEAD_ADD
-    mixed ^= mixed >> U64(32)
-    mixed *= _HEAD_FOLD
+    return hot_sums(heads) + cold_sums(heads)
+
+
+def hot_sums(heads: np.ndarray) -> np.ndarray:
+    """The share of a head's checksum that the words of every commit have; hot and cold add up to the whole."""
+    return _mixed(heads, _HOT).sum(axis=1, dtype=U64) * U64(fmt.FOLD)
+
+
+def cold_sums(heads: np.ndarray) -> np.ndarray:
+    mixed = _mixed(heads, _COLD)
+    mixed *= _HEAD_FOLD[_COLD]
     return mixed.sum(axis=1, dtype=U64)
 
 

@@ -36,11 +36,15 @@ class TableWriter:
         self._heads = np.zeros((rows, fmt.HEAD_WORDS), U64)
         self._versions = np.zeros(rows, U64)
         self._staged = np.zeros(rows, bool)
-        self._mark = np.zeros(rows, np.intp)
+        self._cold_sums = np.zeros(rows, U64)  # of each row's head: the share of its checksum that a decoding commit doesn't change
+        self._slots = np.full(rows, -1, np.int64)  # positions that the row's blocks can take; -1 where no sequence is
+        self._checked = b""  # the last batch's rows, known to be distinct rows of this table
+        self._batch: tuple[np.ndarray, np.ndarray] | None = None  # rows and heads of the one batch that is all of this step
         self._references = np.zeros(self.geometry.blocks, np.int32)
         self._names: dict[str, int] = {}
         self._metas: dict[int, fmt.Meta] = {}
         self._free = deque(range(rows))
+        self._any_staged = False
         self._written = views.word(fmt.WRITTEN_AT)
         self._counter = int(views.words[fmt.COUNTER_AT // 8])
         self.step = 0
@@ -104,15 +108,18 @@ class TableWriter:
         words = np.array(fmt.meta_words(meta), U64)  # raises ValueError before anything changes
         row = self._free.popleft()
         slot = int(self._heads[row, fmt.H_FLAGS]) & fmt.META_SLOT ^ fmt.META_SLOT  # the other one: a reader may still be in the last
-        head = self._heads[row]
-        head[:] = 0
+        head = [0] * fmt.HEAD_WORDS
         head[fmt.H_FLAGS] = fmt.OPEN | slot
         head[fmt.H_BIRTH] = head[fmt.H_GENERATION] = self._raise_row(row)
         head[fmt.H_META_HASH] = self._write_meta(row, slot, words)
         self._names[sequence] = row
         self._metas[row] = meta
-        self._staged[row] = True
+        self._stage(row, head)
         return row
+
+    def _stage(self, row: int, head) -> None:
+        self._set(row, head)
+        self._staged[row] = self._any_staged = True
 
     def commit(self, row: int, length: int, ids=(), blocks=_NO_BLOCKS, sampler: bytes | None = None) -> None:
         """Stage: `ids` and `blocks` are appended, and `length` positions are accepted once the present step is complete. Raises ValueError."""
@@ -141,55 +148,75 @@ class TableWriter:
             head[fmt.H_BASE], head[fmt.H_PRIOR], head[fmt.H_PRIOR_STEP] = head[old], head[fmt.H_ACCEPTED], head[fmt.H_STEP]
             head[fmt.H_STEP] = self.step
         head[fmt.H_ACCEPTED] = length
-        self._heads[row] = head
-        self._staged[row] = True
+        self._stage(row, head)
 
     def commit_batch(self, rows: np.ndarray, lengths: np.ndarray, ids: np.ndarray | None = None) -> None:
         """Stage many decoding rows at once: int [n] distinct rows, int [n] lengths, and one new id per row (int [n]) or none. Raises ValueError."""
         rows = np.asarray(rows, np.intp)
-        lengths = np.asarray(lengths).astype(U64)
-        count = np.arange(len(rows))
-        if len(rows) and (rows.min() < 0 or rows.max() >= len(self._mark)):
-            raise ValueError(f"rows must be within 0..{len(self._mark) - 1}. Try: the handles that commit returned")
-        self._mark[rows] = count
+        lengths = np.asarray(lengths, np.int64)
+        if len(lengths) != len(rows) or (ids is not None and len(ids) != len(rows)):
+            raise ValueError(f"a batch needs columns of equal length: {len(rows)} rows, {len(lengths)} lengths")
+        if not len(rows):
+            return
+        key = rows.tobytes()
+        if key != self._checked:
+            self._check_rows(rows)
+            self._checked = key
         heads = self._heads[rows]
         known = heads[:, fmt.H_IDS]
-        total = known if ids is None else known + U64(1)
-        if (self._mark[rows] != count).any() or len(lengths) != len(rows) or (ids is not None and len(ids) != len(rows)):
-            raise ValueError(f"a batch needs distinct rows and columns of equal length: {len(rows)} rows, {len(lengths)} lengths")
-        bound = np.minimum(total, heads[:, fmt.H_BLOCKS] * U64(self.geometry.block_tokens))
-        bad = (lengths < heads[:, fmt.H_ACCEPTED]) | (lengths > bound) | ((heads[:, fmt.H_FLAGS] & U64(fmt.OPEN)) == 0) | (total > self.geometry.ids_per_row)
-        if bad.any():
-            n = int(bad.argmax())
-            head = heads[n].tolist()
-            if not head[fmt.H_FLAGS] & fmt.OPEN:
-                raise ValueError(f"row {rows[n]} holds no sequence: released?")
-            self._check(int(rows[n]), head, int(lengths[n]), int(total[n]), head[fmt.H_BLOCKS])
         if ids is not None:
             ids = as_ids(ids)
-            self.views.ids[rows, known] = ids
-            heads[:, fmt.H_IDS_HASH] += (ids + U64(1)) * self.views.id_multipliers[known]
-            heads[:, fmt.H_IDS] = total
+            known = known + U64(1)
+        bound = np.minimum(known.view(np.int64) if ids is not None else known.astype(np.int64), self._slots[rows])
+        bad = lengths > bound
+        bad |= lengths < heads.view(np.int64)[:, fmt.H_ACCEPTED]
+        if bad.any() or int(known.max()) > self.geometry.ids_per_row:
+            self._explain(rows, heads, lengths, known)
+        if ids is not None:
+            places = known - U64(1)
+            self.views.ids[rows, places] = ids
+            ids += U64(1)
+            ids *= self.views.id_multipliers[places]
+            heads[:, fmt.H_IDS_HASH] += ids
+            heads[:, fmt.H_IDS] = known
         self._shift(heads)
         heads[:, fmt.H_ACCEPTED] = lengths
         self._heads[rows] = heads
+        self._batch = None if self._any_staged else (rows, heads)
+        self._any_staged = True
         self._staged[rows] = True
+
+    def _check_rows(self, rows: np.ndarray) -> None:
+        if rows.min() < 0 or rows.max() >= len(self._slots) or len(np.unique(rows)) != len(rows):
+            raise ValueError(f"a batch needs distinct rows within 0..{len(self._slots) - 1}. Try: the handles that commit returned")
+
+    def _explain(self, rows, heads, lengths, total) -> None:
+        """Raises ValueError for the first row of a batch that can't be."""
+        for row, head, length, ids in zip(rows.tolist(), heads.tolist(), lengths.tolist(), total.tolist(), strict=True):
+            if not head[fmt.H_FLAGS] & fmt.OPEN:
+                raise ValueError(f"row {row} holds no sequence: released?")
+            self._check(row, head, length, ids, head[fmt.H_BLOCKS])
 
     def _shift(self, heads: np.ndarray) -> None:
         """What was accepted before this step becomes `prior` (format.rows.shifted)."""
-        written = U64(self._written[0])
+        written = self._written[0]
         steps = heads[:, fmt.H_STEP]
-        accepted, prior = heads[:, fmt.H_ACCEPTED], heads[:, fmt.H_PRIOR]
-        base = np.where(written >= steps, accepted, np.where(written >= heads[:, fmt.H_PRIOR_STEP], prior, heads[:, fmt.H_BASE]))
-        again = steps == self.step  # a second commit of one step shifts nothing
-        if again.any():
-            heads[:, fmt.H_BASE] = np.where(again, heads[:, fmt.H_BASE], base)
-            heads[:, fmt.H_PRIOR_STEP] = np.where(again, heads[:, fmt.H_PRIOR_STEP], steps)
-            heads[:, fmt.H_PRIOR] = np.where(again, prior, accepted)
+        latest = int(steps.max())
+        if latest == self.step:  # a second commit of one step shifts nothing
+            rows = np.flatnonzero(steps != self.step)
+            earlier = heads[rows]
+            if len(rows):
+                self._shift(earlier)
+                heads[rows] = earlier
+            return
+        accepted = heads[:, fmt.H_ACCEPTED]
+        if written >= latest:
+            heads[:, fmt.H_BASE] = accepted
         else:
-            heads[:, fmt.H_BASE] = base
-            heads[:, fmt.H_PRIOR] = accepted
-            heads[:, fmt.H_PRIOR_STEP] = steps
+            older = np.where(U64(written) >= heads[:, fmt.H_PRIOR_STEP], heads[:, fmt.H_PRIOR], heads[:, fmt.H_BASE])
+            heads[:, fmt.H_BASE] = np.where(U64(written) >= steps, accepted, older)
+        heads[:, fmt.H_PRIOR] = accepted
+        heads[:, fmt.H_PRIOR_STEP] = steps
         heads[:, fmt.H_STEP] = self.step
 
     def _check(self, row: int, head: list[int], length: int, ids: int, blocks: int) -> None:
@@ -224,26 +251,48 @@ class TableWriter:
 
     def publish(self) -> int:
         """Make all staged rows visible; returns how many."""
-        rows = np.flatnonzero(self._staged)
-        if len(rows):
-            self._publish(rows)
-            self._staged[rows] = False
+        if not self._any_staged:
+            return 0
+        if self._batch is None:
+            rows = np.flatnonzero(self._staged)
+            heads = self._heads[rows]
+        else:
+            rows, heads = self._batch
+        self._publish(rows, heads)
+        self._staged[rows] = False
+        self._batch, self._any_staged = None, False
         return len(rows)
 
-    def _publish(self, rows: np.ndarray) -> None:
-        versions = self._versions[rows] + U64(1)
-        heads = self._heads[rows]
+    def _publish(self, rows: np.ndarray, heads: np.ndarray) -> None:
+        versions = self._versions[rows]
+        versions += U64(1)
         heads[:, fmt.H_VERSION] = versions
-        heads[:, fmt.H_SUM] = memory.head_sums(heads)
-        self.views.heads[rows, (versions & U64(1)).astype(np.intp)] = heads
+        sums = memory.hot_sums(heads)
+        sums += self._cold_sums[rows]
+        heads[:, fmt.H_SUM] = sums
+        self.views.heads[rows, (versions & U64(1)).view(np.intp)] = heads
         memory.order()  # what a selector chooses is there before it; readers check all the same
         self.views.selectors[rows] = versions
         self._versions[rows] = versions
+
+    def _set(self, row: int, head) -> None:
+        """A row's next head, by other means than a batch: also what is derived from it."""
+        self._heads[row] = head
+        head = self._heads[row]
+        self._cold_sums[row] = memory.cold_sums(head[None])[0]
+        self._slots[row] = int(head[fmt.H_BLOCKS]) * self.geometry.block_tokens if int(head[fmt.H_FLAGS]) & fmt.OPEN else -1
+        self._batch = None
+
+    def _publish_one(self, row: int) -> None:
+        rows = np.array([row])
+        self._publish(rows, self._heads[rows])
+        memory.order()  # the raised generation is seen before whatever the caller does next
 
     def roll_back(self) -> None:
         """Forget all staged commits: the step failed, or its epoch is over. Blocks that only they referenced get new generations."""
         for row in np.flatnonzero(self._staged).tolist():
             self.unstage(row)
+        self._batch, self._any_staged = None, False
 
     def unstage(self, row: int) -> None:
         """Forget the staged commits of one row; a sequence opened in this step is not known any more."""
@@ -253,10 +302,11 @@ class TableWriter:
         kept = int(seen[fmt.H_BLOCKS]) if same else 0
         dropped = self.views.row_blocks[row, kept : int(staged[fmt.H_BLOCKS])].copy()
         if same:
-            self._heads[row] = seen
+            self._set(row, seen)
         else:
-            self._heads[row] = 0
-            self._heads[row, fmt.H_FLAGS] = staged[fmt.H_FLAGS] & U64(fmt.META_SLOT)
+            closed = np.zeros(fmt.HEAD_WORDS, U64)
+            closed[fmt.H_FLAGS] = staged[fmt.H_FLAGS] & U64(fmt.META_SLOT)
+            self._set(row, closed)
             self._forget(row)
         self._staged[row] = False
         self._drop_blocks(dropped)
@@ -292,9 +342,8 @@ class TableWriter:
         known = head[fmt.H_IDS]
         head[fmt.H_IDS_HASH] = memory.ids_sum(self.views.ids[row, :known], self.views.id_multipliers[:known])
         head[fmt.H_BLOCKS_HASH] = memory.blocks_sum(self.views.row_blocks[row, :kept], self.views.row_block_generations[row, :kept])
-        self._heads[row] = head
-        self._publish(np.array([row]))
-        memory.order()
+        self._set(row, head)
+        self._publish_one(row)
 
     def release(self, row: int) -> None:
         """The sequence is over, at once; blocks that no row references any more get new generations. Raises ValueError for a row that holds none."""
@@ -306,11 +355,10 @@ class TableWriter:
         closed[fmt.H_FLAGS] = head[fmt.H_FLAGS] & fmt.META_SLOT
         closed[fmt.H_BIRTH], closed[fmt.H_PREVIOUS], closed[fmt.H_GENERATION] = head[fmt.H_BIRTH], head[fmt.H_GENERATION], self._raise_row(row)
         self._drop_blocks(dropped)
-        self._heads[row] = closed
-        self._publish(np.array([row]))
+        self._set(row, closed)
+        self._publish_one(row)
         self._staged[row] = False
         self._forget(row)
-        memory.order()
 
     # ---- generations ------------------------------------------------------------------------------------------------------------
 
@@ -348,10 +396,11 @@ class TableWriter:
 
 
 def as_ids(ids) -> np.ndarray:
-    """Token ids as u64. Raises ValueError outside 0 .. 2**32 - 1."""
+    """Token ids as a new u64 array. Raises ValueError outside 0 .. 2**32 - 1."""
     array = np.asarray(ids)
     if not array.size:
         return np.zeros(0, U64)
-    if array.dtype.kind not in "iu" or (array.dtype != np.uint32 and (array >> 32).any()):
+    wide = array.astype(U64)  # a negative one becomes a huge one
+    if array.dtype.kind not in "iu" or int(wide.max()) >> 32:
         raise ValueError(f"token ids must be integers within 0..{2**32 - 1}, got {array.dtype}. Try: plain ids without padding marks")
-    return array.astype(U64)
+    return wide

@@ -45,11 +45,12 @@ PULSE_AT = 7 * LINE
 SUSPENDED_AT = 8 * LINE
 COUNTER_AT = 9 * LINE  # the last generation given out
 
-# Words of a head
+# Words of a head. The first cache line is what every commit changes; the rest changes with blocks, samplers and generations.
 (
-    H_VERSION, H_FLAGS, H_BIRTH, H_GENERATION, H_PREVIOUS, H_KEPT, H_KEPT_BLOCKS, H_ACCEPTED, H_STEP, H_PRIOR, H_PRIOR_STEP, H_BASE,
-    H_IDS, H_BLOCKS, H_IDS_HASH, H_BLOCKS_HASH, H_META_HASH, H_SAMPLER, _, _, _, H_SUM,
+    H_VERSION, H_ACCEPTED, H_STEP, H_PRIOR, H_PRIOR_STEP, H_BASE, H_IDS, H_IDS_HASH,
+    H_FLAGS, H_BIRTH, H_GENERATION, H_PREVIOUS, H_KEPT, H_KEPT_BLOCKS, H_BLOCKS, H_BLOCKS_HASH, H_META_HASH, H_SAMPLER, _, _, _, H_SUM,
 ) = range(22)  # fmt: skip
+HOT_WORDS = 8
 HEAD_WORDS = 24  # three cache lines; two words spare, zero
 OPEN, META_SLOT = 1, 2  # flags; bits 8..15: bytes of sampler state
 
@@ -96,27 +97,27 @@ class Meta(NamedTuple):
 
 
 class Head(NamedTuple):
-    """One version of a row. Steps and positions as in the module's docstring; `sampler` opaque, `meta_slot` 0 or 1."""
+    """One version of a row, in the order of its words. Steps and positions as in the module's docstring; `sampler` opaque, `meta_slot` 0 or 1."""
 
     version: int
-    is_open: bool
-    birth: int
-    generation: int
-    previous: int
-    kept: int
-    kept_blocks: int
     accepted: int
     step: int
     prior: int
     prior_step: int
     base: int
     ids: int
-    blocks: int
     ids_hash: int
+    is_open: bool
+    birth: int
+    generation: int
+    previous: int
+    kept: int
+    kept_blocks: int
+    blocks: int
     blocks_hash: int
     meta_hash: int
-    sampler: bytes
-    meta_slot: int
+    sampler: bytes = b""
+    meta_slot: int = 0
 
 
 class Row(NamedTuple):
@@ -229,7 +230,7 @@ def head_words(head: Head) -> tuple[int, ...]:
     """The HEAD_WORDS words of a version, checksum included."""
     flags = (OPEN if head.is_open else 0) | (META_SLOT if head.meta_slot else 0) | len(head.sampler) << 8
     sampler = struct.unpack("<4Q", head.sampler.ljust(SAMPLER_BYTES_MAX, b"\0"))
-    words = [head.version, flags, *head[2:17], *sampler, 0, 0, 0]
+    words = [*head[:H_FLAGS], flags, *head[H_BIRTH:H_SAMPLER], *sampler, 0, 0, 0]
     words[H_SUM] = head_sum(words)
     return tuple(words)
 
@@ -285,7 +286,7 @@ def _common(before: Row, after: Row) -> tuple[int, int]:
     return min(len(before.ids), after.head.kept), min(len(before.blocks), after.head.kept_blocks)
 
 
-CLOSED = Row(Head(0, False, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, b"", 0), None, (), (), ())
+CLOSED = Row(Head(0, 0, 0, 0, 0, 0, 0, 0, False, 0, 0, 0, 0, 0, 0, 0, 0), None, (), (), ())
 
 
 # ---- decoding -------------------------------------------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ def decode_head(words, version: int, geometry: Geometry) -> Head | None:
     if words[H_VERSION] != version or words[H_SUM] != head_sum(words) or sampler_bytes > SAMPLER_BYTES_MAX:
         return None
     sampler = struct.pack("<4Q", *words[H_SAMPLER : H_SAMPLER + 4])[:sampler_bytes]
-    head = Head(version, bool(flags & OPEN), *words[H_BIRTH:H_SAMPLER], sampler, int(bool(flags & META_SLOT)))
+    head = Head(*words[:H_FLAGS], bool(flags & OPEN), *words[H_BIRTH:H_SAMPLER], sampler, int(bool(flags & META_SLOT)))
     return head if in_bounds(head, geometry) else None
 
 
