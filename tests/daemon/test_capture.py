@@ -34,7 +34,7 @@ class Life:
         self.stream = capturing.Stream(ID, layout.shape(), view, TableReader(os.dup(self.writer.fd)), 1)
         self.facts = capturing.Facts()
 
-    def commit(self, sequence, length, ids, blocks, sampler=b""):
+    def commit(self, sequence, length, ids, blocks, sampler=None):
         self.writer.step += 1
         row = self.writer.sequences().get(sequence)
         if row is None:
