@@ -21,6 +21,7 @@ from kvguard.pipeline.weights import ModelFiles, ModelShape, rope_parameters, te
 from kvguard.types import Span
 
 DECODE_ROWS = 8  # M: a product over 8 rows costs little more than over one, for reading the weights is what costs
+_WIDE = 2048  # outputs computed at once: the output projection in pieces that stay in cache takes three quarters of the time
 _ROPE_UNIT = 1024  # rotary tables grow by whole units, each computed in one way, so that no entry depends on when it was made
 
 _ACTIVATION: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -70,8 +71,8 @@ class Rows:
     def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tile rows, in] times weight [out, in], tile by tile."""
         if len(self.tiles) == 1:
-            return functional.linear(x, weight, bias)
-        return torch.cat([functional.linear(x[start:end], weight, bias) for start, end in self.tiles])
+            return _linear(x, weight, bias)
+        return torch.cat([_linear(x[start:end], weight, bias) for start, end in self.tiles])
 
 
 class StageModel:
@@ -151,10 +152,10 @@ class StageModel:
             tried.add((tuple(weight.shape), weight.stride()))
             rows = torch.randn(DECODE_ROWS, weight.shape[1], generator=draw).to(self.dtype)
             others = torch.randn(DECODE_ROWS, weight.shape[1], generator=draw).to(self.dtype)
-            expected = functional.linear(rows, weight)
+            expected = _linear(rows, weight)
             for place in range(DECODE_ROWS):
                 others[place] = rows[0]
-                if not torch.equal(functional.linear(others, weight)[place], expected[0]):
+                if not torch.equal(_linear(others, weight)[place], expected[0]):
                     return False
         return True
 
@@ -300,6 +301,12 @@ class _Opt(_Family):
         hidden = hidden + self.product(layer, "self_attn.out_proj", read, rows)
         x = self.norm(f"layers.{layer}.final_layer_norm", hidden)
         return hidden + self.product(layer, "fc2", self.activate(self.product(layer, "fc1", x, rows)), rows)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if len(weight) <= 2 * _WIDE or bias is not None:
+        return functional.linear(x, weight, bias)
+    return torch.cat([functional.linear(x, piece) for piece in weight.split(_WIDE)], dim=1)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

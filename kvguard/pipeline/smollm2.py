@@ -110,3 +110,19 @@ def _convert(gguf_dir: Path, target: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def main() -> int:
+    """`python -m kvguard.pipeline.smollm2`: the directory on stdout; what happens, and errors, on stderr."""
+    try:
+        if not (default_cache() / CACHE_NAME).is_dir():
+            print("getting SmolLM2-135M-Instruct, once: 93 MB to download, then about half a minute to convert", file=sys.stderr, flush=True)
+        print(fetch_smollm2())
+    except KvguardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

