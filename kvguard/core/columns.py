@@ -1,0 +1,130 @@
+"""Holdings side by side: the same sequences in the same order, one tuple per fact.
+
+Knows: reports' columns and lineage arithmetic. Must not know: ranks' roles, standbys, plans.
+Invariants: a column has one entry per sequence of the table; what a holding doesn't list is (position 0, no lineage, no ids); a position that is handed out is
+never beyond the fork that parts its copy from the authoritative lineage. Work is per column, in C where columns agree: 10,000 sequences times 16 ranks are common.
+"""
+
+from __future__ import annotations
+
+from operator import itemgetter
+
+from kvguard.format.lineage import agreed
+from kvguard.format.messages import Holding
+from kvguard.types import Lineage, NodeId, SequenceId, StreamId
+
+Ints = tuple[int, ...]
+
+
+class Copy:
+    """One holding, aligned. `positions` and `ids` are what was reported; `valid()` cuts them to what agrees with the authoritative lineage."""
+
+    __slots__ = ("agrees_with", "alive", "fingerprint", "ids", "kind", "lineages", "node", "positions", "stream")
+
+    def __init__(self, node: NodeId, holding: Holding, positions: Ints, ids: Ints, lineages: tuple[Lineage | None, ...]):
+        self.node, self.kind, self.alive, self.stream, self.fingerprint = node, holding.kind, holding.alive, holding.stream, holding.fingerprint
+        self.positions, self.ids, self.lineages = positions, ids, lineages
+        self.agrees_with: tuple | None = None  # the authoritative column that this one was found equal to: spares the second comparison
+
+
+def table(holdings: list[tuple[NodeId, Holding]]) -> tuple[tuple[SequenceId, ...], list[Copy]]:
+    """All sequences in the order of first mention, and every holding's columns in that order."""
+    if not holdings:
+        return (), []
+    first = holdings[0][1].sequences
+    ats = [None if holding.sequences == first else dict(zip(holding.sequences, range(len(holding.sequences)), strict=True)) for _, holding in holdings]
+    base, seen = first, None
+    for at in ats:
+        if at is not None:
+            seen = dict.fromkeys(first) if seen is None else seen
+            if not at.keys() <= seen.keys():
+                seen.update(dict.fromkeys(at))
+    if seen is not None and len(seen) != len(first):
+        base = tuple(seen)
+    return base, [_aligned(base, node, holding, at) for (node, holding), at in zip(holdings, ats, strict=True)]
+
+
+def align(base: tuple[SequenceId, ...], node: NodeId, holding: Holding) -> Copy:
+    """The holding's columns in the order of `base`; sequences that `base` hasn't are left out."""
+    return _aligned(base, node, holding, None)
+
+
+def _aligned(base: tuple[SequenceId, ...], node: NodeId, holding: Holding, at: dict[SequenceId, int] | None) -> Copy:
+    if holding.sequences == base:
+        return Copy(node, holding, holding.positions, holding.ids, holding.lineages)
+    at = dict(zip(holding.sequences, range(len(holding.sequences)), strict=True)) if at is None else at
+    if len(at) >= len(base) > 1:
+        try:
+            pick = itemgetter(*itemgetter(*base)(at))  # in C: this is where the time of a large plan goes
+            return Copy(node, holding, pick(holding.positions), pick(holding.ids), pick(holding.lineages))
+        except KeyError:
+            pass  # a sequence of the table that this holding hasn't: the slower way below fills it in
+    where = [at.get(sequence, -1) for sequence in base]
+    positions, ids, lineages = (*holding.positions, 0), (*holding.ids, 0), (*holding.lineages, None)  # index -1 finds the default
+    return Copy(node, holding, tuple([positions[i] for i in where]), tuple([ids[i] for i in where]), tuple([lineages[i] for i in where]))
+
+
+def _newer(a: Lineage | None, b: Lineage | None) -> Lineage | None:
+    """The one whose last epoch is later; `a` where they are equally new."""
+    if not a or not b:
+        return b if a is None or (b and not a) else a
+    return b if b[-1].epoch > a[-1].epoch else a
+
+
+def authoritative(base: tuple[SequenceId, ...], copies: list[Copy], forks: dict[SequenceId, Lineage]) -> tuple[Lineage, ...]:
+    """The newest lineage per sequence, earlier copies first where two are equally new; `forks` decided by former plans count when they are newer still."""
+    column: tuple = copies[0].lineages if copies else (None,) * len(base)
+    if copies:
+        copies[0].agrees_with = column
+    for copy in copies[1:]:
+        if copy.lineages == column:
+            copy.agrees_with = column
+            continue
+        better = tuple([a if a is b else _newer(a, b) for a, b in zip(column, copy.lineages, strict=True)])
+        if better != column:
+            column = better
+        if copy.lineages == column:
+            copy.agrees_with = column
+    if forks:
+        known = tuple([forks.get(sequence) for sequence in base])
+        better = tuple([a if b is None or a is b else _newer(a, b) for a, b in zip(column, known, strict=True)])
+        if better != column:
+            column = better
+    return tuple([lineage or () for lineage in column]) if None in column else column
+
+
+def valid(values: Ints, copy: Copy, lineages: tuple[Lineage, ...]) -> Ints:
+    """Positions (or counts of ids) of `copy`, cut at the fork where its lineage leaves the authoritative one."""
+    if copy.agrees_with is lineages or copy.lineages == lineages:
+        return values
+    return tuple([
+        value if a == b else 0 if a is None else min(value, agreed(a, b))
+        for value, a, b in zip(values, copy.lineages, lineages, strict=True)
+    ])  # fmt: skip
+
+
+def lowest(columns: list[Ints]) -> Ints:
+    return columns[0] if len(columns) == 1 else tuple(map(min, *columns))
+
+
+def highest(columns: list[Ints]) -> Ints:
+    return columns[0] if len(columns) == 1 else tuple(map(max, *columns))
+
+
+class Longest:
+    """Per sequence the largest count of ids seen, and where: earlier offers win ties."""
+
+    def __init__(self, size: int):
+        self.counts: list[int] = [0] * size
+        self.where: list[tuple[NodeId, StreamId] | None] = [None] * size
+
+    def offer(self, counts: Ints, node: NodeId, stream: StreamId) -> None:
+        place = (node, stream)
+        if not any(self.counts):
+            self.counts, self.where = list(counts), [place if count else None for count in counts]
+            return
+        if tuple(self.counts) == counts:
+            return
+        for i, (count, best) in enumerate(zip(counts, self.counts, strict=True)):
+            if count > best:
+                self.counts[i], self.where[i] = count, place

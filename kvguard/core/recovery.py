@@ -1,0 +1,239 @@
+"""plan(): what all nodes report about an instance -> the order that brings it back, which explains itself. A pure function over columns.
+
+Knows: holdings with lineage, who is lost, which standbys are there, forks that former plans decided. Must not know: messages' way, time, how a plan is carried out.
+Invariants (I1): a sequence's position is never beyond what each survivor's live pool and each lost rank's chosen source has of the authoritative lineage, and leaves
+at least one known id to compute; a sequence whose ids nobody knows is lost and named; every sequence planned has an explanation; the same reports in the same
+order give the same plan. A rank that is called a survivor but reports no live pool is lost.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvguard.core import ladder
+from kvguard.core.columns import Copy, Longest, align, authoritative, highest, lowest, table, valid
+from kvguard.format.lineage import forked
+from kvguard.format.messages import Holding, PlanOrder, Rebuild, Report, StandbyBeat
+from kvguard.limits import FORKS_MAX
+from kvguard.types import Epoch, Fork, Lineage, NodeId, Rank, Rung, SequenceId, StreamId
+
+Ints = tuple[int, ...]
+
+
+class Situation(NamedTuple):
+    """All that a plan depends on.
+
+    `members`: every rank of the instance and its node. `lost`: which of them. `reports`: one per node that answered. `standbys`: not yet claimed, fitting or not.
+    `forks`: lineages that former plans decided, by sequence. `excluded`: nodes whose copies don't count. `over`: sequences known to be delivered.
+    """
+
+    instance: str
+    epoch: Epoch
+    members: dict[Rank, NodeId]
+    lost: tuple[Rank, ...]
+    reports: tuple[Report, ...]
+    standbys: tuple[tuple[NodeId, StandbyBeat], ...] = ()
+    addresses: dict[NodeId, str] = {}
+    forks: dict[SequenceId, Lineage] = {}
+    excluded: tuple[NodeId, ...] = ()
+    over: frozenset[SequenceId] = frozenset()
+
+
+class Plan(NamedTuple):
+    """`lost`: sequences that can't go on, with the reason. `former`: streams of lost ranks that the plan leaves behind, pinned until the new ones are protected."""
+
+    order: PlanOrder
+    lost_ranks: tuple[Rank, ...]
+    lost: tuple[tuple[SequenceId, str], ...]
+    former: tuple[StreamId, ...]
+
+
+class Unplannable(NamedTuple):
+    """No plan now. It may be possible when a standby appears."""
+
+    reasons: tuple[str, ...]
+
+
+class _Group(NamedTuple):
+    """The ranks of one dp: a sequence lives in one group only."""
+
+    base: tuple[SequenceId, ...]
+    lineages: tuple[Lineage, ...]
+    survivors: list[Copy]
+    caps: Ints  # what survivors and ids allow
+    written: list[Ints]  # every copy's valid positions
+    ids: Longest
+    needs: list[ladder.Need]
+    reaches: list[Ints]
+
+
+def plan(situation: Situation) -> Plan | Unplannable:
+    """The order for `situation`, or why there is none. Raises nothing for any reports that passed the decoder."""
+    held = [(report.node, holding) for report in situation.reports if report.node not in situation.excluded for holding in report.holdings]
+    held = [(node, holding) for node, holding in held if holding.stream.instance == situation.instance]
+    live = _live_pools(situation, held)
+    lost = tuple(sorted(rank for rank in situation.members if rank not in live))
+    if not situation.members:
+        return Unplannable((f"{situation.instance}: no rank is known",))
+    groups = [_group(situation, dp, held, live, lost) for dp in sorted({rank.dp for rank in situation.members})]
+    needs = [need for group in groups for need in group.needs]
+    wishes = {need.rank: ladder.seats(need, situation.standbys) for need in sorted(needs, key=_pool_first)}
+    seats = ladder.assign(wishes)
+    missing = tuple(_without_seat(need.rank, wishes[need.rank], situation.standbys) for need in needs if need.rank not in seats)
+    if missing:
+        return Unplannable(missing)
+    return _compose(situation, groups, seats, lost, held)
+
+
+def _pool_first(need: ladder.Need) -> tuple:
+    return (not any(offer.copy.kind == "pool" for offer in need.offers), need.rank)
+
+
+def _without_seat(rank: Rank, wishes: list, standbys: tuple) -> str:
+    if wishes:
+        return f"rank {rank}: its {len(wishes)} fitting standbys are taken by other lost ranks"
+    return f"rank {rank}: no standby fits" + (f" ({len(standbys)} are there, of other shapes)" if standbys else " (none is there)")
+
+
+def _live_pools(situation: Situation, held: list[tuple[NodeId, Holding]]) -> dict[Rank, tuple[NodeId, Holding]]:
+    """The survivors' pools: on the member's node where two claim the same rank."""
+    live: dict[Rank, tuple[NodeId, Holding]] = {}
+    for node, holding in held:
+        rank = holding.stream.rank
+        if holding.kind == "pool" and holding.alive and rank in situation.members and rank not in situation.lost and situation.members[rank] == node:
+            live.setdefault(rank, (node, holding))
+    return live
+
+
+def _group(situation: Situation, dp: int, held: list, live: dict, lost: tuple[Rank, ...]) -> _Group:
+    pools = [live[rank] for rank in sorted(live) if rank.dp == dp]
+    of_lost = [(node, holding) for node, holding in held if holding.stream.rank in lost and holding.stream.rank.dp == dp and not (holding.kind == "pool" and holding.alive)]
+    base, aligned = table([*pools, *of_lost])
+    survivors, copies = aligned[: len(pools)], aligned[len(pools) :]
+    lineages = authoritative(base, survivors + copies, situation.forks)
+    solid = [valid(copy.positions, copy, lineages) for copy in survivors]
+    fragile = [valid(copy.positions, copy, lineages) for copy in copies]
+    ids = _known_ids(situation, base, lineages, survivors, copies, held, live, dp)
+    leave_one = tuple([count - 1 if count else 0 for count in ids.counts])
+    caps = lowest([*solid, leave_one])
+    needs, reaches = [], []
+    for rank in lost:
+        if rank.dp == dp:
+            column = highest([*(p for p, copy in zip(fragile, copies, strict=True) if copy.stream.rank == rank), (0,) * len(base)])
+            reaches.append(column)
+    within = lowest([caps, *reaches])
+    for rank in (rank for rank in lost if rank.dp == dp):
+        offers = []
+        for positions, copy in zip(fragile, copies, strict=True):
+            if copy.stream.rank == rank:
+                capped = lowest([positions, within])
+                offers.append(ladder.Offer(copy, capped, sum(capped)))
+        needs.append(ladder.Need(rank, situation.members[rank], tuple(offers)))
+    return _Group(base, lineages, survivors, caps, [*solid, *fragile], ids, needs, reaches)
+
+
+def _known_ids(situation, base, lineages, survivors: list[Copy], copies: list[Copy], held: list, live: dict, dp: int) -> Longest:
+    """Where the longest valid ids are: live pools first, replicas before dead pools; replicas of survivors only where nothing else knows any."""
+    longest = Longest(len(base))
+    for copy in (*survivors, *(c for c in copies if c.kind == "replica"), *(c for c in copies if c.kind == "pool")):
+        longest.offer(valid(copy.ids, copy, lineages), copy.node, copy.stream)
+    if 0 in longest.counts:
+        for node, holding in held:
+            if holding.kind == "replica" and holding.stream.rank in live and holding.stream.rank.dp == dp:
+                copy = align(base, node, holding)
+                longest.offer(valid(copy.ids, copy, lineages), node, holding.stream)
+    return longest
+
+
+def _compose(situation: Situation, groups: list[_Group], seats: dict, lost: tuple[Rank, ...], held: list) -> Plan:
+    """The groups' columns one after the other, and the rebuilds' sources stretched over all of them."""
+    parts, gone, rebuilds, transfers, seen = [], [], [], [], {}
+    kept_of = []
+    for group in groups:
+        choices = [ladder.choose(need, seats[need.rank], len(group.base)) for need in group.needs]
+        positions = lowest([group.caps, *(choice.positions for choice in choices)])
+        kept = [i for i, sequence in enumerate(group.base) if group.ids.counts[i] and sequence not in situation.over and sequence not in seen]
+        for i, sequence in enumerate(group.base):
+            if not group.ids.counts[i] and sequence not in situation.over and sequence not in seen:
+                gone.append((sequence, f"nobody knows its token ids; {max((column[i] for column in group.written), default=0)} positions of KV without them are worth nothing"))
+        seen.update(dict.fromkeys(group.base))
+        parts.append(_columns(situation.epoch, group, choices, positions, kept))
+        kept_of.append((kept, choices, positions))
+    total = sum(len(kept) for kept, _, _ in kept_of)
+    offset = 0
+    for kept, choices, positions in kept_of:
+        for choice in choices:
+            mine = tuple([choice.source[i] if positions[i] else -1 for i in kept])
+            source = (-1,) * offset + mine + (-1,) * (total - offset - len(kept))
+            rebuilds.append(Rebuild(choice.rank, choice.node, choice.standby, choice.sources, source))
+            used = dict.fromkeys(mine)
+            pushes = [(entry.node, entry.stream) for at, entry in enumerate(choice.sources) if at in used]
+            transfers += [(node, choice.node, situation.addresses.get(choice.node, ""), stream) for node, stream in choice.transfers if (node, stream) in pushes]
+        offset += len(kept)
+    columns = [tuple(entry for part in parts for entry in part[k]) for k in range(8)] if len(parts) != 1 else parts[0]
+    order = PlanOrder(situation.instance, situation.epoch, *columns[:7], tuple(rebuilds), tuple(transfers), columns[7])
+    adopted = {source.stream for rebuild in rebuilds for source in rebuild.sources if source.kind == "pool"}
+    former = dict.fromkeys(holding.stream for _, holding in held if holding.stream.rank in lost and holding.stream not in adopted)
+    return Plan(order, lost, tuple(gone), tuple(former))
+
+
+def _columns(epoch: Epoch, group: _Group, choices: list[ladder.Choice], positions: Ints, kept: list[int]) -> tuple:
+    """sequences, positions, rungs, lineages, ids, ids_node, ids_stream, explanations of the sequences at indices `kept`."""
+    moved = Rung.worst([Rung.POOL if choice.kind == "pool" else Rung.REPLICA for choice in choices])
+    rungs = [moved] * len(positions)
+    if 0 in positions:
+        for i, position in enumerate(positions):
+            if not position:
+                rungs[i] = Rung.TOKENS if any(column[i] for column in group.written) else Rung.POOL
+    lineages = [_fork(group.lineages[i], epoch.counter, positions[i]) for i in kept]
+    where = [group.ids.where[i] for i in kept]
+    return (
+        tuple([group.base[i] for i in kept]), tuple([positions[i] for i in kept]), tuple([rungs[i] for i in kept]), tuple(lineages),
+        tuple([group.ids.counts[i] for i in kept]), tuple([place[0] for place in where]), tuple([place[1] for place in where]),
+        _explanations(group, choices, positions, rungs, kept),
+    )  # fmt: skip
+
+
+def _fork(lineage: Lineage, epoch: int, position: int) -> Lineage:
+    """format.lineage.forked, its common case first: nothing of the lineage vanishes."""
+    if lineage and position > lineage[-1].start and epoch > lineage[-1].epoch and len(lineage) < FORKS_MAX:
+        return (*lineage, Fork(epoch, position))
+    return forked(lineage, epoch, position)
+
+
+def _explanations(group: _Group, choices: list[ladder.Choice], positions: Ints, rungs: list[str], kept: list[int]) -> tuple[str, ...]:
+    """One sentence per distinct case (rung, what limited, each choice's source), shared by its sequences."""
+    limits = [0] * len(positions)  # 0 survivors or ids, k + 1 lost rank k
+    for k, have in enumerate(group.reaches):
+        limits = [old or (k + 1 if most < cap and most == position else 0) for old, most, cap, position in zip(limits, have, group.caps, positions, strict=True)]
+    sources = list(zip(*(choice.source for choice in choices), strict=True)) if choices else [()] * len(positions)
+    cases: dict[tuple, str] = {}
+    told = []
+    for i in kept:
+        case = (rungs[i], limits[i], sources[i], positions[i] > 0)
+        text = cases.get(case)
+        if text is None:
+            text = cases[case] = _sentence(group, choices, *case)
+        told.append(text)
+    return tuple(told)
+
+
+def _sentence(group: _Group, choices: list[ladder.Choice], rung: str, limit: int, source: Ints, some: bool) -> str:
+    if not some and rung == Rung.POOL:
+        return "nothing was written yet: starts at its first token"
+    came = []
+    for choice, at in zip(choices, source, strict=True):
+        if not some or at < 0:
+            came.append(f"{choice.rank} on {choice.node} starts empty")
+            continue
+        entry = choice.sources[at]
+        way = "adopts the pool of its dead process" if entry.kind == "pool" else f"pulls the replica on {entry.node}" if entry.node == choice.node else f"pulls the replica sent from {entry.node}"
+        came.append(f"{choice.rank} on {choice.node} {way}")
+    if not choices:
+        came.append("no rank is lost: live pools go on")
+    if limit:
+        choice = choices[limit - 1]
+        why = f"limited by what {'is left' if choice.kind != 'pool' else 'had been written'} of {choice.rank}"
+    else:
+        why = "limited by the survivors' committed positions and the ids known" if group.survivors else "limited by the ids known"
+    return f"{rung}: {'; '.join(came)}; {why}"
