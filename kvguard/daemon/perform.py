@@ -128,7 +128,8 @@ def note(shell: Shell, effect: effects.Note) -> Events:
 
 
 def free_buffer(shell: Shell, effect: effects.FreeBuffer) -> Events:
-    shell.buffers.take(effect.buffer)
+    if effect.buffer:
+        shell.buffers.take(effect.buffer)
     return ()
 
 

@@ -1,0 +1,248 @@
+"""Deeds of a node: captures, frames, replicas, epoch words, orders to engines.
+
+Knows: the protocols of pools, tables, the store and the engines' side of the control socket. Must not know: decisions, sockets, files; the simulation performs with
+this code, over an in-process transport and memory of its own.
+Invariants: every deed that completes its effect does so exactly once, also where it fails; a buffer is freed exactly once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvguard.core import effects, events
+from kvguard.daemon import capture as capturing
+from kvguard.daemon import pushing
+from kvguard.daemon.capture import Stream
+from kvguard.daemon.perform import SHARED, Deed, Events, Shell, performer, send_numbered
+from kvguard.errors import Refused
+from kvguard.format.messages import Held, Holding, IdsFrame, PlanOrder, Rebuild, Report
+from kvguard.store.store import ReplicaStore
+from kvguard.types import Epoch, NodeId, StreamId
+
+EMPTY = memoryview(b"")
+
+
+class Engines(Protocol):
+    """The engines of this node: what deeds ask of ranks.Ranks, or of a simulated engine."""
+
+    def look(self, stream: StreamId) -> Events:
+        """What changed in a local stream's table since the last look."""
+
+    def holding(self, stream: StreamId) -> Holding: ...
+
+    def known(self, stream: StreamId, sequences: tuple[str, ...], counts: tuple[int, ...]) -> list: ...
+
+    def set_epoch(self, stream: StreamId, epoch: Epoch) -> None: ...
+
+    def order_restore(self, stream: StreamId, plan: PlanOrder) -> None:
+        """Raises Refused where the engine of `stream` doesn't live here."""
+
+    def claim(self, plan: PlanOrder, rebuild: Rebuild) -> None:
+        """Raises Refused where the standby or the sources aren't here."""
+
+    def kill(self, incarnation: int) -> None: ...
+
+    def forget(self, stream: StreamId) -> None: ...
+
+
+@dataclass(kw_only=True)
+class NodeShell(Shell):
+    """`streams`: all that can be captured from, by id; local ones (also in `local`, in order of attachment) and replicas that are pushed on."""
+
+    node: NodeId
+    store: ReplicaStore
+    engines: Engines
+    streams: dict[StreamId, Stream] = field(default_factory=dict)
+    local: dict[StreamId, Stream] = field(default_factory=dict)
+    corrupt_frames: int = 0  # drills: how many of the next KV frames leave with one byte changed
+
+
+# ---- out ------------------------------------------------------------------------------------------------------------------------
+
+
+def capture(shell: NodeShell, effect: effects.Capture) -> Events:
+    stream = shell.streams.get(effect.stream)
+    if stream is None:
+        return all_stale(effect, "the stream is gone")
+    data, stale, sums = capturing.capture(stream, effect)
+    shell.counters["captures"] += 1
+    shell.counters["pieces_stale"] += len(stale)
+    buffer = shell.buffers.keep(data) if len(data) else 0
+    return (events.Captured(effect.id, effect.stream, effect.epoch, buffer, len(data), stale, sums),)
+
+
+def all_stale(effect: effects.Capture, _why: str) -> Events:
+    return (events.Captured(effect.id, effect.stream, effect.epoch, 0, 0, tuple(range(len(effect.rows))), b""),)
+
+
+def send_kv(shell: NodeShell, effect: effects.SendKv) -> Events:
+    payload = shell.buffers.take(effect.buffer) if effect.buffer else None
+    if shell.corrupt_frames and payload is not None:
+        shell.corrupt_frames -= 1
+        shell.counters["frames_corrupted"] += 1
+        payload = memoryview(bytearray(payload))
+        payload[len(payload) // 2] ^= 0x01
+    return send_numbered(shell, effect.link, effect.message, payload)
+
+
+def send_ids(shell: NodeShell, effect: effects.SendIds) -> Events:
+    stream = shell.streams.get(effect.stream)
+    if stream is None:  # its operations still count, and its number must not be missing
+        message = effect.message
+        bare = IdsFrame(message.session, message.epoch, message.number, message.ops, after_kv=message.after_kv)
+        return send_numbered(shell, effect.link, bare, None)
+    return send_numbered(shell, effect.link, capturing.filled(stream, effect), None)
+
+
+# ---- in -------------------------------------------------------------------------------------------------------------------------
+
+
+def probe(shell: NodeShell, effect: effects.Probe) -> Events:
+    held = shell.store.probe(effect.hello)
+    return (events.Probed(effect.link, effect.hello.session, held, held.reason),)
+
+
+def probe_failed(effect: effects.Probe, why: str) -> Events:
+    hello = effect.hello
+    held = Held(hello.session, hello.epoch, Holding(hello.stream, "replica", False, (), (), (), (), ()), why)
+    return (events.Probed(effect.link, hello.session, held, why),)
+
+
+def apply(shell: NodeShell, effect: effects.Apply) -> Events:
+    message = effect.message
+    payload = shell.buffers.take(effect.buffer) if effect.buffer else EMPTY
+    if type(message) is IdsFrame:
+        refused, gap = shell.store.apply_ids(effect.session, message)
+        lane = "ids"
+    else:
+        refused, gap = shell.store.apply_kv(effect.session, message, payload)
+        lane = "kv"
+    if gap.startswith("checksum"):
+        shell.counters["checksum_failures"] += 1
+    shell.counters["payload_bytes_in"] += len(payload)
+    return (events.Applied(effect.link, effect.session, lane, message.number, refused, gap),)
+
+
+def apply_failed(effect: effects.Apply, why: str) -> Events:
+    lane = "ids" if type(effect.message) is IdsFrame else "kv"
+    return (events.Applied(effect.link, effect.session, lane, effect.message.number, (), why),)
+
+
+def drop_replica(shell: NodeShell, effect: effects.DropReplica) -> Events:
+    if effect.stream not in shell.local:
+        shell.streams.pop(effect.stream, None)  # it was pushed on
+    shell.store.drop(effect.stream)
+    return ()
+
+
+# ---- recovery -------------------------------------------------------------------------------------------------------------------
+
+
+def streams_of(shell: NodeShell, instance: str) -> list[StreamId]:
+    return [stream for stream in shell.local if stream.instance == instance]
+
+
+def set_epoch(shell: NodeShell, effect: effects.SetEpoch) -> Events:
+    shell.store.promise(effect.instance, effect.epoch)
+    for stream in streams_of(shell, effect.instance):
+        shell.engines.set_epoch(stream, effect.epoch)
+    return ()
+
+
+def send_report(shell: NodeShell, effect: effects.SendReport) -> Events:
+    """Tables are looked at once more, so that the report says what is true now; the core hears of it too."""
+    seen: list[events.Event] = []
+    holdings = []
+    for stream in streams_of(shell, effect.instance):
+        seen += shell.engines.look(stream)
+        holdings.append(shell.engines.holding(stream))
+    holdings += shell.store.holdings(effect.instance)
+    report = Report(effect.instance, effect.epoch, shell.node, tuple(holdings))
+    return (*seen, *SHARED[effects.Send](shell, effects.Send(effect.link, report)))
+
+
+def carry_plan(shell: NodeShell, effect: effects.CarryPlan) -> Events:
+    plan = effect.plan
+    known = list(shell.store.carry_plan(plan, effect.node))
+    for stream in streams_of(shell, plan.instance):
+        wanted = [n for n, node in enumerate(plan.ids_node) if node == effect.node and plan.ids_stream[n] == stream]
+        if wanted:
+            known += shell.engines.known(stream, tuple(plan.sequences[n] for n in wanted), tuple(plan.ids[n] for n in wanted))
+    return (events.PlanCarried(plan.instance, plan.epoch, tuple(known)),)
+
+
+def order_restore(shell: NodeShell, effect: effects.OrderRestore) -> Events:
+    shell.engines.order_restore(effect.stream, effect.plan)
+    return ()
+
+
+def order_failed(effect: effects.OrderRestore, why: str) -> Events:
+    return (events.EngineRestored(effect.plan.instance, effect.stream.rank, effect.plan.epoch, effect.stream, "", why),)
+
+
+def claim(shell: NodeShell, effect: effects.Claim) -> Events:
+    shell.engines.claim(effect.plan, effect.rebuild)
+    return ()
+
+
+def claim_failed(effect: effects.Claim, why: str) -> Events:
+    plan, rank = effect.plan, effect.rebuild.rank
+    return (events.EngineRestored(plan.instance, rank, plan.epoch, StreamId(plan.instance, rank, 0), "", why),)
+
+
+def push_replica(shell: NodeShell, effect: effects.PushReplica) -> Events:
+    replica = shell.store.replica(effect.stream)
+    if effect.stream in shell.local:
+        raise Refused(f"{effect.stream} lives here: it is not a replica")
+    stream, told = pushing.source(replica, effect.node)
+    shell.streams[effect.stream] = stream
+    return told
+
+
+def kill_process(shell: NodeShell, effect: effects.KillProcess) -> Events:
+    shell.counters["processes_killed"] += 1
+    shell.engines.kill(effect.incarnation)
+    return ()
+
+
+def forget_stream(shell: NodeShell, effect: effects.ForgetStream) -> Events:
+    shell.streams.pop(effect.stream, None)
+    if shell.local.pop(effect.stream, None) is not None:
+        shell.engines.forget(effect.stream)
+    return ()
+
+
+DEEDS: dict[type, Deed] = {
+    **SHARED,
+    effects.Capture: capture,
+    effects.SendKv: send_kv,
+    effects.SendIds: send_ids,
+    effects.Probe: probe,
+    effects.Apply: apply,
+    effects.DropReplica: drop_replica,
+    effects.SetEpoch: set_epoch,
+    effects.SendReport: send_report,
+    effects.CarryPlan: carry_plan,
+    effects.OrderRestore: order_restore,
+    effects.Claim: claim,
+    effects.PushReplica: push_replica,
+    effects.KillProcess: kill_process,
+    effects.ForgetStream: forget_stream,
+}
+
+FAILURES = {
+    effects.Capture: all_stale,
+    effects.Probe: probe_failed,
+    effects.Apply: apply_failed,
+    effects.OrderRestore: order_failed,
+    effects.Claim: claim_failed,
+}
+
+
+def node_performer(shell: NodeShell):
+    """performer() with a node's deeds."""
+    return performer(shell, DEEDS, FAILURES)
+
+
+__all__ = ["DEEDS", "FAILURES", "Engines", "NodeShell", "node_performer"]
