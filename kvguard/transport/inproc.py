@@ -271,17 +271,20 @@ class InprocTransport:
 
     def _redial(self) -> None:
         for link, due_ns in list(self._next_dial_ns.items()):
-            waits = link in self._sides or any(told[2].link == link for told in self._told)  # a Down still on its way comes before the next Up
-            if due_ns > self._network.now_ns or waits:
+            if due_ns > self._network.now_ns or self._occupied(link):
                 continue
             if self._network._connect(self, link, self._dialled[link]):
                 del self._next_dial_ns[link]
             else:
                 self._next_dial_ns[link] = self._network.now_ns + 20_000_000
 
+    def _occupied(self, link: str) -> bool:
+        """A Down that is still on its way comes before the next Up."""
+        return link in self._sides or any(told[2].link == link for told in self._told)
+
     def _times(self) -> list[int]:
         due = self._next_due()
-        return [*self._next_dial_ns.values(), *([due[0]] if due else [])]
+        return [*(at for link, at in self._next_dial_ns.items() if not self._occupied(link)), *([due[0]] if due else [])]
 
     def _next_due(self):
         """(due_ns, order, side, lane or event) of what comes next, None for nothing. Frames of a link wait for its Up; a cut direction holds them."""

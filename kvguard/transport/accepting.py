@@ -1,0 +1,228 @@
+"""The listening side: one ROUTER for all who call, their greetings, their bulk connections.
+
+Knows: the ROUTER and its monitor, ZAP, tickets. Must not know: dialling, what frames mean.
+Invariants: a link exists only after a valid greeting over a connection that is alive; with keys its node is the one whose key was shown; a routing id is
+one life of one connection (the dialler draws a new one each time), so a second connection under the same id is refused by ZeroMQ: there is no hand-over,
+which would splice two connections into one link unseen. ROUTER_MANDATORY tells when a peer is gone; a ROUTER can't hang up, so it says Bye and ignores
+what still comes.
+"""
+
+from __future__ import annotations
+
+import zmq
+
+from kvguard.errors import BadConfig, BadFrame
+from kvguard.transport import bulk, greeting, watching
+from kvguard.transport.keys import Desk
+from kvguard.transport.links import DOWN, GREETING, MESSAGES_PER_TURN, UP, Link, Shared, take_rest
+
+LINKS_MAX = 4096
+BULK_WAIT_NS = 3_000_000_000
+
+
+class Accepted(Link):
+    """A link that was accepted here."""
+
+    fd = -1
+    routing = b""
+    dialled_as = ("", "")  # node, its name for the link
+    is_ready = wants_bulk = False
+
+
+class Acceptor:
+    """Everything behind the addresses that a transport listens at."""
+
+    def __init__(self, shared: Shared):
+        self._shared = shared
+        self.links: dict[str, Accepted] = {}
+        self._by_routing: dict[bytes, Accepted] = {}
+        self._by_fd: dict[int, Accepted] = {}
+        self._callers: dict[int, str] = {}  # descriptor -> address of connections that are alive
+        self._port: bulk.BulkPort | None = None
+        self._last_failure = ""
+        wakeup = shared.wakeup
+        self._desk = Desk(shared.context, shared.settings.keys) if shared.settings.keys is not None else None
+        if self._desk is not None:
+            wakeup.watch_edge(self._desk.socket.fileno(), self._on_desk)
+        self._socket = shared.open_socket(zmq.ROUTER)
+        self._socket.router_mandatory = 1
+        if shared.settings.keys is not None:
+            self._socket.curve_server = 1
+        self._watch = watching.Watch(shared.context, self._socket)
+        wakeup.watch_edge(self._watch.socket.fileno(), self._on_watch)
+        wakeup.watch_edge(self._socket.fileno(), self._on_messages)
+
+    def bind(self, address: str) -> str:
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            raise BadConfig(f"can't listen at {address!r}: {error.strerror}. Try: tcp://127.0.0.1:0, or stop whoever holds the port") from error
+        real = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+        if self._port is None and self._shared.settings.bulk and real.startswith("tcp://"):
+            host = real.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+            try:
+                self._port = bulk.BulkPort(host, self._shared.settings.bulk_port, self._shared.wakeup, self._on_claimed, self._on_stranger)
+            except OSError as error:
+                raise BadConfig(f"can't open the bulk port {host}:{self._shared.settings.bulk_port}: {error.strerror}. Try: bulk_port = 0") from error
+        return real
+
+    def close(self) -> None:
+        for link in list(self.links.values()):
+            link.go_down("closed", silent=True)
+        if self._port is not None:
+            self._port.close()
+        sockets = [self._socket, self._watch.socket] + ([self._desk.socket] if self._desk else [])
+        for opened in sockets:
+            self._shared.wakeup.forget(opened.fileno())
+        self._watch.close()
+        self._socket.close()
+        if self._desk is not None:
+            self._desk.socket.close()
+
+    def hang_up(self, name: str) -> None:
+        link = self.links.get(name)
+        if link is not None:
+            self._end(link, "the peer hung up", silent=True)
+
+    def tick(self, now_ns: int) -> int:
+        """Enforces deadlines; returns the next one, 0 for none."""
+        for link in [link for link in self.links.values() if 0 < link.deadline_ns <= now_ns]:
+            self._end(link, "greeting not finished in time")
+        if self._port is not None:
+            self._port.tick(now_ns)
+        times = [link.deadline_ns for link in self.links.values() if link.deadline_ns]
+        if self._port is not None and self._port.deadline_ns():
+            times.append(self._port.deadline_ns())
+        return min(times, default=0)
+
+    # ---- what woke us ----
+
+    def _on_desk(self, events: int) -> None:
+        for reason in self._desk.answer():
+            self._shared.refused(reason.partition(": ")[0], "key_refused", reason)
+
+    def _on_watch(self, events: int) -> None:
+        for event, value in self._watch.events():
+            if event == zmq.EVENT_ACCEPTED:
+                self._callers[value] = "{}:{}".format(*watching.peer_address(value))
+            elif event in watching.HANDSHAKE_FAILED:
+                self._last_failure = watching.HANDSHAKE_FAILED[event]  # whose it was, its DISCONNECTED says, which comes next
+            elif event == zmq.EVENT_DISCONNECTED:
+                address = self._callers.pop(value, "?")
+                if self._last_failure:
+                    self._shared.refused(address, "handshake_failed", f"{address}: {self._last_failure}")
+                    self._last_failure = ""
+                link = self._by_fd.pop(value, None)
+                if link is not None:
+                    self._end(link, "connection lost")
+
+    def _on_messages(self, events: int) -> None:
+        for _ in range(MESSAGES_PER_TURN):
+            try:
+                routing = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            if not self._socket.getsockopt(zmq.RCVMORE):
+                continue
+            link = self._by_routing.get(routing)
+            if link is None:
+                self._on_unknown(routing)
+                continue
+            head = self._socket.recv(zmq.NOBLOCK)
+            payload, reason = take_rest(self._socket, head)
+            if greeting.is_control(head) and payload is None:
+                self._on_control(link, head)
+            else:
+                link.arrived(head, payload, reason)
+        if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            self._shared.wakeup.again(self._on_messages)
+
+    def _on_unknown(self, routing: bytes) -> None:
+        """Somebody who isn't a link (yet): only a greeting counts."""
+        part = self._socket.recv(zmq.NOBLOCK, copy=False)
+        extra = take_rest(self._socket, b"")[1]
+        if extra or not greeting.is_control(part.buffer):
+            self._shared.count("stray")  # often the last frames of a link that is over here: an event for each would be noise
+            return
+        try:
+            message = greeting.unpack(part.buffer)
+            if type(message) is not greeting.Greet:
+                self._shared.count("stray")
+                return
+            self._on_greet(routing, message, part)
+        except BadFrame as error:
+            self._shared.broken("in:", "broken", f"{self._callers.get(part.get(zmq.SRCFD), '?')}: {error}")
+
+    def _on_greet(self, routing: bytes, greet: greeting.Greet, part: zmq.Frame) -> None:
+        self._on_watch(0)  # so that what we know of the descriptor is at least as new as the greeting
+        fd = part.get(zmq.SRCFD)
+        if fd not in self._callers:
+            return  # gone again
+        if self._shared.settings.keys is not None and part.get("User-Id") != greet.node:
+            raise BadFrame(f"claims to be {greet.node!r} with the key of {part.get('User-Id')!r}")
+        if not routing.startswith(f"{greet.node}#{greet.incarnation:016x}.".encode()):
+            raise BadFrame("routing id and greeting differ")
+        if len(self.links) >= LINKS_MAX:
+            raise BadFrame(f"more than {LINKS_MAX} links")
+        for former in [link for link in self.links.values() if link.dialled_as == (greet.node, greet.link)]:
+            self._end(former, "replaced by a newer link of the same node")
+        link = Accepted(self._shared, f"in:{routing.decode(errors='replace')}", self._socket, routing, self._on_messages, self._end)
+        link.routing, link.fd, link.node, link.dialled_as = routing, fd, greet.node, (greet.node, greet.link)
+        self.links[link.name] = self._by_routing[routing] = self._by_fd[fd] = link
+        wants = greet.bulk and self._port is not None
+        ticket = self._port.offer(link, BULK_WAIT_NS) if wants else b""
+        link.say(greeting.Offer(self._shared.settings.node, self._shared.settings.incarnation, self._port.port if wants else 0, ticket))
+
+    def _on_control(self, link: Accepted, part: bytes) -> None:
+        try:
+            message = greeting.unpack(part)
+        except BadFrame as error:
+            self._shared.broken(link.name, "broken", str(error))
+            return
+        if type(message) is greeting.Ready and link.state == GREETING and not link.is_ready:
+            link.is_ready, link.wants_bulk = True, message.bulk
+            if not message.bulk and self._port is not None:
+                self._port.withdraw(link)
+            self._decide(link)
+        elif type(message) is greeting.Taken:
+            link.peer_took(message)
+        elif type(message) is greeting.Bye:
+            self._end(link, f"the peer said: {message.reason}"[:200])
+        else:
+            self._shared.broken(link.name, "broken", f"{type(message).__name__} out of turn")
+            self._end(link, "greeting out of turn")
+
+    def _on_claimed(self, link: Accepted, connection) -> None:
+        if link.state != GREETING or link.channel is not None:
+            connection.close()
+            return
+        link.adopt(connection)
+        self._decide(link)
+
+    def _on_stranger(self, address: str, reason: str) -> None:
+        self._shared.refused(address, "bulk_refused", reason)
+
+    def _decide(self, link: Accepted) -> None:
+        """Up once the peer is ready and its payloads' channel is decided."""
+        if not link.is_ready or (link.wants_bulk and link.channel is None):
+            return
+        if not link.wants_bulk and link.channel is not None:
+            self._end(link, "a bulk channel that the peer doesn't want")
+            return
+        link.say(greeting.Ready(link.wants_bulk))
+        if link.state == GREETING:
+            link.come_up(link.node if self._shared.settings.keys is not None else "")
+
+    def _end(self, link: Accepted, reason: str, silent: bool = False) -> None:
+        if link.state == DOWN:
+            return
+        if link.state == UP:
+            self._shared.count("down")
+        link.go_down(reason, silent)
+        self.links.pop(link.name, None)
+        self._by_routing.pop(link.routing, None)
+        if self._by_fd.get(link.fd) is link:  # else the connection is gone already
+            del self._by_fd[link.fd]
+            link.last_word(reason)
+        if self._port is not None:
+            self._port.withdraw(link)

@@ -1,0 +1,87 @@
+"""What two transports say to each other beside frames: who they are, which channel carries payloads, how much was taken, farewell.
+
+Knows: the fields. Must not know: sockets, frames.
+Invariant: a control message is one part that starts with MAGIC, so that it can never be taken for a frame (format/wire.py) or the reverse.
+
+A link comes up in four messages: dialler Greet, acceptor Offer, dialler Ready (after its bulk connection, if any), acceptor Ready. Each side is up when it has
+got the other's Ready. Taken is cumulative since the Greet; it bounds what may be under way. Bye ends a link that its receiver can't close itself.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvguard.errors import BadFrame
+from kvguard.limits import NAME_BYTES_MAX
+
+MAGIC = b"KVGT"
+VERSION = 1
+BYTES_MAX = 1024
+
+
+class Control(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of control messages."""
+
+
+class Greet(Control, frozen=True):
+    """`link`: the dialler's name for it; a newer link of the same node and name replaces an older one. `bulk`: it would like a bulk channel."""
+
+    version: int
+    node: str
+    incarnation: int
+    link: str
+    bulk: bool
+
+
+class Offer(Control, frozen=True):
+    """`bulk_port`: 0 for none; else connect there (same host) within BULK_WAIT_NS and present `ticket`, once."""
+
+    node: str
+    incarnation: int
+    bulk_port: int
+    ticket: bytes
+
+
+class Ready(Control, frozen=True):
+    """`bulk`: payload frames use the bulk channel on this link, from the first to the last."""
+
+    bulk: bool
+
+
+class Taken(Control, frozen=True):
+    """Bytes and frames that this side has taken from the control connection."""
+
+    bytes: int
+    frames: int
+
+
+class Bye(Control, frozen=True):
+    reason: str
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Greet | Offer | Ready | Taken | Bye)
+
+
+def pack(message: Control) -> bytes:
+    return MAGIC + _encoder.encode(message)
+
+
+def is_control(part) -> bool:
+    return bytes(part[:4]) == MAGIC
+
+
+def unpack(part) -> Control:
+    """Raises BadFrame for anything that is not exactly one control message of bounded size."""
+    if len(part) > BYTES_MAX:
+        raise BadFrame(f"control message of {len(part)} bytes is over {BYTES_MAX}")
+    try:
+        message = _decoder.decode(memoryview(part)[4:])
+    except (msgspec.DecodeError, ValueError) as error:
+        raise BadFrame(f"not a control message: {error}") from error
+    if type(message) is Greet:
+        if message.version != VERSION:
+            raise BadFrame(f"transport version {message.version} is not {VERSION}. Try: upgrade the older side")
+        if len(message.node.encode()) > NAME_BYTES_MAX or len(message.link.encode()) > 2 * NAME_BYTES_MAX:
+            raise BadFrame("a greeting with an endless name")
+    return message

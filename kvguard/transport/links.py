@@ -1,0 +1,275 @@
+"""One link over ZeroMQ, as both the dialling and the accepting side have it: state, flow control, which channel a frame takes.
+
+Knows: a ZeroMQ socket, control messages, the bulk channel. Must not know: how the link came to be (dialling.py, accepting.py), what frames mean.
+Invariants: bytes under way on the control connection are bounded by what the peer has said that it took (ZeroMQ's own high-water marks are a backstop: a ROUTER
+at its mark drops, and marks count messages); frames of one type take one channel from Up to Down; nothing is sent before Up or after Down.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import zmq
+
+from kvguard.errors import BadFrame
+from kvguard.format import wire
+from kvguard.limits import KIB, MIB, PAYLOAD_BYTES_MAX
+from kvguard.transport import admit, greeting
+from kvguard.transport.base import Broken, Down, Frame, Incoming, Up
+from kvguard.transport.bulk import BulkChannel, raise_if_misused
+from kvguard.transport.keys import ADDRESSES_MAX, Keys
+from kvguard.transport.wakeup import OUT, Wakeup
+
+TOLD_BYTES, TOLD_FRAMES = 64 * KIB, 32  # what may be taken before the peer is told
+FRAMES_MAX = 800  # under way on one control connection; below ZeroMQ's high-water mark of 1000
+QUEUE_BYTES_MAX = 32 * MIB
+RETRY_NS = 20_000_000
+MESSAGES_PER_TURN = 256
+GREETING, UP, DOWN = "greeting", "up", "down"
+
+assert PAYLOAD_BYTES_MAX <= admit.FRAME_BYTES_MAX
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One transport's, from its constructor."""
+
+    node: str
+    incarnation: int
+    keys: Keys | None
+    insecure: bool
+    bulk: bool
+    bulk_port: int
+    queue_bytes_max: int
+    heartbeat_ms: int
+    silence_ms: int
+    greeting_ms: int
+
+
+@dataclass
+class Shared:
+    """What all parts of one transport have in common."""
+
+    context: zmq.Context
+    wakeup: Wakeup
+    settings: Settings
+    out: deque[Incoming] = field(default_factory=deque)
+    counters: dict[str, int] = field(default_factory=dict)
+    refusals: dict[str, int] = field(default_factory=dict)  # by address
+
+    def tell(self, event: Incoming) -> None:
+        """Hand an event to the next receive()."""
+        self.out.append(event)
+        self.wakeup.again(_nothing)
+
+    def count(self, what: str) -> None:
+        self.counters[what] = self.counters.get(what, 0) + 1
+
+    def broken(self, link: str, what: str, reason: str) -> None:
+        self.count(what)
+        self.tell(Broken(link, reason))
+
+    def refused(self, address: str, what: str, reason: str) -> None:
+        """A caller was turned away before it was anybody."""
+        host = address.rpartition(":")[0] or address
+        if host not in self.refusals and len(self.refusals) >= ADDRESSES_MAX:
+            host = "others"
+        self.refusals[host] = self.refusals.get(host, 0) + 1
+        self.broken("in:", what, reason)
+
+    def open_socket(self, kind: int) -> zmq.Socket:
+        """A socket with the options that all connections share."""
+        settings, opened = self.settings, self.context.socket(kind)
+        opened.linger = 0
+        opened.immediate = 1
+        opened.handshake_ivl = 2000
+        opened.heartbeat_ivl = settings.heartbeat_ms
+        opened.heartbeat_timeout = settings.silence_ms
+        opened.heartbeat_ttl = settings.silence_ms
+        opened.maxmsgsize = max(admit.HEAD_BYTES_MAX, PAYLOAD_BYTES_MAX)
+        opened.sndhwm = opened.rcvhwm = 1000
+        if settings.keys is not None:
+            opened.curve_publickey, opened.curve_secretkey = settings.keys.public, settings.keys.secret
+        return opened
+
+
+def _nothing(events: int) -> None:
+    """What there is to do has been done: receive() only has to return it."""
+
+
+class Link:
+    """`fail(link, reason)` is called, once, when the link can't go on."""
+
+    def __init__(self, shared: Shared, name: str, socket: zmq.Socket, routing: bytes | None, touched: Callable[[int], None], fail: Callable[[Link, str], None]):
+        self._shared, self.name, self._socket, self._routing, self._touched, self._fail = shared, name, socket, routing, touched, fail
+        self.state = GREETING
+        self.node = ""
+        self.deadline_ns = time.monotonic_ns() + shared.settings.greeting_ms * 1_000_000
+        self.channel: BulkChannel | None = None
+        self._outbox: deque[bytes] = deque()
+        self._sent_bytes = self._sent_frames = 0
+        self._peer_took_bytes = self._peer_took_frames = 0
+        self._took_bytes = self._took_frames = self._told_bytes = self._told_frames = 0
+
+    # ---- sending ----
+
+    def send(self, head: bytes, payload: memoryview | None) -> bool:
+        if self.state != UP:
+            return False
+        payload_bytes = len(payload) if payload is not None else 0
+        if self.channel is not None and wire.may_carry_payload(head):
+            try:
+                return self.channel.send(head, payload)
+            except OSError as error:
+                self.fail(f"bulk channel: {error}")
+                return False
+        size = len(head) + payload_bytes
+        under_way = self._sent_bytes - self._peer_took_bytes
+        if self._sent_frames - self._peer_took_frames >= FRAMES_MAX or under_way > TOLD_BYTES and under_way + size > self._shared.settings.queue_bytes_max:
+            return False
+        self.flush()
+        if self._outbox or not self._put([head, payload] if payload_bytes else [head]):
+            return False
+        self._sent_bytes += size
+        self._sent_frames += 1
+        return True
+
+    def say(self, message: greeting.Control) -> None:
+        self._outbox.append(greeting.pack(message))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send control messages that are still waiting."""
+        while self._outbox and self._put([self._outbox[0]]):
+            self._outbox.popleft()
+
+    def waiting(self) -> bool:
+        return bool(self._outbox)
+
+    def _put(self, parts: list) -> bool:
+        if self.state == DOWN:
+            return False
+        try:
+            self._transmit(parts)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self.fail("not connected any more")
+            return False
+        if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # the call may have swallowed the edge
+            self._shared.wakeup.again(self._touched)
+        return True
+
+    def _transmit(self, parts: list) -> None:
+        """Copies: ZeroMQ's zero-copy needs a thread of its own in the process, and large payloads have the bulk channel."""
+        if self._routing is not None:
+            self._socket.send(self._routing, zmq.NOBLOCK | zmq.SNDMORE)
+        if len(parts) == 2:
+            self._socket.send(parts[0], zmq.NOBLOCK | zmq.SNDMORE)
+        self._socket.send(parts[-1], zmq.NOBLOCK)
+
+    def last_word(self, reason: str) -> None:
+        """Bye, after the link went down here: worth nothing when nobody is there or there is no room, because then silence says the same."""
+        try:
+            self._transmit([greeting.pack(greeting.Bye(reason))])
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            self._shared.count("bye_unsent")
+
+    # ---- receiving ----
+
+    def arrived(self, head: bytes, payload: memoryview | None, reason: str) -> None:
+        """One message of the control connection that is not a control message. `reason`: why its parts are no frame."""
+        payload_bytes = len(payload) if payload is not None else 0
+        self._took_bytes += len(head) + payload_bytes
+        self._took_frames += 1
+        if self._took_bytes - self._told_bytes >= TOLD_BYTES or self._took_frames - self._told_frames >= TOLD_FRAMES:
+            self._told_bytes, self._told_frames = self._took_bytes, self._took_frames
+            self.say(greeting.Taken(self._took_bytes, self._took_frames))
+        reason = reason or admit.misfit(head, payload_bytes)
+        if not reason and self.channel is not None and payload_bytes:
+            reason = "a frame with payload beside the bulk channel"
+        if self.state != UP:
+            self._shared.count("stray")
+        elif reason:
+            self._shared.broken(self.name, "broken", reason)
+        else:
+            self._shared.out.append(Frame(self.name, head, payload))
+
+    def peer_took(self, taken: greeting.Taken) -> None:
+        if not self._peer_took_bytes <= taken.bytes <= self._sent_bytes or not self._peer_took_frames <= taken.frames <= self._sent_frames:
+            self.fail("the peer says that it took more than was sent")
+            return
+        self._peer_took_bytes, self._peer_took_frames = taken.bytes, taken.frames
+
+    # ---- the bulk channel ----
+
+    def adopt(self, connection) -> None:
+        """The bulk channel of this link; read only once the link is up."""
+        self.channel = BulkChannel(connection, self._shared.wakeup, self.bulk_ready, self._shared.settings.queue_bytes_max)
+
+    def bulk_ready(self, events: int) -> None:
+        if self.channel is None:
+            return
+        try:
+            if events & OUT:
+                self.channel.flush()
+            if events & ~OUT:
+                if self.state != UP:
+                    raise ConnectionResetError("the peer closed the bulk channel")  # nothing else is reported before start()
+                frames = self.channel.read()
+                raise_if_misused(frames)
+                for head, payload in frames:
+                    self._shared.out.append(Frame(self.name, head, payload))
+        except BadFrame as error:
+            self._shared.broken(self.name, "broken", f"bulk channel: {error}")
+            self.fail(f"bulk channel: {error}")
+        except OSError as error:
+            self.fail(f"bulk channel: {error}")
+
+    # ---- state ----
+
+    def come_up(self, node: str) -> None:
+        self.state, self.deadline_ns = UP, 0
+        self._shared.tell(Up(self.name, node))
+        if self.channel is not None:
+            self.channel.start()
+
+    def fail(self, reason: str) -> None:
+        if self.state != DOWN:
+            self._fail(self, reason)
+
+    def go_down(self, reason: str, silent: bool = False) -> None:
+        """The end: Down is told if Up was, unless the caller hung up itself."""
+        was, self.state = self.state, DOWN
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+        if was == UP and not silent:
+            self._shared.tell(Down(self.name, reason))
+
+
+def take_rest(socket: zmq.Socket, head) -> tuple[memoryview | None, str]:
+    """The parts after `head` of the message that is being received: the payload, and why they don't belong to it ("" when they do)."""
+    payload, reason = None, ""
+    if socket.getsockopt(zmq.RCVMORE):
+        try:
+            expected = wire.read_prefix(head).payload_bytes
+        except BadFrame as error:
+            expected, reason = 0, str(error)
+        payload = memoryview(np.empty(expected, np.uint8))
+        got = socket.recv_into(payload, flags=zmq.NOBLOCK)
+        if got != expected and not reason:
+            payload, reason = None, f"payload of {got} bytes, prefix says {expected}"
+    extra = 0
+    while socket.getsockopt(zmq.RCVMORE):
+        socket.recv_into(bytearray(), flags=zmq.NOBLOCK)
+        extra += 1
+    return payload, reason or (f"{2 + extra} parts where a frame has at most 2" if extra else "")

@@ -1,0 +1,66 @@
+"""What a ZeroMQ socket's monitor tells: connections made, shaken hands, lost.
+
+Knows: monitor events. Must not know: links, frames.
+Invariant: events are given in the order in which they happened; close() before the watched socket is closed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket as sockets
+from itertools import count
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+EVENTS = (
+    zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)  # fmt: skip
+HANDSHAKE_FAILED = {
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "handshake failed",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "handshake failed: not our protocol, or our key where theirs is needed",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "handshake failed: key not listed",
+}
+_numbers = count()
+
+
+class Watch:
+    """The monitor of one socket."""
+
+    def __init__(self, context: zmq.Context, watched: zmq.Socket):
+        address = f"inproc://watch-{next(_numbers)}"
+        self._watched = watched
+        watched.monitor(address, EVENTS)
+        self.socket = context.socket(zmq.PAIR)
+        self.socket.linger = 0
+        self.socket.connect(address)
+
+    def events(self) -> list[tuple[int, int]]:
+        """(event, value) since the last call; the value is a descriptor for ACCEPTED, CONNECTED and DISCONNECTED."""
+        told = []
+        while True:
+            try:
+                parsed = parse_monitor_message(self.socket.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                return told
+            told.append((int(parsed["event"]), int(parsed["value"])))
+
+    def close(self) -> None:
+        self._watched.disable_monitor()
+        self.socket.close()
+
+
+def peer_address(fd: int) -> tuple[str, int]:
+    """Who is at the other end of one of ZeroMQ's own connections; ("", 0) when it is gone already."""
+    try:
+        connection = sockets.socket(fileno=os.dup(fd))
+    except OSError:
+        return "", 0
+    try:
+        name = connection.getpeername()
+        return (name[0], name[1]) if isinstance(name, tuple) else ("local", 0)
+    except OSError:
+        return "", 0
+    finally:
+        connection.close()
