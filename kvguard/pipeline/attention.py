@@ -23,10 +23,11 @@ class Paging:
     """One step's addresses, made once and used by every layer.
 
     `slots`: int64 [rows], the slot (block * block_tokens + offset) that each row's KV goes to. `blocks`: int64, all shares' tables one after
-    the other, cut to what the share reads.
+    the other, cut to what the share reads. `group`: query heads per KV head; `dtype`: of queries. `by_position`: outside a prompt's chunk every
+    position reads by itself, whatever the share's length.
     """
 
-    def __init__(self, batch: Batch, by_position: bool):
+    def __init__(self, batch: Batch, group: int, dtype: torch.dtype, by_position: bool):
         self.block_tokens = batch.block_tokens
         self.slots = torch.cat([_slots(share, batch.block_tokens) for share in batch.shares])
         read = [share.blocks[: -(-share.span.end // batch.block_tokens)] for share in batch.shares]
@@ -36,7 +37,7 @@ class Paging:
         for share, table in zip(batch.shares, read):
             tokens = slice(block * batch.block_tokens, (block + len(table)) * batch.block_tokens)
             if share.prefill or not by_position:
-                self.reads.append(_Read(row, share.count, tokens.start, share.span.end, _causal(share)))
+                self.reads.append(_Read(row, share.count, tokens.start, share.span.end, _causal(share, group, dtype)))
             else:
                 self.reads += [_Read(row + i, 1, tokens.start, share.span.start + i + 1, None) for i in range(share.count)]
             row += share.count
@@ -72,8 +73,7 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, laye
             out[read.row] = scaled_dot_product_attention(grouped[read.row].unsqueeze(0), window[0], window[1], scale=scale)[0]
             continue
         asked = grouped[read.row:read.row + read.count].permute(1, 2, 0, 3).reshape(1, kv_heads, group * read.count, dim)
-        mask = read.mask.repeat(group, 1)
-        found = scaled_dot_product_attention(asked, window[0], window[1], attn_mask=mask, scale=scale)
+        found = scaled_dot_product_attention(asked, window[0], window[1], attn_mask=read.mask, scale=scale)
         out[read.row:read.row + read.count] = found.view(kv_heads, group, read.count, dim).permute(2, 0, 1, 3)
     return out.view(rows, heads * dim)
 
@@ -84,9 +84,10 @@ def _slots(share: Share, block_tokens: int) -> torch.Tensor:
     return table[positions // block_tokens] * block_tokens + positions % block_tokens
 
 
-def _causal(share: Share) -> torch.Tensor | None:
-    """Bool [count, end]: position p reads [0, p]; None where a single position reads everything."""
+def _causal(share: Share, group: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """What is added to scores, [group * count, end]: 0 where position p reads [0, p], else minus infinity. None where one position reads all."""
     if share.count == 1:
         return None
     positions = torch.arange(share.span.start, share.span.end)
-    return torch.arange(share.span.end)[None, :] <= positions[:, None]
+    beyond = torch.arange(share.span.end)[None, :] > positions[:, None]
+    return torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, float("-inf")).repeat(group, 1)

@@ -127,7 +127,7 @@ class StageModel:
             return x.new_empty((0, self.shape.vocab if self.last else self.shape.hidden), dtype=self.dtype)
         self._check(x, batch, kv)
         rows = Rows([(share.count, share.prefill) for share in batch.shares], self.invariant)
-        paging = Paging(batch, by_position=self.invariant)
+        paging = Paging(batch, self.shape.heads // self.shape.kv_heads, self.dtype, by_position=self.invariant)
         positions = torch.cat([torch.arange(share.span.start, share.span.end) for share in batch.shares])[rows.padded]
         hidden = self._family.embed(x[rows.padded], positions) if self.first else x[rows.padded]
         turn = self._family.turns(positions)
