@@ -80,6 +80,8 @@ def arrived(shell: Shell, incoming: base.Incoming) -> events.Event:
             message, payload_bytes = wire.decode(incoming.head)
             if payload_bytes != (len(incoming.payload) if incoming.payload is not None else 0):
                 raise BadFrame(f"payload of {len(incoming.payload or b'')} bytes, header says {payload_bytes}")
+            if payload_bytes and type(message) is not messages.KvFrame:
+                raise BadFrame(f"{type(message).__name__} with a payload: nobody would free it")
         except BadFrame as error:
             shell.counters["frames_broken"] += 1
             return events.Broken(incoming.link, str(error))
