@@ -23,7 +23,7 @@ def rebuild(writer: TableWriter) -> None:
     highest = max(int(array.max()) for array in (views.row_generations, views.block_generations, views.row_block_generations, views.heads[:, :, fmt.H_GENERATION]))
     writer._counter = max(writer._counter, highest)
     writer._versions[:] = views.selectors
-    writer.step = _last_step(writer)
+    writer.step = writer._latest = _last_step(writer)
     memory = views.body
     touched = np.flatnonzero(views.selectors)
     kept = {row: found for row in touched.tolist() if (found := _last_version(memory, writer, row)) is not None}

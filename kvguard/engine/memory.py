@@ -106,32 +106,29 @@ def multipliers(places: np.ndarray) -> np.ndarray:
 
 _HEAD = multipliers(np.arange(fmt.HEAD_WORDS, dtype=U64) + U64(fmt.HEAD_SALT))
 _HEAD_FOLD = np.where(np.arange(fmt.HEAD_WORDS) == fmt.H_SUM, U64(0), U64(fmt.FOLD))
-_HOT, _COLD = slice(0, fmt.HOT_WORDS), slice(fmt.HOT_WORDS, fmt.HEAD_WORDS)
+_HOT, _COLD, _ALL = slice(0, fmt.HOT_WORDS), slice(fmt.HOT_WORDS, fmt.HEAD_WORDS), slice(0, fmt.HEAD_WORDS)
+_HALF = U64(32)
 _META = multipliers(np.arange(fmt.META_WORDS, dtype=U64) + U64(fmt.META_SALT))
 
 
-def _mixed(words: np.ndarray, part: slice) -> np.ndarray:
-    multipliers_ = _HEAD[part]
-    mixed = words[:, part] * multipliers_
-    mixed += multipliers_  # (word + 1) * m
-    mixed ^= mixed >> U64(32)
-    return mixed
+def _sums(words: np.ndarray, part: slice) -> np.ndarray:
+    mixed = words[:, part] * _HEAD[part]
+    mixed ^= mixed >> _HALF
+    return mixed @ _HEAD_FOLD[part]
 
 
 def head_sums(heads: np.ndarray) -> np.ndarray:
     """Checksums of heads, u64 [n, HEAD_WORDS] -> [n]."""
-    return hot_sums(heads) + cold_sums(heads)
+    return _sums(heads, _ALL)
 
 
 def hot_sums(heads: np.ndarray) -> np.ndarray:
     """The share of a head's checksum that the words of every commit have; hot and cold add up to the whole."""
-    return _mixed(heads, _HOT).sum(axis=1, dtype=U64) * U64(fmt.FOLD)
+    return _sums(heads, _HOT)
 
 
 def cold_sums(heads: np.ndarray) -> np.ndarray:
-    mixed = _mixed(heads, _COLD)
-    mixed *= _HEAD_FOLD[_COLD]
-    return mixed.sum(axis=1, dtype=U64)
+    return _sums(heads, _COLD)
 
 
 def ids_sum(ids: np.ndarray, multipliers_: np.ndarray) -> int:

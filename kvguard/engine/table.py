@@ -34,7 +34,7 @@ class TableWriter:
         self.geometry = views.geometry
         rows = self.geometry.rows
         self._heads = np.zeros((rows, fmt.HEAD_WORDS), U64)
-        self._versions = np.zeros(rows, U64)
+        self._versions = np.zeros(rows, np.int64)
         self._staged = np.zeros(rows, bool)
         self._cold_sums = np.zeros(rows, U64)  # of each row's head: the share of its checksum that a decoding commit doesn't change
         self._slots = np.full(rows, -1, np.int64)  # positions that the row's blocks can take; -1 where no sequence is
@@ -48,6 +48,7 @@ class TableWriter:
         self._written = views.word(fmt.WRITTEN_AT)
         self._counter = int(views.words[fmt.COUNTER_AT // 8])
         self.step = 0
+        self._latest = 0  # no row names a later step
 
     @classmethod
     def create(cls, geometry: Geometry) -> TableWriter:
@@ -146,7 +147,7 @@ class TableWriter:
             written = self._written[0]
             old = fmt.H_ACCEPTED if written >= head[fmt.H_STEP] else fmt.H_PRIOR if written >= head[fmt.H_PRIOR_STEP] else fmt.H_BASE
             head[fmt.H_BASE], head[fmt.H_PRIOR], head[fmt.H_PRIOR_STEP] = head[old], head[fmt.H_ACCEPTED], head[fmt.H_STEP]
-            head[fmt.H_STEP] = self.step
+            head[fmt.H_STEP] = self._latest = self.step
         head[fmt.H_ACCEPTED] = length
         self._stage(row, head)
 
@@ -162,25 +163,27 @@ class TableWriter:
         if key != self._checked:
             self._check_rows(rows)
             self._checked = key
-        heads = self._heads[rows]
-        known = heads[:, fmt.H_IDS]
-        if ids is not None:
-            ids = as_ids(ids)
-            known = known + U64(1)
-        bound = np.minimum(known.view(np.int64) if ids is not None else known.astype(np.int64), self._slots[rows])
+        heads = self._heads.take(rows, 0)
+        signed = heads.view(np.int64)
+        known = signed[:, fmt.H_IDS]
+        new = None if ids is None else as_ids(ids)
+        bound = np.minimum(known if new is None else known + 1, self._slots.take(rows))
         bad = lengths > bound
-        bad |= lengths < heads.view(np.int64)[:, fmt.H_ACCEPTED]
-        if bad.any() or int(known.max()) > self.geometry.ids_per_row:
-            self._explain(rows, heads, lengths, known)
-        if ids is not None:
-            places = known - U64(1)
-            self.views.ids[rows, places] = ids
-            ids += U64(1)
-            ids *= self.views.id_multipliers[places]
-            heads[:, fmt.H_IDS_HASH] += ids
-            heads[:, fmt.H_IDS] = known
+        bad |= lengths < signed[:, fmt.H_ACCEPTED]
+        if bad.any():
+            self._explain(rows, heads, lengths, known + (new is not None))
+        if new is not None:
+            try:
+                self.views.ids[rows, known] = new
+            except IndexError:  # nothing is stored then
+                self._explain(rows, heads, lengths, known + 1)
+                raise
+            new *= self.views.id_multipliers.take(known)
+            new += self.views.id_multipliers.take(known)  # (id + 1) * multiplier
+            heads[:, fmt.H_IDS_HASH] += new
+            signed[:, fmt.H_IDS] = known + 1
         self._shift(heads)
-        heads[:, fmt.H_ACCEPTED] = lengths
+        signed[:, fmt.H_ACCEPTED] = lengths
         self._heads[rows] = heads
         self._batch = None if self._any_staged else (rows, heads)
         self._any_staged = True
@@ -199,25 +202,22 @@ class TableWriter:
 
     def _shift(self, heads: np.ndarray) -> None:
         """What was accepted before this step becomes `prior` (format.rows.shifted)."""
-        written = self._written[0]
-        steps = heads[:, fmt.H_STEP]
-        latest = int(steps.max())
-        if latest == self.step:  # a second commit of one step shifts nothing
-            rows = np.flatnonzero(steps != self.step)
-            earlier = heads[rows]
+        written, steps, accepted = self._written[0], heads[:, fmt.H_STEP], heads[:, fmt.H_ACCEPTED]
+        if self._latest == self.step and (again := steps == self.step).any():
+            rows = np.flatnonzero(~again)  # a second commit of one step shifts nothing
             if len(rows):
+                earlier = heads[rows]
                 self._shift(earlier)
                 heads[rows] = earlier
             return
-        accepted = heads[:, fmt.H_ACCEPTED]
-        if written >= latest:
+        if written >= self._latest:
             heads[:, fmt.H_BASE] = accepted
         else:
             older = np.where(U64(written) >= heads[:, fmt.H_PRIOR_STEP], heads[:, fmt.H_PRIOR], heads[:, fmt.H_BASE])
             heads[:, fmt.H_BASE] = np.where(U64(written) >= steps, accepted, older)
         heads[:, fmt.H_PRIOR] = accepted
         heads[:, fmt.H_PRIOR_STEP] = steps
-        heads[:, fmt.H_STEP] = self.step
+        heads[:, fmt.H_STEP] = self._latest = self.step
 
     def _check(self, row: int, head: list[int], length: int, ids: int, blocks: int) -> None:
         """Raises ValueError where a commit says what can't be."""
@@ -255,7 +255,7 @@ class TableWriter:
             return 0
         if self._batch is None:
             rows = np.flatnonzero(self._staged)
-            heads = self._heads[rows]
+            heads = self._heads.take(rows, 0)
         else:
             rows, heads = self._batch
         self._publish(rows, heads)
@@ -264,13 +264,13 @@ class TableWriter:
         return len(rows)
 
     def _publish(self, rows: np.ndarray, heads: np.ndarray) -> None:
-        versions = self._versions[rows]
-        versions += U64(1)
+        versions = self._versions.take(rows)
+        versions += 1
         heads[:, fmt.H_VERSION] = versions
         sums = memory.hot_sums(heads)
-        sums += self._cold_sums[rows]
+        sums += self._cold_sums.take(rows)
         heads[:, fmt.H_SUM] = sums
-        self.views.heads[rows, (versions & U64(1)).view(np.intp)] = heads
+        self.views.heads[rows, versions & 1] = heads
         memory.order()  # what a selector chooses is there before it; readers check all the same
         self.views.selectors[rows] = versions
         self._versions[rows] = versions

@@ -218,7 +218,7 @@ def head_sum(words) -> int:
     total = 0
     for n, word in enumerate(words):
         if n != H_SUM:
-            mixed = (word + 1) * multiplier(HEAD_SALT + n) & MASK
+            mixed = word * multiplier(HEAD_SALT + n) & MASK
             total += (mixed ^ mixed >> 32) * FOLD
     return total & MASK
 
