@@ -1,0 +1,108 @@
+"""One replica page: a block's canonical bytes, its generation, and the sums that travelled with it from the pool.
+
+    offset                    field
+    0                         canonical bytes of the block (token i at i * token_bytes where tokens are addressable)
+    block_bytes               generation of the block, u64 LE
+    block_bytes + 8           xxh3_64 per token, u64 LE each; one of the whole block where tokens aren't addressable
+    ...                       padding to PAGE_ALIGNMENT_BYTES
+
+Page n starts at n * page_bytes(shape) and holds the sender's block n. Written by store/arena.py, read by whoever restores.
+Knows: this arithmetic, and how to read pages out of a descriptor. Must not know: numpy, who holds what, budgets.
+Invariants: nothing leaves a PageReader before generation and sums hold.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Sequence
+
+import xxhash
+
+from kvguard.errors import BadFrame, Refused, Stale
+from kvguard.format.messages import StreamShape
+
+PAGE_ALIGNMENT_BYTES = 64
+BATCH_BYTES = 1024 * 1024
+
+
+def page_bytes(shape: StreamShape) -> int:
+    bare = shape.block_bytes + 8 + 8 * sums_per_page(shape)
+    return -(-bare // PAGE_ALIGNMENT_BYTES) * PAGE_ALIGNMENT_BYTES
+
+
+def sums_per_page(shape: StreamShape) -> int:
+    return shape.block_tokens if shape.addressable else 1
+
+
+def sums_of(data: memoryview, token_bytes: int) -> tuple[int, ...]:
+    """xxh3_64 of each run of `token_bytes` in `data`: what travels in KvFrame.sums (there packed little-endian)."""
+    digest = xxhash.xxh3_64_intdigest
+    return tuple(digest(data[start : start + token_bytes]) for start in range(0, len(data), token_bytes))
+
+
+def pack_sums(sums: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(sums)}Q", *sums)
+
+
+def unpack_sums(data) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(data) // 8}Q", data)
+
+
+class PageReader:
+    """Replica pages behind a descriptor, mapped read-only. The descriptor stays the caller's."""
+
+    def __init__(self, descriptor: int, shape: StreamShape) -> None:
+        """Raises Refused where the descriptor is too small for `shape`."""
+        self.shape = shape
+        self._page_bytes = page_bytes(shape)
+        needed, held = shape.blocks * self._page_bytes, os.fstat(descriptor).st_size
+        if held < needed:
+            raise Refused(f"an arena of {held} bytes can't hold {shape.blocks} pages of {self._page_bytes}. Try: the shape that came with the descriptor")
+        self._memory = memoryview(mmap.mmap(descriptor, needed, mmap.MAP_SHARED, mmap.PROT_READ))
+
+    def __enter__(self) -> PageReader:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget the mapping; it goes when the last view that was handed out does."""
+        self._memory = memoryview(b"")
+
+    def page(self, block: int, generation: int, tokens: int) -> memoryview:
+        """The canonical bytes of the first `tokens` tokens (the whole block where tokens aren't addressable). Raises Stale and BadFrame, naming the block."""
+        shape = self.shape
+        if not 0 <= block < shape.blocks or not 0 < tokens <= shape.block_tokens:
+            raise BadFrame(f"block {block} with {tokens} tokens is not of an arena of {shape.blocks} blocks of {shape.block_tokens}")
+        start = block * self._page_bytes
+        trailer = start + shape.block_bytes
+        (held,) = struct.unpack_from("<Q", self._memory, trailer)
+        if held != generation:
+            raise Stale(f"page {block} holds generation {held}, wanted {generation}")
+        data = self._memory[start : start + (tokens * shape.token_bytes if shape.addressable else shape.block_bytes)]
+        count = tokens if shape.addressable else 1
+        kept = unpack_sums(self._memory[trailer + 8 : trailer + 8 + 8 * count])
+        found = sums_of(data, shape.token_bytes if shape.addressable else shape.block_bytes)
+        if found != kept:
+            wrong = next(n for n, (a, b) in enumerate(zip(found, kept, strict=True)) if a != b)
+            raise BadFrame(f"page {block}: token {wrong}'s bytes don't match the sum taken from the pool")
+        return data
+
+    def batches(self, blocks: Sequence[int], generations: Sequence[int], positions: int, batch_bytes: int = BATCH_BYTES) -> Iterator[tuple[int, list[int], memoryview]]:
+        """A sequence's first `positions` positions as (index of the first block, tokens per block, contiguous bytes), verified, about `batch_bytes` each.
+
+        Ready for pool.scatter(new_blocks[first : first + len(counts)], [0] * len(counts), counts, bytes), or scatter_blocks where tokens aren't addressable.
+        """
+        tokens = self.shape.block_tokens
+        needed = -(-positions // tokens)
+        if needed > len(blocks):
+            raise BadFrame(f"{positions} positions need {needed} blocks, the replica names {len(blocks)}")
+        per_batch = max(1, batch_bytes // self.shape.block_bytes)
+        for first in range(0, needed, per_batch):
+            indices = range(first, min(first + per_batch, needed))
+            counts = [min(tokens, positions - index * tokens) for index in indices]
+            parts = [self.page(blocks[index], generations[index], count) for index, count in zip(indices, counts, strict=True)]
+            yield first, counts, parts[0] if len(parts) == 1 else memoryview(b"".join(parts))

@@ -1,0 +1,170 @@
+"""One stream's pages in one sparse file: page n is the sender's block n, so there is no allocator and no map.
+
+Knows: pages (format/pages.py), references, fill, the file. Must not know: sequences, frames.
+Invariants: memory is allocated before it is written, so a full tmpfs is an error and never a SIGBUS; the file can't shrink under a puller's mapping;
+a page without references has fill 0; freed pages keep their memory until the budget needs it.
+Cost: 4 bytes a page here; block lists cost 4 more per reference (store/sequence.py), generation and sums live in the page itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import struct
+
+import numpy as np
+
+from kvguard.errors import StoreFull
+from kvguard.format import pages
+from kvguard.format.messages import StreamShape
+from kvguard.store.budget import Budget
+
+REFS_MAX = 65535
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class Arena:
+    """Pages of `shape` in `descriptor`, which this object owns from now on."""
+
+    def __init__(self, descriptor: int, shape: StreamShape, budget: Budget) -> None:
+        self.shape = shape
+        self.page_bytes = pages.page_bytes(shape)
+        self.refs = np.zeros(shape.blocks, dtype=np.uint16)
+        self.fill = np.zeros(shape.blocks, dtype=np.uint16)
+        self._descriptor = descriptor
+        self._budget = budget
+        self._retained: set[int] = set()
+        os.ftruncate(descriptor, shape.blocks * self.page_bytes)
+        self._mapped = mmap.mmap(descriptor, shape.blocks * self.page_bytes)
+        self._memory = memoryview(self._mapped)
+        budget.reclaimers.append(self.punch)
+
+    @classmethod
+    def create(cls, directory: str | None, name: str, shape: StreamShape, budget: Budget) -> Arena:
+        """In a memfd, or in a file `name` of `directory` (a tmpfs), readable by this user alone. Raises OSError."""
+        if directory is None:
+            descriptor = os.memfd_create(f"kvguard-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        else:
+            descriptor = os.open(os.path.join(directory, name), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            arena = cls(descriptor, shape, budget)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if directory is None:
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return arena
+
+    def close(self) -> None:
+        """Give everything back. Pullers' mappings live on."""
+        self._budget.reclaimers.remove(self.punch)
+        self._budget.retained -= len(self._retained) * self.page_bytes
+        self._retained.clear()
+        self._memory.release()
+        self._mapped.close()
+        os.close(self._descriptor)
+
+    def export(self) -> int:
+        """A duplicate of the descriptor: the caller's to close."""
+        return os.dup(self._descriptor)
+
+    # ---- references -----------------------------------------------------------------------------------------------------------------
+
+    def generation(self, block: int) -> int:
+        """Of a page with references."""
+        return struct.unpack_from("<Q", self._memory, block * self.page_bytes + self.shape.block_bytes)[0]
+
+    def begin(self, block: int, generation: int) -> None:
+        """First reference to an unused page; its bytes were promised. Raises StoreFull when the system has no memory for it (nothing changed then)."""
+        assert not self.refs[block]
+        start = block * self.page_bytes
+        if block in self._retained:
+            self._retained.discard(block)
+            self._budget.retained -= self.page_bytes
+        self._allocate(block, start)
+        self._budget.use(self.page_bytes)
+        self.refs[block] = 1
+        self.fill[block] = 0
+        struct.pack_into("<Q", self._memory, start + self.shape.block_bytes, generation)
+
+    def _allocate(self, block: int, start: int) -> None:
+        try:
+            os.posix_fallocate(self._descriptor, start, self.page_bytes)
+        except OSError:
+            self._budget.reclaim()
+            try:
+                os.posix_fallocate(self._descriptor, start, self.page_bytes)
+            except OSError as error:
+                raise StoreFull(f"no memory for page {block}: {error}. Try: a larger tmpfs, or a smaller arena budget") from error
+
+    def refer(self, block: int) -> None:
+        """One more sequence holds this page. Raises StoreFull at the counter's end."""
+        if self.refs[block] == REFS_MAX:
+            raise StoreFull(f"page {block} is shared by {REFS_MAX} sequences")
+        self.refs[block] += 1
+
+    def release(self, block: int) -> None:
+        self.refs[block] -= 1
+        if not self.refs[block]:
+            self.fill[block] = 0
+            self._budget.free(self.page_bytes)
+            self._retained.add(block)
+            self._budget.retained += self.page_bytes
+
+    def punch(self) -> None:
+        """Give the memory of unused pages back to the system; runs of them in one call, so that pages narrower than the system's go too."""
+        run: list[int] = []
+        for block in (*sorted(self._retained), None):
+            if run and block != run[-1] + 1:
+                _punch(self._descriptor, run[0] * self.page_bytes, len(run) * self.page_bytes)
+                run = []
+            if block is not None:
+                run.append(block)
+        self._budget.retained -= len(self._retained) * self.page_bytes
+        self._retained.clear()
+
+    # ---- bytes ------------------------------------------------------------------------------------------------------------------------
+
+    def write_tokens(self, block: int, slot: int, data: memoryview, sums: tuple[int, ...]) -> None:
+        """Tokens from `slot` on, then their sums; the caller raises `fill` when it wants them seen."""
+        start = block * self.page_bytes
+        at = start + slot * self.shape.token_bytes
+        self._memory[at : at + len(data)] = data
+        struct.pack_into(f"<{len(sums)}Q", self._memory, start + self.shape.block_bytes + 8 + 8 * slot, *sums)
+
+    def write_block(self, block: int, data: memoryview, total: int) -> None:
+        start = block * self.page_bytes
+        self._memory[start : start + len(data)] = data
+        struct.pack_into("<Q", self._memory, start + self.shape.block_bytes + 8, total)
+
+    def sums(self, block: int, slot: int, count: int) -> tuple[int, ...]:
+        """As kept: per token, or the block's one where tokens aren't addressable (slot 0, count 1)."""
+        return struct.unpack_from(f"<{count}Q", self._memory, block * self.page_bytes + self.shape.block_bytes + 8 + 8 * slot)
+
+    def tokens(self, block: int, slot: int, count: int) -> memoryview:
+        """Read-only view of tokens' bytes. Only where tokens are addressable."""
+        at = block * self.page_bytes + slot * self.shape.token_bytes
+        return self._memory[at : at + count * self.shape.token_bytes].toreadonly()
+
+    def block(self, block: int) -> memoryview:
+        at = block * self.page_bytes
+        return self._memory[at : at + self.shape.block_bytes].toreadonly()
+
+    def damage(self, block: int, slot: int) -> None:
+        """The negative control of drills: change a byte of a token *and* its sum, so that only a comparison with the pool can tell."""
+        at = block * self.page_bytes + (slot * self.shape.token_bytes if self.shape.addressable else 0)
+        self._memory[at] ^= 0xFF
+        if self.shape.addressable:
+            self.write_tokens(block, slot, self.tokens(block, slot, 1), pages.sums_of(self.tokens(block, slot, 1), self.shape.token_bytes))
+        else:
+            self.write_block(block, self.block(block), pages.sums_of(self.block(block), self.shape.block_bytes)[0])
+
+
+def _punch(descriptor: int, start: int, size: int) -> None:
+    if _libc.fallocate(descriptor, _KEEP_SIZE | _PUNCH_HOLE, start, size):
+        error = ctypes.get_errno()
+        raise OSError(error, f"punching {size} bytes at {start}: {os.strerror(error)}")

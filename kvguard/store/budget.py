@@ -1,0 +1,45 @@
+"""The bytes that all replicas of a node may take.
+
+Knows: three sums. Must not know: pages, sequences.
+Invariants: used + promised <= bytes_max at all times, so that whatever was admitted can be kept; used + retained <= bytes_max, where retained memory (freed, not
+yet given back to the system) is given back as soon as it stands in the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Budget:
+    """`used`: live pages and ids. `promised`: what admitted sequences will still need. `retained`: freed pages whose memory is kept for the next use."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self.bytes_max = bytes_max
+        self.used = 0
+        self.promised = 0
+        self.retained = 0
+        self.reclaimers: list[Callable[[], None]] = []  # each gives its retained memory back and lowers `retained`
+
+    def promise(self, more: int) -> bool:
+        """Reserve `more` bytes (negative gives back); False, and nothing reserved, when they can't be had."""
+        if more > 0 and self.used + self.promised + more > self.bytes_max:
+            return False
+        self.promised += more
+        return True
+
+    def use(self, size: int) -> None:
+        """Turn a promise into use."""
+        assert size <= self.promised, f"{size} bytes used, {self.promised} promised"
+        self.promised -= size
+        self.used += size
+        if self.used + self.retained > self.bytes_max:
+            self.reclaim()
+
+    def reclaim(self) -> None:
+        """Give all retained memory back to the system."""
+        for reclaim in self.reclaimers:
+            reclaim()
+
+    def free(self, size: int) -> None:
+        assert size <= self.used, f"{size} bytes freed, {self.used} used"
+        self.used -= size

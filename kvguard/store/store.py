@@ -1,0 +1,292 @@
+"""All replicas of a node: streams, sessions, promises, plans, and how long released ids stay.
+
+Knows: who may write (epochs), which plan was carried out, one byte budget. Must not know: links, order of frames, what a coordinator is.
+Invariants: a frame of an epoch older than the instance's promise changes nothing (I3); a plan cuts once per (instance, epoch), however often it comes; used +
+promised bytes never exceed the budget; ids of released sequences go ids_retention_ns after delivery, undelivered ones at RELEASED_MAX, counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import xxhash
+
+from kvguard.errors import Fenced, Refused
+from kvguard.format import lineage as lineages
+from kvguard.format.local import ReplicaPages
+from kvguard.format.messages import Held, Hello, Holding, IdsFrame, KnownIds, KvFrame, PlanOrder, StreamShape
+from kvguard.limits import IDS_PER_ROW_MAX, PAYLOAD_BYTES_MAX
+from kvguard.store.arena import Arena
+from kvguard.store.budget import Budget
+from kvguard.store.replica import ID_BYTES, Replica
+from kvguard.store.session import Refusals, Session
+from kvguard.types import NO_EPOCH, Epoch, NodeId, SequenceId, Span, StreamId
+
+STREAMS_MAX = 1024
+RELEASED_MAX = 16384  # undelivered answers whose ids are kept
+BLOCKS_MAX = 1 << 26
+TOKENS_PER_BLOCK_MAX = 65535  # fill is 16 bits wide
+
+
+class Kept(NamedTuple):
+    """One row of `kvguard replicas list`."""
+
+    stream: StreamId
+    sequence: SequenceId
+    epoch: int  # of its newest fork
+    positions: int
+    bytes: int
+    ids: int
+    released: bool
+
+
+class ReplicaStore:
+    """`directory`: on a tmpfs, for the arenas' files; None keeps them in memfds. `clock`: monotonic nanoseconds."""
+
+    def __init__(self, directory: str | None, budget_bytes: int, ids_retention_ns: int, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        self.budget = Budget(budget_bytes)
+        self.counters: Counter[str] = Counter()
+        self._directory = directory
+        self._retention_ns = ids_retention_ns
+        self._clock = clock
+        self._replicas: dict[StreamId, Replica] = {}
+        self._sessions: dict[int, Session] = {}
+        self._current: dict[StreamId, int] = {}
+        self._promises: dict[str, Epoch] = {}
+        self._carried: dict[str, Epoch] = {}
+        self._released: dict[tuple[StreamId, SequenceId], None] = {}
+
+    # ---- fencing ------------------------------------------------------------------------------------------------------------------------
+
+    def promise(self, instance: str, epoch: Epoch) -> None:
+        """From now on older epochs of `instance` change nothing here. The caller has made it durable. A lower one than known is ignored."""
+        if epoch.counter > self._promises.get(instance, NO_EPOCH).counter or instance not in self._promises:
+            self._promises[instance] = epoch
+
+    def _stale(self, instance: str, epoch: Epoch) -> str:
+        promised = self._promises.get(instance)
+        if promised is None or epoch == promised or epoch.counter > promised.counter:
+            return ""
+        self.counters["stale_epoch"] += 1
+        return f"fenced: epoch {epoch.counter} of {epoch.issuer!r}, promised is {promised.counter} of {promised.issuer!r}"
+
+    # ---- a stream -----------------------------------------------------------------------------------------------------------------------
+
+    def probe(self, hello: Hello) -> Held:
+        """Open or make the replica of a stream; sessions before this one are over. Held.reason says why not."""
+        empty = Holding(hello.stream, "replica", False, (), (), (), (), ())
+        reason = self._stale(hello.stream.instance, hello.epoch) or self._unfit(hello)
+        if reason:
+            return Held(hello.session, hello.epoch, empty, reason)
+        replica = self._replicas.get(hello.stream)
+        if replica is None:
+            name = f"{xxhash.xxh3_64_intdigest(str(hello.stream).encode()):016x}.arena"
+            try:
+                arena = Arena.create(self._directory, name, hello.shape, self.budget)
+            except (OSError, OverflowError, ValueError) as error:
+                return Held(hello.session, hello.epoch, empty, f"no arena: {error}")
+            replica = self._replicas[hello.stream] = Replica(hello.stream, hello.shape, arena, self.budget)
+        self._sessions.pop(self._current.get(hello.stream, 0), None)
+        self._current[hello.stream] = hello.session
+        self._sessions[hello.session] = Session(hello.session, replica)
+        return Held(hello.session, hello.epoch, replica.holding())
+
+    def _unfit(self, hello: Hello) -> str:
+        shape, known = hello.shape, self._replicas.get(hello.stream)
+        if known is not None:
+            return "" if known.shape == shape else "the stream is known here with another shape"
+        if len(self._replicas) >= STREAMS_MAX:
+            return f"{STREAMS_MAX} streams are held already"
+        if min(shape.block_tokens, shape.token_bytes, shape.block_bytes, shape.blocks) <= 0 or shape.block_tokens > TOKENS_PER_BLOCK_MAX or shape.blocks > BLOCKS_MAX:
+            return "the shape's sizes are out of bounds"
+        if shape.addressable and shape.block_bytes != shape.block_tokens * shape.token_bytes:
+            return f"{shape.block_tokens} tokens of {shape.token_bytes} bytes are not a block of {shape.block_bytes}"
+        if (shape.token_bytes if shape.addressable else shape.block_bytes) > PAYLOAD_BYTES_MAX:
+            return f"a token (or block) is larger than a frame of {PAYLOAD_BYTES_MAX} bytes"
+        other = self._sessions.get(hello.session)
+        return "the session is another stream's" if other is not None and other.replica.stream != hello.stream else ""
+
+    def apply_ids(self, session: int, frame: IdsFrame) -> tuple[Refusals, str]:
+        """(refused, gap) for events.Applied."""
+        found = self._sessions.get(session)
+        if found is None:
+            return (), "the session is over: say Hello again"
+        gap = self._stale(found.replica.stream.instance, frame.epoch)
+        if gap:
+            return (), gap
+        refused, gap = found.apply_ids(frame)
+        self._keep_released(found.replica)
+        self._count(refused, gap)
+        return refused, gap
+
+    def apply_kv(self, session: int, frame: KvFrame, payload: memoryview) -> tuple[Refusals, str]:
+        """(refused, gap) for events.Applied. The payload is not kept."""
+        found = self._sessions.get(session)
+        if found is None:
+            return (), "the session is over: say Hello again"
+        gap = self._stale(found.replica.stream.instance, frame.epoch)
+        if gap:
+            return (), gap
+        refused, gap = found.apply_kv(frame, payload)
+        self._count(refused, gap)
+        return refused, gap
+
+    def _count(self, refused: Refusals, gap: str) -> None:
+        if refused:
+            self.counters["refused"] += len(refused)
+        if gap:
+            self.counters["checksum_failures" if gap.startswith("checksum") else "gaps"] += 1
+
+    def drop(self, stream: StreamId, epoch: Epoch | None = None) -> None:
+        """All pages and ids of a stream go. Raises Fenced where `epoch` is given and older than the promise. An unknown stream is dropped already."""
+        stale = self._stale(stream.instance, epoch) if epoch is not None else ""
+        if stale:
+            raise Fenced(f"{stream} stays: {stale}")
+        replica = self._replicas.pop(stream, None)
+        if replica is None:
+            return
+        self._sessions.pop(self._current.pop(stream, 0), None)
+        for key in [key for key in self._released if key[0] == stream]:
+            del self._released[key]
+        replica.close()
+
+    # ---- released ids -------------------------------------------------------------------------------------------------------------------
+
+    def _keep_released(self, replica: Replica) -> None:
+        for name in replica.released:
+            self._released[replica.stream, name] = None
+        replica.released.clear()
+        while len(self._released) > RELEASED_MAX:
+            self._forget(next(iter(self._released)))
+            self.counters["undelivered_ids_dropped"] += 1
+
+    def _forget(self, key: tuple[StreamId, SequenceId]) -> None:
+        del self._released[key]
+        replica = self._replicas.get(key[0])
+        sequence = replica.sequences.get(key[1]) if replica else None
+        if sequence is not None and sequence.released:
+            replica.drop(sequence)
+
+    def delivered(self, instance: str, sequences: tuple[SequenceId, ...]) -> None:
+        """These answers have reached their clients: ids may go ids_retention_ns from now, once released."""
+        at = self._clock() + self._retention_ns
+        for stream, replica in self._replicas.items():
+            for name in sequences if stream.instance == instance else ():
+                sequence = replica.sequences.get(name)
+                if sequence is not None and not sequence.expires_ns:
+                    sequence.expires_ns = at
+
+    def expire(self) -> int:
+        """Drop released ids whose time is up; how many."""
+        now, due = self._clock(), []
+        for key in self._released:
+            replica = self._replicas[key[0]]
+            sequence = replica.sequences.get(key[1])
+            if sequence is None or not sequence.released or 0 < sequence.expires_ns <= now:
+                due.append(key)
+        for key in due:
+            self._forget(key)
+        return len(due)
+
+    # ---- recovery -----------------------------------------------------------------------------------------------------------------------
+
+    def holding(self, stream: StreamId) -> Holding:
+        return self.replica(stream).holding()
+
+    def holdings(self, instance: str) -> tuple[Holding, ...]:
+        """All replicas of an instance, for Report."""
+        return tuple(replica.holding() for stream, replica in self._replicas.items() if stream.instance == instance)
+
+    def carry_plan(self, plan: PlanOrder, node: NodeId) -> tuple[KnownIds, ...]:
+        """Cut and drop what is held as ordered, once per epoch; then what `node` answers for. Raises Fenced where a later epoch was promised."""
+        stale = self._stale(plan.instance, plan.epoch)
+        if stale:
+            raise Fenced(f"plan of {plan.instance}: {stale}")
+        carried = self._carried.get(plan.instance)
+        if carried is None or carried.counter < plan.epoch.counter:
+            for stream, replica in self._replicas.items():
+                if stream.instance == plan.instance:
+                    _cut_to_plan(replica, plan)
+            self._carried[plan.instance] = plan.epoch
+        known = []
+        for name, ids, answers, stream in zip(plan.sequences, plan.ids, plan.ids_node, plan.ids_stream, strict=True):
+            replica = self._replicas.get(stream)
+            sequence = replica.sequences.get(name) if replica and answers == node else None
+            if sequence is not None:
+                known.append(KnownIds(name, bytes(sequence.ids[: ids * ID_BYTES]), sequence.sampler, sequence.request))
+        return tuple(known)
+
+    def pages(self, stream: StreamId) -> tuple[int, ReplicaPages]:
+        """A duplicate of the arena's descriptor (the caller's to close) and what is in it, for the engine that pulls."""
+        replica = self.replica(stream)
+        return replica.arena.export(), replica.pages()
+
+    # ---- looking ------------------------------------------------------------------------------------------------------------------------
+
+    def streams(self) -> tuple[StreamId, ...]:
+        return tuple(self._replicas)
+
+    def shape(self, stream: StreamId) -> StreamShape:
+        return self.replica(stream).shape
+
+    def read(self, stream: StreamId, sequence: SequenceId, span: Span) -> bytes:
+        """Canonical bytes of `span`. Raises Refused beyond what is held."""
+        return self.replica(stream).read(sequence, span)
+
+    def verify(self, stream: StreamId, sequence: SequenceId | None = None) -> dict[SequenceId, int]:
+        """By sequence, how many leading positions' bytes match their sums."""
+        replica = self.replica(stream)
+        names = [sequence] if sequence is not None else [live.name for live in replica.live()]
+        return {name: replica.verify(name) for name in names}
+
+    def list(self) -> tuple[Kept, ...]:
+        return tuple(
+            Kept(stream, s.name, s.lineage[-1].epoch, s.position, s.position * replica.shape.token_bytes, s.known, s.released)
+            for stream, replica in self._replicas.items()
+            for s in replica.sequences.values()
+        )
+
+    def beat(self) -> tuple[tuple[StreamId, int, int], ...]:
+        """Beat.replicas: (stream, live sequences, bytes of pages)."""
+        return tuple(
+            (stream, len(replica.live()), int(replica.arena.refs.astype(bool).sum()) * replica.arena.page_bytes) for stream, replica in self._replicas.items()
+        )
+
+    def damage(self, stream: StreamId, sequence: SequenceId, position: int) -> None:
+        """The negative control of drills: a held position's byte *and* sum change, so that only a comparison with the pool can tell."""
+        self.replica(stream).damage(sequence, position)
+
+    def close(self) -> None:
+        for stream in tuple(self._replicas):
+            self.drop(stream)
+
+    def check(self) -> None:
+        """Asserts what holds between calls; for tests and sampled in production."""
+        used = 0
+        for replica in self._replicas.values():
+            replica.check()
+            used += int(replica.arena.refs.astype(bool).sum()) * replica.arena.page_bytes
+            used += sum(len(s.ids) + len(s.request) for s in replica.sequences.values())
+        assert used == self.budget.used and self.budget.used + self.budget.promised <= self.budget.bytes_max
+
+    def replica(self, stream: StreamId) -> Replica:
+        """Raises Refused for a stream that isn't held here."""
+        if stream not in self._replicas:
+            raise Refused(f"no replica of {stream} is held here. Try: kvguard replicas list")
+        return self._replicas[stream]
+
+
+def _cut_to_plan(replica: Replica, plan: PlanOrder) -> None:
+    places = {name: index for index, name in enumerate(plan.sequences)}
+    for sequence in replica.live():
+        index = places.get(sequence.name)
+        if index is None:
+            replica.drop(sequence)
+            continue
+        agreed = lineages.agreed(sequence.lineage, plan.lineages[index])
+        ids = plan.ids[index] if agreed >= plan.positions[index] else agreed  # of a copy that forked earlier nothing beyond that is of this sequence
+        replica.cut(sequence, min(agreed, plan.positions[index]), min(ids, IDS_PER_ROW_MAX))
+        sequence.lineage = plan.lineages[index]
