@@ -106,12 +106,14 @@ class HostPool:
         total = blocks.size * self._unit_bytes
         if out.nbytes < total:
             raise Refused(f"the pieces are {total} bytes, the buffer has {out.nbytes}")
+        if not total:
+            return 0
         target = np.frombuffer(out, dtype=np.uint8, count=total)
         for group in self._groups:
             rows = _row_numbers(group, blocks, slots)
             if group.size == self._unit_bytes:
                 # mode="clip" writes straight into `out`; bounds were checked on the pieces
-                np.take(group.rows, rows, axis=0, out=target.reshape(rows.size, -1), mode="clip") if rows.size else None
+                np.take(group.rows, rows, axis=0, out=target.reshape(rows.size, -1), mode="clip")
             else:
                 found = group.rows[rows].reshape(blocks.size, group.size)
                 target.reshape(blocks.size, -1)[:, group.start : group.start + group.size] = found
