@@ -37,6 +37,10 @@ class Keys:
         """The public key that must answer on a dialled link: "peer:NODE" means NODE, other names mean themselves."""
         return self.allowed.get(link.removeprefix("peer:").partition("/")[0])
 
+    def own_name(self) -> str:
+        """The name under which this pair itself is listed; "" when it isn't."""
+        return next((node for node, key in self.allowed.items() if key == self.public), "")
+
 
 def generate() -> Keys:
     """A fresh pair that knows nobody."""

@@ -1,0 +1,349 @@
+"""The emitter of one instance: its session with the coordinator, what it adopted, what it may release.
+
+Knows: the emitter's messages, one transport with a thread that owns it. Must not know: models, scheduling, HTTP.
+Invariants: an epoch is adopted once and never an older one after it; a coordinator that is away changes nothing but that resume() and welcome() wait; no call
+blocks without a timeout; what is remembered for a coordinator that is away is bounded; close() leaves no thread and no socket.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+
+from kvguard import errors
+from kvguard.emitter.resumption import Resumption
+from kvguard.errors import BadConfig, BadFrame, KvguardError, TimedOut
+from kvguard.format import messages, wire
+from kvguard.limits import NAME_BYTES_MAX
+from kvguard.transport.ask import body_of, own_name
+from kvguard.transport.base import Broken, Down, Frame, Up
+from kvguard.transport.keys import Keys
+from kvguard.transport.wakeup import Wakeup
+from kvguard.transport.zeromq import ZeromqTransport
+from kvguard.types import NO_EPOCH, Epoch, Position, ResumeToken, SequenceId
+
+COORDINATOR = "coordinator"
+BEAT_MS = 100
+DELIVERED_MAX = 4096  # said again on every new session: the coordinator answers them with nothing, and a link may have lost them
+DELIVERED_PER_MESSAGE = 512
+QUESTIONS_MAX = 1024
+
+
+def connect(
+    instance: str,
+    coordinator: str,
+    keys: Keys | None = None,
+    *,
+    insecure: bool = False,
+    name: str = "",
+    beat_ms: int = BEAT_MS,
+    epoch: Epoch = NO_EPOCH,
+) -> Emitter:
+    """The one emitter of `instance`; a later one anywhere ends this one's session. `coordinator`: its address. `epoch`: what an earlier life had adopted.
+
+    Returns at once, whether or not the coordinator is there. Raises BadConfig for an address that can't be dialled without keys.
+    """
+    if not instance or len(instance.encode()) > NAME_BYTES_MAX:
+        raise BadConfig(f"instance {instance!r} isn't 1 to {NAME_BYTES_MAX} bytes. Try: the name in the daemons' configuration")
+    return Emitter(instance, coordinator, keys, insecure, name or own_name(keys).replace("ask-", "emitter-"), beat_ms, epoch)
+
+
+class _Question:
+    """One releasable(): the answers that are still out, by query id."""
+
+    def __init__(self, sequence: SequenceId, ranks: dict[int, tuple[str, str]]):
+        self.sequence, self.ranks = sequence, ranks  # id -> (link, rank text)
+        self.unsent = set(ranks)
+        self.positions: list[int] = []
+        self.error: KvguardError | None = None
+
+    def done(self) -> bool:
+        return self.error is not None or len(self.positions) == len(self.ranks)
+
+
+class Emitter:
+    """Made by connect(). All methods may be called from any thread."""
+
+    def __init__(self, instance: str, coordinator: str, keys: Keys | None, insecure: bool, name: str, beat_ms: int, epoch: Epoch):
+        self.instance, self.incarnation = instance, int.from_bytes(os.urandom(8), "little") >> 1 or 1
+        self._coordinator, self._beat_s = coordinator, beat_ms / 1000
+        self._changed = threading.Condition()
+        self._adopted, self._announced = epoch, messages.Fenced(instance, epoch, "")
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._welcome: messages.Welcome | None = None
+        self._resume: messages.Resume | None = None
+        self._members: tuple[messages.Member, ...] = ()
+        self._scheduled = self._progress = 0
+        self._delivered: deque[SequenceId] = deque(maxlen=DELIVERED_MAX)
+        self._undelivered = 0  # of those at the end, how many haven't been said on this session
+        self._adopt_unsaid = False
+        self._questions: dict[int, _Question] = {}
+        self._next_query = 1
+        self._session = False
+        self._closing = False
+        self.problems: deque[str] = deque(maxlen=32)  # what the transport said, newest last
+        self._transport = ZeromqTransport(name, keys, insecure, bulk=False, incarnation=self.incarnation)
+        self._dialled: dict[str, str] = {}
+        try:
+            self._transport.dial(COORDINATOR, coordinator)
+            self._wakeup = Wakeup()
+        except BadConfig:
+            self._transport.close()
+            os.close(self._bell)
+            raise
+        self._wakeup.watch(self._transport.fileno(), _nothing)
+        self._thread = threading.Thread(target=self._run, name=f"kvguard-emitter-{instance}", daemon=True)
+        self._thread.start()
+
+    # ---- facts ----
+
+    def scheduled(self, count: int) -> None:
+        """How many sequences have work in flight; travels with the next beat."""
+        self._scheduled = count
+
+    def progress(self, count: int) -> None:
+        """A number that rises with every result that reached the emitter; travels with the next beat."""
+        self._progress = count
+
+    @property
+    def epoch(self) -> Epoch:
+        return self._adopted
+
+    @property
+    def fenced(self) -> messages.Fenced | None:
+        """The newest announcement, from the moment it came until its epoch, or a newer one, is adopted. Cheap: ask between steps."""
+        announced = self._announced
+        return announced if announced.epoch.counter > self._adopted.counter else None
+
+    def fileno(self) -> int:
+        """Readable while `fenced`: for a driver that waits on descriptors."""
+        return self._bell
+
+    @property
+    def connected(self) -> bool:
+        """True while there is a session with the coordinator. Serving goes on without."""
+        return self._session
+
+    @property
+    def members(self) -> tuple[messages.Member, ...]:
+        return self._members
+
+    # ---- the session ----
+
+    def welcome(self, timeout: float) -> messages.Welcome:
+        """The coordinator's newest greeting. Raises TimedOut."""
+        with self._changed:
+            self._wait(lambda: self._welcome is not None, timeout, f"no welcome from the coordinator at {self._coordinator}. Try: check that it runs")
+            return self._welcome
+
+    def resume(self, timeout: float) -> Resumption:
+        """Block until the newest announced epoch's recovery has ended. Raises TimedOut, or KvguardError where the recovery failed for good.
+
+        May be called before anything was announced: it then waits for the next recovery.
+        """
+        with self._changed:
+            self._wait(self._resumable, timeout, f"no resumption of {self.instance!r} after epoch {self._adopted.counter}. Try: kvguard history")
+            resume = self._resume
+        if resume.error:
+            raise KvguardError(f"recovery of {self.instance!r} in epoch {resume.epoch.counter} failed: {resume.error}. Try: kvguard history")
+        return Resumption(resume)
+
+    def adopt(self, what: Resumption | ResumeToken) -> messages.Adopted:
+        """Go on in the epoch of `what`; everything older is over. Again with the same epoch changes nothing. Raises errors.Fenced for one that is over."""
+        with self._changed:
+            if what.epoch != self._adopted:
+                newest = max(self._announced.epoch.counter, self._adopted.counter)
+                if what.epoch.counter <= self._adopted.counter or what.epoch.counter < newest:
+                    raise errors.Fenced(f"epoch {what.epoch.counter} is over, the newest is {newest}. Try: resume() again")
+                if self.fenced is not None:
+                    os.eventfd_read(self._bell)
+                self._adopted = what.epoch
+                self._adopt_unsaid = True
+                self._wakeup.again(_nothing)
+            return messages.Adopted(self.instance, self.incarnation, self._adopted)
+
+    def delivered(self, sequences: SequenceId | Iterable[SequenceId]) -> None:
+        """The answer of a sequence, or of several, has reached its client: the ids may go."""
+        some = (sequences,) if isinstance(sequences, str) else tuple(sequences)
+        with self._changed:
+            self._delivered.extend(some)
+            self._undelivered = min(self._undelivered + len(some), len(self._delivered))
+            self._wakeup.again(_nothing)
+
+    def releasable(self, sequence: SequenceId, timeout: float = 1.0) -> Position:
+        """How far every rank's ids and KV of `sequence` are acknowledged elsewhere: with ack = "strict" no token beyond it may leave.
+
+        Asks the ranks' daemons. Raises TimedOut when one doesn't answer; what to do then is the caller's (strict_timeout_ms).
+        """
+        with self._changed:
+            if not self._members:
+                raise KvguardError(f"the members of {self.instance!r} aren't known yet. Try: welcome() first")
+            if len(self._questions) >= QUESTIONS_MAX:
+                raise KvguardError(f"{QUESTIONS_MAX} questions are still open. Try: fewer at a time")
+            ranks = {}
+            for member in self._members:
+                ranks[self._next_query] = (f"peer:{member.node}", str(member.rank))
+                self._next_query += 1
+            question = _Question(sequence, ranks)
+            self._questions.update(dict.fromkeys(ranks, question))
+            self._wakeup.again(_nothing)
+            try:
+                self._wait(question.done, timeout, f"a rank's daemon didn't say how far {sequence!r} is protected. Try: kvguard status")
+            finally:
+                for number in ranks:
+                    self._questions.pop(number, None)
+            if question.error is not None:
+                raise question.error
+            return min(question.positions)
+
+    def close(self) -> None:
+        with self._changed:
+            if self._closing:
+                return
+            self._closing = True
+            self._wakeup.again(_nothing)
+            self._changed.notify_all()
+        self._thread.join()
+        self._transport.close()
+        self._wakeup.close()
+        os.close(self._bell)
+
+    def __enter__(self) -> Emitter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # ---- the thread ----
+
+    def _wait(self, true, timeout: float, otherwise: str) -> None:
+        self._changed.wait_for(lambda: self._closing or true(), timeout)
+        if self._closing:
+            raise KvguardError("the emitter is closed. Try: connect() again")
+        if not true():
+            raise TimedOut(f"{otherwise} (waited {timeout:g} s)")
+
+    def _resumable(self) -> bool:
+        resume = self._resume
+        return resume is not None and resume.epoch.counter > self._adopted.counter and resume.epoch.counter >= self._announced.epoch.counter
+
+    def _run(self) -> None:
+        next_beat = 0.0
+        while True:
+            self._wakeup.wait(max(0.0, next_beat - time.monotonic()))
+            with self._changed:
+                if self._closing:
+                    return
+                self._wakeup.ready()
+                for event in self._transport.receive():
+                    self._take(event)
+                self._dial_members()
+                self._say_pending()
+                if time.monotonic() >= next_beat:
+                    next_beat = time.monotonic() + self._beat_s
+                    self._say(messages.EmitterBeat(self.instance, self.incarnation, self._adopted, self._scheduled, self._progress))
+                self._changed.notify_all()
+
+    def _take(self, event) -> None:
+        if isinstance(event, Up) and event.link == COORDINATOR:
+            self._session = True
+            self._undelivered = len(self._delivered)
+            self._adopt_unsaid = self._adopted != NO_EPOCH
+            self._say(messages.EmitterHello(self.instance, self.incarnation, self._adopted))
+        elif isinstance(event, Down):
+            if event.link == COORDINATOR:
+                self._session = False
+            else:  # its answers won't come: ask again once it is back
+                for number, question in self._questions.items():
+                    if question.ranks[number][0] == event.link:
+                        question.unsent.add(number)
+        elif isinstance(event, Broken):
+            self.problems.append(f"{event.link}: {event.reason}")
+        elif isinstance(event, Frame):
+            try:
+                message, _ = wire.decode(event.head)
+            except BadFrame as error:
+                self.problems.append(f"{event.link}: {error}")
+                return
+            if isinstance(message, messages.Answer):
+                self._on_answer(event.link, message)
+            elif event.link == COORDINATOR and getattr(message, "instance", None) == self.instance:
+                self._on_message(message)
+
+    def _on_message(self, message: messages.Message) -> None:
+        if isinstance(message, messages.Welcome):
+            first, self._welcome = self._welcome is None, message
+            self._members = message.members or self._members
+            if first and not message.recovering and self._adopted == NO_EPOCH:
+                self._adopted = message.epoch  # nothing to resume: this life begins in the instance's epoch
+            self._announce(message.epoch, "a recovery that this emitter hasn't resumed from")
+        elif isinstance(message, messages.Fenced):
+            self._announce(message.epoch, message.reason)
+        elif isinstance(message, messages.Resume):
+            if message.epoch.counter <= self._adopted.counter or (self._resume is not None and message.epoch.counter < self._resume.epoch.counter):
+                return  # said again, or over
+            self._announce(message.epoch, message.error or "recovered")
+            self._resume = message
+            if not message.error:
+                self._members = message.members
+
+    def _announce(self, epoch: Epoch, reason: str) -> None:
+        if epoch.counter > max(self._announced.epoch.counter, self._adopted.counter):
+            if self.fenced is None:
+                os.eventfd_write(self._bell, 1)
+            self._announced = messages.Fenced(self.instance, epoch, reason)
+
+    def _on_answer(self, link: str, answer: messages.Answer) -> None:
+        question = self._questions.get(answer.id)
+        if question is None or question.ranks[answer.id][0] != link or answer.id in question.unsent:
+            return  # too late
+        try:
+            position = body_of(answer).get("position")
+            if type(position) is not int:
+                raise BadFrame(f"{link}: an answer to releasable without a position")
+            question.positions.append(position)
+            del self._questions[answer.id]
+        except KvguardError as error:
+            question.error = error
+
+    def _dial_members(self) -> None:
+        """A link to each daemon, only once somebody asks for releasable()."""
+        if not self._questions:
+            return
+        addresses = {f"peer:{member.node}": member.address for member in self._members}
+        for link in [link for link in self._dialled if link not in addresses]:
+            self._transport.hang_up(link)
+            del self._dialled[link]
+        for link, address in addresses.items():
+            if self._dialled.get(link) != address:
+                self._dialled[link] = address
+                try:
+                    self._transport.dial(link, address)
+                except BadConfig as error:
+                    self.problems.append(f"{link}: {error}")
+
+    def _say_pending(self) -> None:
+        if self._adopt_unsaid and self._say(messages.Adopted(self.instance, self.incarnation, self._adopted)):
+            self._adopt_unsaid = False
+        while self._undelivered:
+            some = list(self._delivered)[-self._undelivered :][:DELIVERED_PER_MESSAGE]
+            if not self._say(messages.Delivered(self.instance, tuple(some))):
+                break
+            self._undelivered -= len(some)
+        for number, question in self._questions.items():
+            if number in question.unsent:
+                link, rank = question.ranks[number]
+                arguments = {"instance": self.instance, "rank": rank, "sequence": question.sequence}
+                if self._transport.send(link, wire.encode(messages.Query(number, "releasable", json.dumps(arguments).encode()))):
+                    question.unsent.discard(number)
+
+    def _say(self, message: messages.Message) -> bool:
+        return self._transport.send(COORDINATOR, wire.encode(message))
+
+
+def _nothing(events: int) -> None:
+    """The thread looks at everything whenever it wakes."""
