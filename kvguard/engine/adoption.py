@@ -20,8 +20,8 @@ from kvguard.format import rows as fmt
 def rebuild(writer: TableWriter) -> None:
     """Fill the writer's private state from its table; publishes every row anew."""
     views = writer.views
-    highest = max(int(array.max()) for array in (views.row_generations, views.block_generations, views.row_block_generations, views.heads[:, :, fmt.H_GENERATION]))
-    writer._counter = max(writer._counter, highest)
+    given = (views.row_generations, views.block_generations, views.row_block_generations, views.heads[:, :, fmt.H_GENERATION])
+    writer._counter = max(writer._counter, *(int(array.max()) for array in given))
     writer._versions[:] = views.selectors
     writer.step = writer._latest = _last_step(writer)
     memory = views.body

@@ -3,7 +3,7 @@
 Knows: rows, block references, generations, the order of stores. Must not know: steps' meaning, sockets, epochs beyond a word, KV bytes.
 
 Invariants
-- What a reader can see is always a version that was published whole. Ids and blocks are appended beyond what the visible head counts; `publish` makes them visible.
+- What a reader can see is always a version that was published whole. Ids and blocks are appended beyond what the visible head counts.
 - A staged commit that is not published leaves no trace (`roll_back`); truncate and release are visible, and their generations raised, when they return.
 - A wrong call raises ValueError or KeyError before anything has changed.
 - The heads in private memory (`_heads`) are the next version of every row: nothing is ever read back from shared memory except at adoption and roll_back.
@@ -83,6 +83,11 @@ class TableWriter:
         """Names of the live sequences and their rows."""
         return dict(self._names)
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether no sequence was ever here."""
+        return self._counter == 0
+
     def meta(self, row: int) -> fmt.Meta:
         return self._metas[row]
 
@@ -149,6 +154,17 @@ class TableWriter:
             head[fmt.H_BASE], head[fmt.H_PRIOR], head[fmt.H_PRIOR_STEP] = head[old], head[fmt.H_ACCEPTED], head[fmt.H_STEP]
             head[fmt.H_STEP] = self._latest = self.step
         head[fmt.H_ACCEPTED] = length
+        self._stage(row, head)
+
+    def append_blocks(self, row: int, blocks) -> None:
+        """Stage new blocks of a row ahead of a batch that needs them. Raises ValueError."""
+        head = self._heads[row].tolist()
+        if not head[fmt.H_FLAGS] & fmt.OPEN:
+            raise ValueError(f"row {row} holds no sequence: released?")
+        listed = head[fmt.H_BLOCKS]
+        self._check(row, head, head[fmt.H_ACCEPTED], head[fmt.H_IDS], listed + len(blocks))
+        head[fmt.H_BLOCKS_HASH] = (head[fmt.H_BLOCKS_HASH] + self._append_blocks(row, listed, blocks)) & fmt.MASK
+        head[fmt.H_BLOCKS] = listed + len(blocks)
         self._stage(row, head)
 
     def commit_batch(self, rows: np.ndarray, lengths: np.ndarray, ids: np.ndarray | None = None) -> None:

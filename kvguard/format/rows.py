@@ -4,7 +4,7 @@ Knows: where every word lies, how a row's version is encoded, checked and decode
 Must not know: numpy, mappings, processes, who reads.
 
 Invariants
-- A row has two heads. Its selector counts versions; the low bit chooses the head, and the head repeats the count, so that a stale head never passes for a new one.
+- A row has two heads. Its selector counts versions; the low bit chooses the head, and the head repeats the count: a stale head never passes for a new one.
 - A head carries a checksum over itself and hashes over everything it refers to (ids, blocks, meta). Any subset or order of a version's stores reads either
   as that version, as the one before, or as "not yet" (None), never as something that was not committed.
 - ids and blocks are append-only within a generation; meta has two slots and the live one is never written.
@@ -261,10 +261,10 @@ def row_stores(geometry: Geometry, row: int, before: Row, after: Row) -> list[St
     """
     at = areas(geometry)
     stores = []
-    common = _common(before, after)
-    for n in range(common[0], len(after.ids)):
+    ids, blocks = _standing(before, after)
+    for n in range(ids, len(after.ids)):
         stores.append(Store(at.ids + 4 * (row * geometry.ids_per_row + n), 4, after.ids[n]))
-    for n in range(common[1], len(after.blocks)):
+    for n in range(blocks, len(after.blocks)):
         place = row * geometry.blocks_per_row + n
         stores.append(Store(at.row_blocks + 4 * place, 4, after.blocks[n]))
         stores.append(Store(at.row_block_generations + 8 * place, 8, after.block_generations[n]))
@@ -277,7 +277,7 @@ def row_stores(geometry: Geometry, row: int, before: Row, after: Row) -> list[St
     return stores
 
 
-def _common(before: Row, after: Row) -> tuple[int, int]:
+def _standing(before: Row, after: Row) -> tuple[int, int]:
     """How many ids and blocks of `before` still stand in `after`: all that is kept within one birth."""
     if not before.head.is_open or before.head.birth != after.head.birth:
         return 0, 0

@@ -1,0 +1,278 @@
+"""What a serving process holds of kvguard: a rank's guard, and the steps in which it says what is true.
+
+Knows: the order of a step (fence, stage, publish, completion, bell), the adopted epoch. Must not know: who replicates, what a plan is for.
+
+Invariants
+- A step never waits: it writes memory, rings an eventfd that can't block, and raises only Fenced or what the caller did wrong.
+- What a step commits becomes visible when it ends well, and a fact when its completion word is written; a step that raises, or whose epoch is over at its
+  exit, commits nothing. Releases and truncations are true when the call returns.
+- A fenced guard enters no step until `restore` has been carried out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+
+import numpy as np
+
+from kvguard.engine.client import Session, client
+from kvguard.engine.table import TableWriter
+from kvguard.errors import Fenced, TimedOut
+from kvguard.format import local
+from kvguard.format import rows as fmt
+from kvguard.format.layout import Layout
+from kvguard.format.lineage import forked
+from kvguard.format.messages import PlanOrder
+from kvguard.types import NO_EPOCH, Epoch, Rank, StreamId
+
+
+class Step:
+    """One engine step; from `guard.step(size)`. Sequences are named by the engine's request ids; commit answers with a row, the handle for commit_batch."""
+
+    __slots__ = ("_guard", "_table")
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard, self._table = guard, guard.table
+
+    def __enter__(self) -> Step:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._guard._leave(failed=kind is not None)
+
+    def commit(self, sequence: str, length: int, blocks=(), tokens=(), sampler: bytes | None = None, request: bytes | None = None) -> int:
+        """KV of [0, length) is complete once this step is; `blocks`, `tokens`: appended ids (ints), deltas. The first commit of a sequence opens it and brings
+        `request` (opaque bytes; b"" for none). `sampler`: <= 32 opaque bytes. Returns the row.
+
+        Raises KeyError: an unknown sequence without `request`. ValueError: a live sequence with one, positions beyond blocks or tokens, or going back.
+        """
+        table = self._table
+        if request is None:
+            row = table.row(sequence)
+            table.commit(row, length, tokens, blocks, sampler)
+            return row
+        row = table.open(sequence, forked((), self._guard.epoch.counter, 0), request)
+        try:
+            table.commit(row, length, tokens, blocks, sampler)
+        except BaseException:
+            table.unstage(row)
+            raise
+        return row
+
+    def commit_batch(self, sequences, lengths, tokens=None, blocks=None) -> None:
+        """Many decoding sequences: rows (int array, the fast way) or names; int [n] lengths; one new token each (int [n]) or None.
+
+        `blocks`: {index in the batch: appended block ids}. Raises KeyError, ValueError; then nothing of the batch but its blocks is staged.
+        """
+        table = self._table
+        if len(sequences) and isinstance(sequences[0], str):
+            sequences = np.array([table.row(sequence) for sequence in sequences], np.intp)
+        if blocks:
+            for index, appended in blocks.items():
+                table.append_blocks(int(sequences[index]), appended)
+        table.commit_batch(sequences, lengths, tokens)
+
+    def truncate(self, sequence: str, position: int, keep_blocks: int = 0) -> None:
+        """KV and tokens beyond `position` are void, at once; call before the overwriting work is launched. Blocks beyond the position leave the list, except
+        where `keep_blocks` says how many stay. Raises KeyError, ValueError (a position beyond what is accepted; a commit of the same step came first)."""
+        table = self._table
+        table.truncate(table.row(sequence), position, keep_blocks=keep_blocks)
+
+    def release(self, sequence: str) -> None:
+        """The sequence is over, at once; call before its blocks are reused. Raises KeyError."""
+        table = self._table
+        table.release(table.row(sequence))
+
+    def wrote(self, blocks, starts, counts) -> None:
+        """Which slots this step writes: pools that capture in the engine's process start from it. A host pool needs none: its daemon reads the rows."""
+        capture = getattr(self._guard.pool, "wrote", None)
+        if capture is not None:
+            capture(blocks, starts, counts)
+
+
+class Guard:
+    """One attachment: a rank (with a pool) or a scheduler (without). Steps, truncate, release and restore belong to one thread; `fenced`, `pulse` to any.
+
+    `epoch`: the adopted one. `table`, `pool`, `layout`, `stream`: what the daemon maps. `session`: the line to it.
+    """
+
+    def __init__(
+        self, role: str, instance: str, rank: Rank, table: TableWriter, pool, layout: Layout | None, stream: StreamId, endpoint: str, epoch: Epoch,
+    ) -> None:  # fmt: skip
+        self.role, self.instance, self.rank, self.endpoint = role, instance, rank, endpoint
+        self.table, self.pool, self.layout, self.stream = table, pool, layout, stream
+        self.epoch = epoch
+        self.incarnation = int.from_bytes(os.urandom(8), "little") >> 1
+        self.session: Session | None = None
+        self.claim = None  # what this guard is to restore before its first step
+        self._attached_epoch = NO_EPOCH
+        self._order: PlanOrder | None = None
+        self._restored: local.Restored | None = None
+        self._changed = threading.Condition()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        word = table.views.word
+        self._epoch_word, self._entered, self._left, self._size = word(fmt.EPOCH_AT), word(fmt.ENTERED_AT), word(fmt.LEFT_AT), word(fmt.SIZE_AT)
+        self._pulse, self._suspended, self._written = word(fmt.PULSE_AT), word(fmt.SUSPENDED_AT), word(fmt.WRITTEN_AT)
+        self._step = Step(self)
+        self._detached = False
+
+    # ---- steps ------------------------------------------------------------------------------------------------------------------
+
+    def step(self, size: int) -> Step:
+        """Enter a step of `size` positions, before its forward pass: `with guard.step(size) as step`. Raises Fenced where the epoch is over."""
+        if self._epoch_word[0] > self.epoch.counter or self.claim is not None:
+            self._raise_fenced()
+        table = self.table
+        table.step += 1
+        self._size[0] = size
+        self._entered[0] = table.step
+        return self._step
+
+    def _leave(self, failed: bool) -> None:
+        table = self.table
+        fenced = self._epoch_word[0] > self.epoch.counter
+        if failed or fenced:
+            table.roll_back()
+            self._left[0] = table.step
+            self._ring()
+            if fenced and not failed:
+                self._raise_fenced()
+            return
+        table.publish()
+        if self.pool is None:
+            self._written[0] = table.step
+        else:
+            self.pool.publish(self._written, table.step)
+        self._left[0] = table.step
+        self._ring()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # the counter is full: the bell has been ringing all along
+            os.eventfd_write(self._bell, 1)
+
+    def _raise_fenced(self) -> None:
+        if self.claim is not None:
+            raise Fenced(f"rank {self.rank} of {self.instance!r} was claimed and is not restored yet. Try: guard.restore(timeout), then its done()")
+        raise Fenced(
+            f"epoch {self.epoch.counter} of {self.instance!r} is over, {self._epoch_word[0]} has begun. "
+            "Try: drop this step's results and call guard.restore(timeout)"
+        )
+
+    @property
+    def fenced(self) -> bool:
+        """Whether the adopted epoch is over: one memory read."""
+        return self._epoch_word[0] > self.epoch.counter
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a line to the daemon now. Nothing depends on it."""
+        return self.session is not None and self.session.connected
+
+    @property
+    def refused(self) -> str:
+        """Why the daemon refused this attachment for good; empty where it didn't."""
+        return self.session.refused if self.session else ""
+
+    def row(self, sequence: str) -> int:
+        """A live sequence's handle for commit_batch. Raises KeyError."""
+        return self.table.row(sequence)
+
+    def pulse(self) -> None:
+        """Progress within a long step: once per layer of a long prefill, say."""
+        self._pulse[0] += 1
+
+    @contextlib.contextmanager
+    def suspended(self):
+        """A known pause (compilation, weight updates): no hang is suspected meanwhile."""
+        self._suspended[0] = 1
+        self._ring()
+        try:
+            yield
+        finally:
+            self._suspended[0] = 0
+            self._ring()
+
+    # ---- epochs -----------------------------------------------------------------------------------------------------------------
+
+    def restore(self, timeout_s: float):
+        """A survivor, or a claimed rank: wait for what the plan says of this rank. A survivor's rows are truncated and released when this returns.
+
+        Returns engine.restore.Restored: `.epoch`, `.sequences`, `.pull()` for a claim without a pool, then `.done()`. Raises TimedOut; Refused where the plan
+        asks for more than is here (said to the daemon, too).
+        """
+        from kvguard.engine.restore import Restored
+
+        if self.claim is not None:
+            return Restored.of_claim(self, self.claim)
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._has_order() or not self.fenced, timeout_s):
+                raise TimedOut(f"no restore order for {self.rank} of {self.instance!r} within {timeout_s} s. Try: kvguard status; is the coordinator there?")
+            order, self._order = (self._order, None) if self._has_order() else (None, self._order)
+        if order is None:
+            return Restored.of_nothing(self)
+        return Restored.of_order(self, order)
+
+    def _has_order(self) -> bool:
+        return self._order is not None and self._order.epoch.counter > self.epoch.counter and self._order.epoch.counter >= self._epoch_word[0]
+
+    def adopt(self, epoch: Epoch, restored: local.Restored) -> None:
+        """The epoch in which this guard goes on, and the answer that is said now, and again when asked again. Called by Restored.done()."""
+        with self._changed:
+            self.claim = None
+            self.epoch = epoch
+            self._restored = restored
+        if self.session is not None:
+            self.session.say(restored)
+
+    # ---- the line to the daemon (client thread) -----------------------------------------------------------------------------------
+
+    def connect(self, path: str) -> None:
+        """Open the line; returns at once, whether or not a daemon is there."""
+        self.session = Session(path, self.attachment, self.received)
+        client().add(self.session)
+
+    def attachment(self) -> tuple[local.Local, list[int], list[int]]:
+        """What is said whenever the line is new: Attach, its descriptors, and those of them to close afterwards."""
+        exported = self.pool.export() if self.pool is not None else []
+        pidfd = os.pidfd_open(os.getpid())
+        layouts = {} if self.layout is None else {str(self.rank): self.layout}
+        message = local.Attach(self.role, self.instance, self.incarnation, self.epoch, self.endpoint, self.stream, layouts)
+        return message, [pidfd, self._bell, self.table.fd, *exported], [pidfd, *exported]
+
+    def received(self, message: local.Local, descriptors: list[int]) -> None:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        again = None
+        with self._changed:
+            if isinstance(message, local.Attached):
+                self._attached(message.epoch)
+            elif isinstance(message, local.RestoreOrder | local.ClaimOrder):
+                plan = message.plan
+                if self._restored is not None and plan.epoch == self._restored.epoch:
+                    again = self._restored
+                elif isinstance(message, local.RestoreOrder) and plan.epoch.counter > self.epoch.counter:
+                    self._order = plan
+            self._changed.notify_all()
+        if again is not None:
+            self.session.say(again)
+
+    def _attached(self, epoch: Epoch) -> None:
+        """An attachment that never had a sequence has nothing to restore: it lives in the epoch that it finds."""
+        self._attached_epoch = epoch
+        if epoch.counter > self.epoch.counter and self.claim is None and self.table.is_untouched:
+            self.epoch = epoch
+
+    def detach(self, timeout_s: float = 1.0) -> None:
+        """A clean end: the daemon is told, if it listens, and the table is closed. The pool stays the caller's. Idempotent."""
+        if self._detached:
+            return
+        self._detached = True
+        if self.session is not None:
+            self.session.say(local.Detach())
+            self.session.end(timeout_s)
+        self.table.close()
+        os.close(self._bell)
+
+

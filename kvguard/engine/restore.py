@@ -1,0 +1,202 @@
+"""Carrying out what a plan says of one rank, inside the engine's process: truncate, release, pull.
+
+Knows: a plan's columns, replica pages, the table. Must not know: how the plan was made, where the pages came from.
+
+Invariants
+- Nothing is pulled without its checksum: a page that doesn't match fails the restore, loudly; it is never used.
+- A sequence ends at the plan's position with ids [0, position) and the plan's lineage, whatever it had before; one that the plan doesn't name is released.
+- A row is published only when all of its KV is in the pool.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from kvguard.errors import BadFrame, Refused, Stale
+from kvguard.format import local
+from kvguard.format.messages import PlanOrder
+from kvguard.format.pages import BATCH_BYTES, PageReader
+from kvguard.types import Epoch, Lineage, Rung
+
+
+class RestoredSequence(NamedTuple):
+    """One sequence as it stands now: KV and ids for [0, position), in `blocks`."""
+
+    name: str
+    position: int
+    lineage: Lineage
+    blocks: tuple[int, ...]
+
+
+class Restored:
+    """The new state of a rank. `epoch`: adopted by done(). `sequences`: in the plan's order, those with a position here. `bytes_by_rung`: KV pulled."""
+
+    def __init__(self, guard, epoch: Epoch, plan: PlanOrder | None) -> None:
+        self._guard, self._plan, self._claim = guard, plan, None
+        self._since = time.monotonic()
+        self.epoch = epoch
+        self.sequences: tuple[RestoredSequence, ...] = ()
+        self.bytes_by_rung: dict[str, int] = {}
+
+    @classmethod
+    def of_nothing(cls, guard) -> Restored:
+        """No fence is up: nothing was to be done."""
+        return cls(guard, guard.epoch, None)
+
+    @classmethod
+    def of_order(cls, guard, plan: PlanOrder) -> Restored:
+        """A survivor, cut to the plan."""
+        restored = cls(guard, plan.epoch, plan)
+        restored._cut()
+        return restored
+
+    @classmethod
+    def of_claim(cls, guard, claim) -> Restored:
+        """A claimed rank: cut to the plan where its pool was adopted, else still to be pulled."""
+        restored = cls(guard, claim.plan.epoch, claim.plan)
+        restored._claim = claim
+        if claim.adopt is not None:
+            restored._cut()
+            named = {sequence.name for sequence in restored.sequences}
+            rungs = {rung for name, rung in zip(claim.plan.sequences, claim.plan.rungs, strict=True) if name in named}
+            restored.bytes_by_rung = dict.fromkeys(sorted(rungs & {Rung.POOL}), 0)  # adopted as it is: nothing was moved
+        return restored
+
+    # ---- survivors ----------------------------------------------------------------------------------------------------------------
+
+    def _cut(self) -> None:
+        plan, table = self._plan, self._guard.table
+        live = table.sequences()
+        short = [
+            f"{name}: {table.accepted(live[name]) if name in live else 0} < {position}"
+            for name, position in zip(plan.sequences, plan.positions, strict=True)
+            if position > (table.accepted(live[name]) if name in live else 0)
+        ]
+        if short:
+            self.failed(f"the plan wants more than this rank has: {', '.join(short[:3])}")
+        for name, row in live.items():
+            if name not in set(plan.sequences):
+                table.release(row)
+        found = []
+        for name, position, lineage in zip(plan.sequences, plan.positions, plan.lineages, strict=True):
+            if name in live:
+                table.truncate(live[name], position, lineage)
+                found.append(RestoredSequence(name, position, lineage, tuple(table.blocks(live[name]))))
+        self.sequences = tuple(found)
+
+    # ---- claims -------------------------------------------------------------------------------------------------------------------
+
+    def pull(self, remap: Callable[[int], int] | None = None) -> tuple[RestoredSequence, ...]:
+        """Copy the replicas' verified blocks into the pool and publish the rows. Returns `sequences`; [] was to be pulled where the pool was adopted.
+
+        `remap`: block id in the replica -> block id here; by default they stay the same, so that a scheduler's block tables stay valid.
+        Raises Refused: a page whose sum or generation doesn't hold, a replica that lacks what the plan names, blocks that this pool doesn't have.
+        """
+        claim = self._claim
+        if claim is None or claim.adopt is not None:
+            return self.sequences
+        pulls = [_Pull(self._guard.pool, pages, fd, remap) for pages, fd in zip(claim.order.replicas, claim.arenas, strict=True)]
+        try:
+            self.sequences = tuple(self._pull_one(n, name, pulls) for n, name in enumerate(self._plan.sequences) if self._is_sourced(n))
+        except (BadFrame, Stale, Refused, ValueError) as error:
+            self._guard.table.roll_back()
+            self.failed(f"pulling failed: {error}")
+        finally:
+            for pull in pulls:
+                pull.close()
+        self._guard.table.publish()
+        return self.sequences
+
+    def _is_sourced(self, n: int) -> bool:
+        return self._claim.order.rebuild.source[n] >= 0 and self._plan.positions[n] > 0
+
+    def _pull_one(self, n: int, name: str, pulls: list[_Pull]) -> RestoredSequence:
+        plan, table = self._plan, self._guard.table
+        source = self._claim.order.rebuild.sources[self._claim.order.rebuild.source[n]]
+        pull = next((pull for pull in pulls if pull.pages.stream == source.stream), None)
+        if pull is None:
+            raise Refused(f"sequence {name!r}: its source {source.stream} did not come with the claim")
+        position, lineage = plan.positions[n], plan.lineages[n]
+        blocks, column = pull.sequence(name, position)
+        moved = pull.bytes
+        ids = np.frombuffer(pull.pages.ids[column], "<u4")[:position]
+        table.step = max(table.step, 0)
+        row = table.open(name, lineage, pull.pages.requests[column])
+        table.commit(row, position, ids, blocks, pull.pages.samplers[column])
+        rung = plan.rungs[n]
+        self.bytes_by_rung[rung] = self.bytes_by_rung.get(rung, 0) + moved
+        pull.bytes = 0
+        return RestoredSequence(name, position, lineage, tuple(blocks))
+
+    # ---- the end ------------------------------------------------------------------------------------------------------------------
+
+    def done(self) -> None:
+        """Adopt the epoch and say so: the next step may be entered."""
+        if self._plan is None:
+            return
+        guard = self._guard
+        answer = local.Restored(guard.instance, guard.rank, self.epoch, "", dict(self.bytes_by_rung), 1e3 * (time.monotonic() - self._since))
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            guard.epoch = self.epoch  # the Attach of the rank says it, and goes out first
+            claim.become(guard)
+        guard.adopt(self.epoch, answer)
+
+    def failed(self, reason: str) -> None:
+        """Tell the daemon that this rank can't be restored; raises Refused."""
+        guard = self._guard
+        message = f"rank {guard.rank} of {guard.instance!r}: {reason}"
+        session = guard.session or (self._claim.session if self._claim is not None else None)
+        if session is not None:
+            session.say(local.Restored(guard.instance, guard.rank, self.epoch, message))
+        raise Refused(f"{message}. Try: kvguard history, and starting the rank empty")
+
+
+class _Pull:
+    """One replica's pages on their way into the pool; blocks that sequences share are copied once. `bytes`: copied since it was last set to 0."""
+
+    def __init__(self, pool, pages: local.ReplicaPages, descriptor: int, remap: Callable[[int], int] | None) -> None:
+        if pages.shape.fingerprint != pool.layout.fingerprint:
+            raise Refused(f"the replica of {pages.stream} is of another layout than this pool. Try: a standby of the same model, dtype and shard")
+        self.pool, self.pages, self.bytes = pool, pages, 0
+        self._remap = remap or (lambda block: block)
+        self._reader = PageReader(descriptor, pages.shape)
+        self._columns = {name: column for column, name in enumerate(pages.sequences)}
+        self._whole: dict[int, int] = {}  # replica's block -> tokens already here
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def sequence(self, name: str, position: int) -> tuple[list[int], int]:
+        """Copy [0, position); returns the block ids here, and the sequence's column."""
+        column = self._columns.get(name, -1)
+        if column < 0 or self.pages.positions[column] < position:
+            held = self.pages.positions[column] if column >= 0 else 0
+            raise Refused(f"sequence {name!r}: the replica of {self.pages.stream} holds {held} of {position} positions")
+        tokens = self.pages.shape.block_tokens
+        needed = -(-position // tokens)
+        blocks, generations = self.pages.blocks[column][:needed], self.pages.generations[column][:needed]
+        if len(blocks) < needed or len(self.pages.ids[column]) < 4 * position:
+            raise Refused(f"sequence {name!r}: the replica names {len(blocks)} blocks and {len(self.pages.ids[column]) // 4} ids for {position} positions")
+        counts = [min(tokens, position - n * tokens) for n in range(needed)]
+        wanted = [n for n in range(needed) if self._whole.get(blocks[n], 0) < counts[n]]
+        batch = max(1, BATCH_BYTES // self.pages.shape.block_bytes)
+        for first in range(0, len(wanted), batch):
+            part = wanted[first : first + batch]
+            self._copy([blocks[n] for n in part], [generations[n] for n in part], [counts[n] for n in part])
+        return [self._remap(block) for block in blocks], column
+
+    def _copy(self, blocks: list[int], generations: list[int], counts: list[int]) -> None:
+        parts = [self._reader.page(*piece) for piece in zip(blocks, generations, counts, strict=True)]
+        data = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+        here = [self._remap(block) for block in blocks]
+        if self.pages.shape.addressable:
+            self.pool.scatter(here, [0] * len(here), counts, data)
+        else:
+            self.pool.scatter_blocks(here, data)
+        self._whole.update(zip(blocks, counts, strict=True))
+        self.bytes += data.nbytes
