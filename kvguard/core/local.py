@@ -1,0 +1,133 @@
+"""One stream that this node sends: a local rank's pool, living or dead, or a replica that is pushed on for a plan.
+
+Knows: its ledger, its senders by holder, its steps. Must not know: links beyond their names, the coordinator's plans.
+Invariants: `beat` is truthful: protected means acknowledged in the current epoch by a holder that answers, at most the newest step excepted; a holder that is
+replaced is ended only when every new one has acknowledged what it had.
+"""
+
+from __future__ import annotations
+
+from kvguard.core.effects import Effect
+from kvguard.core.events import Event, Looked, StreamAttached
+from kvguard.core.ledger import Ledger
+from kvguard.core.pieces import Copy
+from kvguard.core.progress import Progress
+from kvguard.core.sender import Sender
+from kvguard.format.messages import RankBeat
+from kvguard.types import Epoch, NodeId, SequenceId
+
+
+class LocalStream:
+    """`progress` is None for a stream that is pushed on."""
+
+    def __init__(self, event: StreamAttached, progress: Progress | None) -> None:
+        self.stream, self.shape = event.stream, event.shape
+        self.incarnation, self.epoch, self.endpoint = event.incarnation, event.epoch, event.endpoint
+        self.ledger = Ledger(event.shape)
+        self.progress = progress
+        self.senders: dict[NodeId, Sender] = {}
+        self.ending: dict[NodeId, str] = {}  # holders that others replace, and why
+        self.alive, self.salvageable, self.death = True, False, ""
+        self.hung: tuple[str, int] | None = None  # reason and last sign of life, once it was told to die
+        self.looks = 0
+        self.fenced = False
+        self.unheld_reason = "no other node"
+        self._unheld_ns: int | None = None
+
+    def look(self, now: int, event: Looked) -> tuple[Effect, ...]:
+        self.looks += 1
+        self.ledger.look(event)
+        if len(self.senders) == 1:
+            for sender in self.senders.values():
+                return sender.step(now, event)
+        return self.tell(now, event)
+
+    def tell(self, now: int, event: Event) -> tuple[Effect, ...]:
+        return tuple(effect for sender in self.senders.values() for effect in sender.step(now, event))
+
+    def fence(self) -> None:
+        self.fenced = True
+        for sender in self.senders.values():
+            sender.fence()
+
+    def adopt(self, now: int, epoch: Epoch) -> tuple[Effect, ...]:
+        self.epoch, self.fenced = epoch, False
+        return tuple(effect for sender in self.senders.values() for effect in sender.adopt(now, epoch))
+
+    def replaced(self) -> list[NodeId]:
+        """Holders that may be ended now."""
+        new = [sender for node, sender in self.senders.items() if node not in self.ending]
+        if not self.ending or not new or any(sender.state != "stream" for sender in new):
+            return []
+        return [node for node in self.ending if all(_covers(sender, self.senders[node]) for sender in new)]
+
+    def transferred(self, node: NodeId) -> bool:
+        """Everything that was found in the replica has been acknowledged by the target."""
+        return self.looks > 0 and node in self.senders and self.senders[node].caught_up()
+
+    def releasable(self) -> dict[SequenceId, int]:
+        """By sequence, how many ids every holder has acknowledged."""
+        holders = [sender for node, sender in self.senders.items() if node not in self.ending]
+        return {row.sequence: min((sender.flow.copies[number].acked_ids for sender in holders), default=0) for number, row in self.ledger.rows.items()}
+
+    def best(self, number: int) -> int:
+        """The furthest position of a row that a holder that answers has acknowledged."""
+        return max((sender.flow.copies[number].acked for sender in self.senders.values() if sender.state == "stream"), default=0)
+
+    def beat(self, now: int, promised: Epoch) -> RankBeat:
+        committed = acked = lag = unprotected = 0
+        for number, row in self.ledger.rows.items():
+            best = self.best(number)
+            committed += row.committed
+            acked += best
+            if row.committed and (not best or best < row.previous):
+                unprotected += 1
+            if best < row.previous and self._caught(number):
+                lag = max(lag, row.previous - best)
+        answering = [sender for sender in self.senders.values() if sender.state == "stream"]
+        if answering:
+            self._unheld_ns, lag_ms = None, min(sender.lag_ms(now) for sender in answering)
+        else:
+            self._unheld_ns = now if self._unheld_ns is None else self._unheld_ns
+            lag_ms = (now - self._unheld_ns) / 1e6
+        state, reason = self._state(promised, bool(answering), unprotected)
+        steps = self.progress.progress if self.progress is not None else 0
+        return RankBeat(
+            self.stream, self.epoch, self.incarnation, self.endpoint, state, reason, tuple(self.senders), len(self.ledger.rows), unprotected, committed, acked, lag,
+            (committed - acked) * self.shape.token_bytes, lag_ms, steps + self.looks,
+        )  # fmt: skip
+
+    def _state(self, promised: Epoch, answering: bool, unprotected: int) -> tuple[str, str]:
+        if not self.alive:
+            return "lost", self.death
+        if self.epoch != promised:
+            return "recovering", f"epoch {self.epoch.counter} is over, {promised.counter} is promised"
+        if not self.senders:
+            return "unprotected", self.unheld_reason
+        if not answering:
+            return "unprotected", "; ".join(f"{node}: {sender.reason}" for node, sender in self.senders.items())
+        if unprotected:
+            for node, sender in self.senders.items():
+                for copy in sender.flow.refused.values():
+                    return "unprotected", f"store full at {node}: {copy.shed}"
+            return "unprotected", f"catching up: {unprotected} of {len(self.ledger.rows)} sequences"
+        return "protected", ""
+
+    def _caught(self, number: int) -> bool:
+        return any(sender.flow.copies[number].caught for sender in self.senders.values())
+
+    def check(self) -> None:
+        self.ledger.check()
+        for node, sender in self.senders.items():
+            assert set(sender.flow.copies) == set(self.ledger.rows), f"{node} knows other rows than the table"
+            assert sender.epoch == self.epoch or sender.state == "fenced", (sender.epoch, self.epoch)
+            sender.check()
+        if self.progress is not None:
+            self.progress.check()
+
+
+def _covers(new: Sender, old: Sender) -> bool:
+    def at_least(mine: Copy, other: Copy) -> bool:
+        return not mine.shed and mine.acked >= other.acked and mine.acked_ids >= other.acked_ids
+
+    return all(at_least(new.flow.copies[number], copy) for number, copy in old.flow.copies.items())

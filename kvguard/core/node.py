@@ -1,0 +1,371 @@
+"""A node: the parts put together. What is sent, received, promised and ordered here, event by event.
+
+Knows: local ranks, their faults, promises, the coordinator's link and orders. Must not know: sockets, tables, pages, clocks.
+Invariants: a promise is durable before anything follows from it, and only rises (I3); the same order of an (instance, epoch) repeats the answer, not the deed;
+every buffer that comes in goes out again; a dead rank's pool stays until the recovery that may need it is over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvguard.core import events
+from kvguard.core.effects import Effect, FreeBuffer, KillProcess, Note, Send, SendReport, SetEpoch
+from kvguard.core.inbound import Inbound
+from kvguard.core.local import LocalStream
+from kvguard.core.orders import Orders
+from kvguard.core.outbound import Outbound
+from kvguard.core.progress import Progress
+from kvguard.core.promises import NEWER, SAME, Promises
+from kvguard.core.sender import SenderSettings
+from kvguard.format import messages
+from kvguard.limits import WINDOW_BYTES_DEFAULT
+from kvguard.types import Epoch, NodeId, SequenceId, StreamId
+
+COORDINATOR = "coordinator"
+FROM_COORDINATOR = (messages.NodeWelcome, messages.Assign, messages.Fence, messages.PlanOrder, messages.RebuildOrder, messages.Resumed)
+Effects = tuple[Effect, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """`hang_min_ns` 0: hangs aren't looked for. `retry_ns`, `answer_ns`: core/sender.py."""
+
+    node: NodeId
+    incarnation: int
+    address: str
+    version: str = ""
+    heartbeat_ns: int = 200_000_000
+    window_bytes: int = WINDOW_BYTES_DEFAULT
+    hang_min_ns: int = 2_000_000_000
+    hang_factor: int = 10
+    retry_ns: int = 5_000_000_000
+    answer_ns: int = 2_000_000_000
+
+
+class Seen(NamedTuple):
+    """A fault until the coordinator has fenced: what was said, when it struck, and in which epoch."""
+
+    fault: messages.Fault
+    since_ns: int
+    epoch: Epoch
+
+
+class Node:
+    """`promises`: what the journal says (core/promises.py decodes it)."""
+
+    def __init__(self, settings: NodeSettings, promises: dict[str, Epoch]) -> None:
+        self.settings = settings
+        self.promises = Promises(promises)
+        self.inbound = Inbound(self.promises)
+        self.outbound = Outbound(SenderSettings(settings.node, settings.incarnation, settings.window_bytes, settings.retry_ns, settings.answer_ns))
+        self.orders: dict[str, Orders] = {}
+        self.standbys: dict[int, messages.StandbyBeat] = {}
+        self.linked = False  # to the coordinator
+        self._faults: dict[tuple[StreamId, int], Seen] = {}
+        self._fences: dict[str, Epoch] = {}  # answered with a report, not yet followed by a plan
+        self._replicas = events.ReplicasSeen((), 0, 0)
+        self._beat_ns: int | None = None
+        self._beats = 0
+        out, into = self.outbound, self.inbound
+        self._steps = {
+            events.LinkUp: self._link_up, events.LinkDown: self._link_down, events.Arrived: self._arrived, events.Broken: self._broken, events.Tick: self._tick,
+            events.TurnEnded: self._turn_ended, events.StreamAttached: self._attached, events.Looked: out.looked, events.StepsSeen: self._steps_seen,
+            events.StreamDetached: self._detached, events.ProcessDied: self._died, events.StandbyAttached: self._standby, events.Captured: out.captured,
+            events.EngineRestored: self._restored, events.Probed: into.completed, events.Applied: into.completed, events.PlanCarried: self._carried,
+            events.ReplicasSeen: self._replicas_seen,
+        }  # fmt: skip
+        self._messages = {
+            messages.Hello: self._hello, messages.IdsFrame: into.frame, messages.KvFrame: into.frame, messages.Held: out.answered, messages.Ack: out.answered,
+            messages.StreamEnd: self._stream_end, messages.NodeWelcome: self._welcome, messages.Assign: self._assign, messages.Fence: self._fence,
+            messages.PlanOrder: self._plan, messages.RebuildOrder: self._rebuild, messages.Resumed: self._resumed,
+        }  # fmt: skip
+
+    # ---- the contract of a core ----
+
+    def step(self, now_ns: int, event: events.Event) -> Effects:
+        return self._steps[type(event)](now_ns, event)
+
+    def next_deadline(self) -> int | None:
+        due = [self._beat_ns, self.outbound.next_deadline()]
+        due += [local.progress.next_deadline() for local in self.outbound.streams.values() if local.alive] if self.settings.hang_min_ns else []
+        return min((at for at in due if at is not None), default=None)
+
+    def check(self) -> None:
+        self.inbound.check()
+        self.outbound.check()
+        for local in self.outbound.all():
+            assert local.fenced or local.epoch == self.promises.of(local.stream.instance), "a stream of an epoch that is over goes on"
+        assert (self._beat_ns is not None) == self.linked
+
+    def releasable(self, instance: str) -> dict[SequenceId, int]:
+        """By sequence, how many ids every holder of every local rank has acknowledged: what `ack = "strict"` may let out."""
+        return self.outbound.releasable(instance)
+
+    # ---- links ----
+
+    def _link_up(self, now: int, event: events.LinkUp) -> Effects:
+        if event.link != COORDINATOR:
+            return self.outbound.link(now, event, True)
+        self.linked, self._beat_ns = True, now + self.settings.heartbeat_ns
+        settings = self.settings
+        promises = tuple(sorted(self.promises.known.items()))
+        out: list[Effect] = [Send(COORDINATOR, messages.NodeHello(settings.node, settings.incarnation, settings.address, promises, settings.version))]
+        out.extend(self._faults_again(now))
+        out.extend(SendReport(COORDINATOR, instance, epoch) for instance, epoch in self._fences.items())
+        for orders in self.orders.values():
+            out.extend(() if orders.finished else orders.again())
+        return tuple(out)
+
+    def _link_down(self, now: int, event: events.LinkDown) -> Effects:
+        if event.link == COORDINATOR:
+            self.linked, self._beat_ns = False, None
+            return ()
+        return self.outbound.link(now, event, False) + self.inbound.link_down(event.link)
+
+    def _broken(self, now: int, event: events.Broken) -> Effects:
+        return (Note("broken_frame", event.link, event.reason), *self.inbound.broken(event.link, event.reason))
+
+    def _arrived(self, now: int, event: events.Arrived) -> Effects:
+        kind = type(event.message)
+        react = self._messages.get(kind)
+        if react is None or (kind in FROM_COORDINATOR) != (event.link == COORDINATOR):
+            free = (FreeBuffer(event.buffer),) if event.buffer else ()
+            return (Note("refused", event.link, f"{kind.__name__} is not for a node, or not from this link"), *free)
+        if kind is messages.IdsFrame or kind is messages.KvFrame or not event.buffer:
+            return react(now, event)
+        return (FreeBuffer(event.buffer), *react(now, event))
+
+    def _turn_ended(self, now: int, event: events.TurnEnded) -> Effects:
+        out = self.inbound.turn_ended(now, event) + self.outbound.end_replaced()
+        for stream, local in self.outbound.pushes.items():
+            orders = self.orders.get(stream.instance)
+            if orders is not None and all(local.transferred(node) for node in local.senders):
+                out += orders.transferred(stream)
+        return out
+
+    # ---- others' streams ----
+
+    def _hello(self, now: int, event: events.Arrived) -> Effects:
+        hello = event.message
+        out: Effects = ()
+        if self.promises.judge(hello.stream.instance, hello.epoch) == NEWER:  # this node had no part in that round, and is bound by it all the same
+            out = self._rise(hello.stream.instance, hello.epoch)
+        return out + self.inbound.hello(event.link, hello)
+
+    def _stream_end(self, now: int, event: events.Arrived) -> Effects:
+        return self.inbound.stream_end(event.message)
+
+    def _replicas_seen(self, now: int, event: events.ReplicasSeen) -> Effects:
+        self._replicas = event
+        return ()
+
+    # ---- time ----
+
+    def _tick(self, now: int, event: events.Tick) -> Effects:
+        out = self.outbound.tick(now, event)
+        for local in self.outbound.streams.values():
+            if local.alive and self.settings.hang_min_ns:
+                local.progress.step(now, event)
+                verdict = local.progress.verdict(now)
+                if verdict is not None:
+                    local.hung = (verdict.reason, verdict.since_ns)
+                    out += Note("hung", str(local.stream), verdict.reason), KillProcess(local.incarnation, local.stream, verdict.reason)
+        if self._beat_ns is not None and now >= self._beat_ns:
+            self._beat_ns = now + self.settings.heartbeat_ns
+            out += (self._beat(now), *self._faults_again(now))
+        return out
+
+    def _beat(self, now: int) -> Send:
+        settings, seen = self.settings, self._replicas
+        self._beats += 1
+        ranks = tuple(local.beat(now, self.promises.of(local.stream.instance)) for local in self.outbound.streams.values())
+        standbys = tuple(self.standbys.values())
+        return Send(
+            COORDINATOR,
+            messages.Beat(settings.node, settings.incarnation, self._beats, ranks, standbys, seen.replicas, seen.arena_bytes, seen.arena_bytes_max),
+        )
+
+    def _faults_again(self, now: int) -> Effects:
+        """Faults until the coordinator has raised the epoch that they struck in; a clean end is said once."""
+        out: list[Effect] = []
+        for key, seen in list(self._faults.items()):
+            if self.promises.of(key[0].instance).counter > seen.epoch.counter:
+                del self._faults[key]
+                continue
+            out.append(Send(COORDINATOR, _since(seen, now)))
+            if seen.fault.kind == "detached":
+                del self._faults[key]
+        return tuple(out)
+
+    # ---- local ranks ----
+
+    def _attached(self, now: int, event: events.StreamAttached) -> Effects:
+        instance = event.stream.instance
+        verdict = self.promises.judge(instance, event.epoch)
+        if event.pushing:
+            return self._push(now, event, verdict)
+        out = self._rise(instance, event.epoch) if verdict == NEWER else ()
+        local = self.outbound.streams.get(event.stream)
+        known = local is not None
+        if not known:
+            local = self.outbound.streams[event.stream] = LocalStream(event, self._progress())
+        elif local.incarnation != event.incarnation or not local.alive:
+            local.progress, local.hung = self._progress(), None
+            local.alive, local.death = True, ""
+        local.incarnation, local.endpoint = event.incarnation, event.endpoint
+        if verdict not in (SAME, NEWER):
+            local.epoch = event.epoch
+            local.fence()
+            promised = self.promises.of(instance)
+            out += Note("stale_epoch", str(event.stream), f"attached in epoch {event.epoch.counter}"), SetEpoch(instance, promised)
+        elif known and (local.fenced or local.epoch != event.epoch):
+            out += local.adopt(now, event.epoch)
+        return out + self.outbound.place(now, local)
+
+    def _progress(self) -> Progress:
+        return Progress(self.settings.hang_min_ns, self.settings.hang_factor)
+
+    def _push(self, now: int, event: events.StreamAttached, verdict: str) -> Effects:
+        pushes = self.outbound.pushes
+        if verdict != SAME:
+            return (Note("stale_epoch", str(event.stream), f"pushed in epoch {event.epoch.counter}"),)
+        local = pushes.setdefault(event.stream, LocalStream(event, None))
+        return () if event.pushing in local.senders else self.outbound.send_to(now, local, event.pushing)
+
+    def _steps_seen(self, now: int, event: events.StepsSeen) -> Effects:
+        local = self.outbound.streams.get(event.stream)
+        return local.progress.step(now, event) if local is not None and local.alive else ()
+
+    def _detached(self, now: int, event: events.StreamDetached) -> Effects:
+        local = self.outbound.streams.get(event.stream)
+        if local is None or local.incarnation != event.incarnation:
+            return ()
+        out = self.outbound.detach(local, "detached")
+        return out + self._fault(now, local, "detached", "the engine closed its rank", False, now)
+
+    def _died(self, now: int, event: events.ProcessDied) -> Effects:
+        if event.stream is None:
+            self.standbys.pop(event.incarnation, None)
+            return tuple(effect for orders in self.orders.values() for effect in orders.died(event.incarnation, event.reason))
+        local = self.outbound.streams.get(event.stream)
+        if local is None or not local.alive or local.incarnation != event.incarnation:
+            return (Note("stale_death", str(event.stream), event.reason),)
+        kind, reason, since = ("hung", *local.hung) if local.hung is not None else ("died", event.reason, now)
+        local.alive, local.death, local.salvageable = False, f"{kind}: {reason}", event.salvageable
+        return self._fault(now, local, kind, reason, event.salvageable, since)
+
+    def _fault(self, now: int, local: LocalStream, kind: str, reason: str, salvageable: bool, since_ns: int) -> Effects:
+        fault = messages.Fault(self.settings.node, local.stream, local.incarnation, kind, reason, salvageable, 0.0)
+        seen = Seen(fault, since_ns, local.epoch)
+        if kind != "detached" or not self.linked:
+            self._faults[local.stream, local.incarnation] = seen
+        told = (Send(COORDINATOR, _since(seen, now)),) if self.linked else ()
+        return (*told, Note(kind, str(local.stream), reason))
+
+    def _standby(self, now: int, event: events.StandbyAttached) -> Effects:
+        self.standbys[event.standby] = messages.StandbyBeat(event.instance, event.standby, event.endpoint, event.fingerprints)
+        return ()
+
+    # ---- the coordinator's orders ----
+
+    def _welcome(self, now: int, event: events.Arrived) -> Effects:
+        self._beat_ns = now + self.settings.heartbeat_ns
+        return (self._beat(now),)
+
+    def _assign(self, now: int, event: events.Arrived) -> Effects:
+        return self.outbound.assign(now, event.message)
+
+    def _rise(self, instance: str, epoch: Epoch) -> Effects:
+        """The promise rises: durable first; then the engines are told, and everything of older epochs is over."""
+        durable = self.promises.rise(instance, epoch)
+        self.orders.pop(instance, None)
+        self._fences.pop(instance, None)
+        return (durable, SetEpoch(instance, epoch), *self.inbound.fence(instance), *self.outbound.fence(instance))
+
+    def _bound(self, instance: str, epoch: Epoch, what: str) -> tuple[bool, Effects]:
+        """Whether an order of `epoch` counts here; one of a newer epoch binds even if its fence was missed."""
+        verdict = self.promises.judge(instance, epoch)
+        if verdict == NEWER:
+            return True, self._rise(instance, epoch)
+        if verdict == SAME:
+            return True, ()
+        promised = self.promises.of(instance)
+        reason = f"{what} of epoch {epoch.counter} of {epoch.issuer!r}, {promised.counter} of {promised.issuer!r} is promised"
+        return False, (Note("stale_epoch", instance, reason),)
+
+    def _fence(self, now: int, event: events.Arrived) -> Effects:
+        fence = event.message
+        bound, out = self._bound(fence.instance, fence.epoch, "Fence")
+        if not bound:
+            return out
+        if out:
+            out += (Note("fenced", fence.instance, fence.reason, (("epoch", fence.epoch.counter),)),)
+        if fence.instance not in self.orders:
+            self._fences[fence.instance] = fence.epoch
+        return (*out, SendReport(COORDINATOR, fence.instance, fence.epoch))
+
+    def _plan(self, now: int, event: events.Arrived) -> Effects:
+        plan = event.message
+        bound, out = self._bound(plan.instance, plan.epoch, "PlanOrder")
+        if not bound:
+            return out
+        self._fences.pop(plan.instance, None)
+        orders = self.orders.get(plan.instance)
+        if orders is not None:
+            return out + orders.again()
+        orders = self.orders[plan.instance] = Orders(plan, self.settings.node, COORDINATOR)
+        for target, address, _ in orders.transfers():
+            out += self.outbound.dial(target, address)
+        rebuilt = [rebuild.rank for rebuild in plan.rebuilds]
+        survivors = [local.stream for local in self.outbound.of(plan.instance) if local.alive and local.fenced and local.stream.rank not in rebuilt]
+        return out + orders.start(survivors)
+
+    def _carried(self, now: int, event: events.PlanCarried) -> Effects:
+        orders = self._current(event.instance, event.epoch)
+        return orders.carried(event) if orders is not None else (Note("stale_epoch", event.instance, f"plan of epoch {event.epoch.counter} was carried out"),)
+
+    def _rebuild(self, now: int, event: events.Arrived) -> Effects:
+        order = event.message
+        orders = self._current(order.instance, order.epoch)
+        if orders is None:
+            return (Note("stale_epoch", order.instance, f"RebuildOrder of epoch {order.epoch.counter}, whose plan isn't known here"),)
+        self.standbys.pop(order.rebuild.standby, None)
+        return orders.rebuild(order)
+
+    def _restored(self, now: int, event: events.EngineRestored) -> Effects:
+        orders = self._current(event.instance, event.epoch)
+        if orders is None:
+            return (Note("stale_epoch", event.instance, f"rank {event.rank} was restored in epoch {event.epoch.counter}"),)
+        local = self.outbound.streams.get(event.stream)
+        out: Effects = ()
+        if local is not None and not event.error and (local.fenced or local.epoch != event.epoch):
+            out = local.adopt(now, event.epoch)
+        return out + orders.restored(event)
+
+    def _current(self, instance: str, epoch: Epoch) -> Orders | None:
+        orders = self.orders.get(instance)
+        return orders if orders is not None and orders.plan.epoch == epoch else None
+
+    def _resumed(self, now: int, event: events.Arrived) -> Effects:
+        """The instance runs: dead pools go, and replicas that nobody needs any more."""
+        resumed = event.message
+        bound, out = self._bound(resumed.instance, resumed.epoch, "Resumed")
+        if not bound:
+            return out
+        self._fences.pop(resumed.instance, None)
+        if resumed.instance in self.orders:
+            self.orders[resumed.instance].finished = True
+        for local in self.outbound.of(resumed.instance):
+            if not local.alive and local.epoch != resumed.epoch:
+                out += self.outbound.forget(local, self.outbound.streams)
+        out += self.outbound.end_pushes(resumed.instance)
+        for stream in resumed.unpinned:
+            out += self.inbound.forget(stream, f"unpinned in epoch {resumed.epoch.counter}")
+        return out
+
+
+def _since(seen: Seen, now: int) -> messages.Fault:
+    fault = seen.fault
+    return messages.Fault(fault.node, fault.stream, fault.incarnation, fault.kind, fault.reason, fault.salvageable, (now - seen.since_ns) / 1e6)

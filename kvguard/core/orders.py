@@ -1,0 +1,76 @@
+"""What the coordinator ordered for one instance's recovery, and how far this node has come with it.
+
+Knows: the plan, the parts of it that are this node's, which are done. Must not know: how parts are carried out, other nodes' parts.
+Invariants: a deed is ordered once per (instance, epoch); the same order again repeats the answer; what belongs to another epoch is refused.
+"""
+
+from __future__ import annotations
+
+from kvguard.core.effects import CarryPlan, Claim, Effect, Note, OrderRestore, PushReplica, Send
+from kvguard.core.events import EngineRestored, PlanCarried
+from kvguard.format.messages import Done, PlanOrder, RebuildOrder
+from kvguard.types import NodeId, Rank, StreamId
+
+
+class Orders:
+    """One plan at this node. `coordinator`: the link that answers go to."""
+
+    def __init__(self, plan: PlanOrder, node: NodeId, coordinator: str) -> None:
+        self.plan = plan
+        self.finished = False  # the instance runs again
+        self._node, self._coordinator = node, coordinator
+        self._done: dict[str, Done] = {}
+        self._claimed: dict[Rank, RebuildOrder] = {}
+        self._carried = False
+
+    def start(self, survivors: list[StreamId]) -> tuple[Effect, ...]:
+        """Replicas are cut, living ranks truncate. Pushing waits until the replicas are cut."""
+        restores = tuple(OrderRestore(stream, self.plan) for stream in survivors)
+        return (CarryPlan(self.plan, self._node), *restores)
+
+    def again(self) -> tuple[Effect, ...]:
+        """All answers so far, for a coordinator that may have missed them."""
+        return tuple(Send(self._coordinator, done) for done in self._done.values())
+
+    def transfers(self) -> list[tuple[NodeId, str, StreamId]]:
+        """What this node pushes: target, its address, stream."""
+        return [(target, address, stream) for holder, target, address, stream in self.plan.transfers if holder == self._node and target != self._node]
+
+    def carried(self, event: PlanCarried) -> tuple[Effect, ...]:
+        if self._carried:
+            return ()
+        self._carried = True
+        pushes = tuple(PushReplica(stream, target, f"peer:{target}") for target, _, stream in self.transfers())
+        return (*self._answer("holders", known=tuple(event.known)), *pushes)
+
+    def transferred(self, stream: StreamId) -> tuple[Effect, ...]:
+        part = f"transfer {stream}"
+        return () if part in self._done else self._answer(part, stream=stream)
+
+    def rebuild(self, order: RebuildOrder) -> tuple[Effect, ...]:
+        """Give a rank to a standby. Another standby for the same rank is a new deed: the first one failed."""
+        rank, part = order.rebuild.rank, f"rank {order.rebuild.rank}"
+        former = self._claimed.get(rank)
+        if former is not None and former.rebuild.standby == order.rebuild.standby:
+            return (Send(self._coordinator, self._done[part]),) if part in self._done else ()
+        if order.rebuild.node != self._node:
+            return (Note("refused", f"{order.instance}/{rank}", f"the rank is to be rebuilt on {order.rebuild.node}, not here"),)
+        self._claimed[rank] = order
+        self._done.pop(part, None)
+        return (Claim(self.plan, order.rebuild),)
+
+    def died(self, standby: int, reason: str) -> tuple[Effect, ...]:
+        """A standby that died before it had its rank: the coordinator takes another."""
+        for rank, order in self._claimed.items():
+            if order.rebuild.standby == standby and f"rank {rank}" not in self._done:
+                return self._answer(f"rank {rank}", error=f"the standby died: {reason}")
+        return ()
+
+    def restored(self, event: EngineRestored) -> tuple[Effect, ...]:
+        return self._answer(
+            f"rank {event.rank}", error=event.error, endpoint=event.endpoint, stream=event.stream, bytes_by_rung=dict(event.bytes_by_rung), restore_ms=event.restore_ms
+        )
+
+    def _answer(self, part: str, **fields) -> tuple[Effect, ...]:
+        done = self._done[part] = Done(self.plan.instance, self.plan.epoch, self._node, part, **fields)
+        return (Send(self._coordinator, done),)

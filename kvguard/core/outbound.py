@@ -1,0 +1,186 @@
+"""All that a node sends: its ranks' streams and those that it pushes on, each to its holders over one link per peer.
+
+Knows: local streams, who shall hold them, links by name. Must not know: promises and plans beyond the epoch it is told, others' streams.
+Invariants: one sender per (stream, holder), one link per peer, hung up with its last user; every capture's buffer goes out again.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+
+from kvguard.core.effects import Dial, Effect, ForgetStream, FreeBuffer, HangUp, Note, Send
+from kvguard.core.events import Arrived, Captured, Event, LinkUp, Looked
+from kvguard.core.local import LocalStream
+from kvguard.core.sender import Sender, SenderSettings
+from kvguard.format.messages import Assign, Held, StreamEnd
+from kvguard.types import NodeId, Rank, SequenceId, StreamId
+
+Effects = tuple[Effect, ...]
+
+
+class Outbound:
+    """`streams`: local ranks' pools, living and dead. `pushes`: replicas held here that go to another node for a plan."""
+
+    def __init__(self, settings: SenderSettings) -> None:
+        self._settings = settings
+        self.streams: dict[StreamId, LocalStream] = {}
+        self.pushes: dict[StreamId, LocalStream] = {}
+        self._wanted: dict[tuple[str, Rank], Assign] = {}
+        self._dialled: dict[str, str] = {}
+        self._up: dict[str, None] = {}
+        self._sessions, self._captures = count(1), count(1)
+
+    def all(self) -> list[LocalStream]:
+        return [*self.streams.values(), *self.pushes.values()]
+
+    def of(self, instance: str) -> list[LocalStream]:
+        """Local ranks' streams of one instance."""
+        return [local for local in self.streams.values() if local.stream.instance == instance]
+
+    def next_deadline(self) -> int | None:
+        due = [sender.next_deadline() for local in self.all() for sender in local.senders.values()]
+        return min((at for at in due if at is not None), default=None)
+
+    def check(self) -> None:
+        used = {sender.link: None for local in self.all() for sender in local.senders.values()}
+        assert set(used) <= set(self._dialled), "a sender whose link nobody dialled"
+        for local in self.all():
+            local.check()
+            for sender in local.senders.values():
+                assert sender.linked == (sender.link in self._up), sender.link
+
+    # ---- holders ----
+
+    def dial(self, node: NodeId, address: str) -> Effects:
+        link = f"peer:{node}"
+        if self._dialled.get(link) == address:
+            return ()
+        self._dialled[link] = address
+        return (Dial(link, address),)
+
+    def assign(self, now: int, assign: Assign) -> Effects:
+        self._wanted[assign.instance, assign.rank] = assign
+        locals_ = [local for local in self.of(assign.instance) if local.stream.rank == assign.rank and local.alive]
+        return tuple(effect for local in locals_ for effect in self.place(now, local))
+
+    def place(self, now: int, local: LocalStream) -> Effects:
+        """Senders for the holders that were assigned; those that aren't any more end once the new ones have what they had."""
+        assign = self._wanted.get((local.stream.instance, local.stream.rank))
+        if assign is None:
+            local.unheld_reason = "no holder assigned yet"
+            return ()
+        local.unheld_reason = assign.reason or "no other node"
+        out: Effects = ()
+        wanted = {node: address for node, address in assign.holders if node != self._settings.node}
+        for node, address in wanted.items():
+            local.ending.pop(node, None)
+            out += self.dial(node, address)
+            if node not in local.senders:
+                out += self.send_to(now, local, node)
+        for node in local.senders:
+            if node not in wanted:
+                local.ending[node] = assign.reason or "another holder took over"
+        return out
+
+    def send_to(self, now: int, local: LocalStream, node: NodeId) -> Effects:
+        link = f"peer:{node}"
+        sender = Sender(local.stream, local.ledger, node, link, local.epoch, self._sessions, self._captures, self._settings)
+        local.senders[node] = sender
+        if local.fenced:
+            sender.fence()
+        return sender.step(now, LinkUp(link)) if link in self._up else ()
+
+    def end_replaced(self) -> Effects:
+        out: Effects = ()
+        for local in self.streams.values():
+            for node in local.replaced() if local.ending else ():
+                out += self._end(local, node, local.ending.pop(node))
+        return out
+
+    def _end(self, local: LocalStream, node: NodeId, reason: str) -> Effects:
+        sender = local.senders.pop(node)
+        out = (Send(sender.link, StreamEnd(local.stream, local.epoch, reason)),) if sender.linked else ()
+        return (*out, Note("holder_ended", f"{local.stream} -> {node}", reason), *self._hang_up(sender.link))
+
+    def _hang_up(self, link: str) -> Effects:
+        if link not in self._dialled or any(sender.link == link for local in self.all() for sender in local.senders.values()):
+            return ()
+        del self._dialled[link]
+        self._up.pop(link, None)
+        return (HangUp(link),)
+
+    # ---- streams ----
+
+    def detach(self, local: LocalStream, reason: str) -> Effects:
+        """A clean end: holders may drop what they have."""
+        out: Effects = ()
+        for node in list(local.senders):
+            out += self._end(local, node, reason)
+        del self.streams[local.stream]
+        return (*out, ForgetStream(local.stream))
+
+    def forget(self, local: LocalStream, streams: dict[StreamId, LocalStream]) -> Effects:
+        """It is no longer needed here; what holders have of it is the coordinator's to unpin."""
+        del streams[local.stream]
+        out: Effects = (ForgetStream(local.stream),)
+        for sender in local.senders.values():
+            out += self._hang_up(sender.link)
+        return out
+
+    def looked(self, now: int, event: Looked) -> Effects:
+        local = self.streams.get(event.stream) or self.pushes.get(event.stream)
+        return local.look(now, event) if local is not None else ()
+
+    def captured(self, now: int, event: Captured) -> Effects:
+        local = self.streams.get(event.stream) or self.pushes.get(event.stream)
+        for sender in local.senders.values() if local is not None else ():
+            if event.id in sender.flow.captures:
+                return sender.step(now, event)
+        return (FreeBuffer(event.buffer),) if event.buffer else ()
+
+    def answered(self, now: int, event: Arrived) -> Effects:
+        """Held or Ack, to the sender whose session it names."""
+        message = event.message
+        for local in self.all():
+            for sender in local.senders.values():
+                if sender.session == message.session and sender.link == event.link:
+                    return sender.step(now, event)
+        mine = message.session >> 32 == self._settings.incarnation & 0xFFFFFFFF
+        what = "stale_answer" if mine else "protocol_error"
+        out: Effects = (Note(what, event.link, f"{type(message).__name__} of session {message.session:#x}, which is not open"),)
+        if not mine and type(message) is not Held:  # whoever answers another life's frames has lost its place
+            for local in self.all():
+                for sender in local.senders.values():
+                    if sender.link == event.link:
+                        out += sender.resync(now, "protocol error")
+        return out
+
+    # ---- all of them ----
+
+    def link(self, now: int, event: Event, up: bool) -> Effects:
+        if up:
+            self._up[event.link] = None
+        else:
+            self._up.pop(event.link, None)
+        senders = [sender for local in self.all() for sender in local.senders.values() if sender.link == event.link]
+        return tuple(effect for sender in senders for effect in sender.step(now, event))
+
+    def tick(self, now: int, event: Event) -> Effects:
+        return tuple(effect for local in self.all() for effect in local.tell(now, event))
+
+    def fence(self, instance: str) -> Effects:
+        """The epoch is over: local ranks fall silent until they are restored, pushes for the former plan end."""
+        for local in self.of(instance):
+            local.fence()
+        return self.end_pushes(instance)
+
+    def end_pushes(self, instance: str) -> Effects:
+        pushes = [local for local in self.pushes.values() if local.stream.instance == instance]
+        return tuple(effect for local in pushes for effect in self.forget(local, self.pushes))
+
+    def releasable(self, instance: str) -> dict[SequenceId, int]:
+        out: dict[SequenceId, int] = {}
+        for local in self.of(instance):
+            for sequence, ids in local.releasable().items() if local.alive else ():
+                out[sequence] = min(ids, out.get(sequence, ids))
+        return out
