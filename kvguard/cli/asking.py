@@ -21,39 +21,41 @@ PLACES = ("/etc/kvguard/node.toml", "/etc/kvguard/coordinator.toml")
 
 @dataclass(frozen=True)
 class Reach:
-    """Whom to ask, and with which key ("" for none)."""
+    """Whom to ask, and with which key file ("" for none). `insecure`: off loopback without keys."""
 
     address: str
     keys: str
+    insecure: bool
     timeout_s: float
 
     def coordinator(self, verb: str, arguments: dict | None = None) -> dict:
-        return self.node(self.address, verb, arguments)
+        return self.node("coordinator", self.address, verb, arguments)
 
-    def node(self, address: str, verb: str, arguments: dict | None = None) -> dict:
+    def node(self, name: str, address: str, verb: str, arguments: dict | None = None) -> dict:
         """The answer's document. Raises Unreachable, TimedOut, or the operating error that the answer stands for."""
+        from kvguard.transport import keys as keyring
         from kvguard.transport.ask import ask
 
-        return ask(address, verb, arguments or {}, timeout=self.timeout_s, keys=self.keys)
+        loaded = keyring.load(self.keys) if self.keys else None
+        return ask(address, verb, arguments or {}, self.timeout_s, loaded, node=name, insecure=self.insecure)
 
 
-def found(file: str | None, address: str | None, keys: str | None) -> tuple[str, str]:
-    """The coordinator's address and the directory of keys. Raises BadConfig where no place says it."""
-    if address and keys is not None:
-        return address, keys
+def found(file: str | None, address: str | None, keys: str | None, insecure: bool) -> tuple[str, str, bool]:
+    """The coordinator's address, the key file, whether keys may be missing. Raises BadConfig where no place says it."""
     place = file or next((name for name in PLACES if Path(name).is_file()), None)
+    if address and (place is None or keys is not None):
+        return address, keys or "", insecure
     if place is None:
-        if address:
-            return address, ""
         raise BadConfig(f"nobody says where the coordinator is (none of {', '.join(PLACES)} exists). Try: --coordinator tcp://HOST:7400, or --config FILE")
     tables, _ = config.parse(Path(place), faults := [])
     if faults:
         raise BadConfig("\n".join(map(str, faults)))
     if "node" in tables:
         node = config.load(config.NodeConfig, place)
-        return address or node.coordinator, node.keys if keys is None else keys
+        return address or node.coordinator, node.keys if keys is None else keys, insecure or node.insecure
     coordinator = config.load(config.CoordinatorConfig, place)
-    return address or coordinator.listen.replace("//0.0.0.0:", "//127.0.0.1:"), coordinator.keys if keys is None else keys
+    own = coordinator.listen.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    return address or own, coordinator.keys if keys is None else keys, insecure or coordinator.insecure
 
 
 def reaching(verb: Callable) -> Callable:
@@ -62,10 +64,11 @@ def reaching(verb: Callable) -> Callable:
     @click.option("--config", "file", type=click.Path(), envvar="KVGUARD_CONFIG", help="A node's or coordinator's configuration that says where to ask.")
     @click.option("--coordinator", "address", envvar="KVGUARD_COORDINATOR", help="tcp://HOST:PORT of the coordinator.")
     @click.option("--keys", envvar="KVGUARD_KEYS", help="File with this user's key.")
+    @click.option("--insecure", is_flag=True, help="Ask an address off loopback without keys.")
     @click.option("--timeout", type=click.FloatRange(0.1, 3600.0), default=5.0, show_default=True, help="Seconds to wait for an answer.")
     @functools.wraps(verb)
-    def asking(file: str | None, address: str | None, keys: str | None, timeout: float, **options):
-        return verb(Reach(*found(file, address, keys), timeout), **options)
+    def asking(file: str | None, address: str | None, keys: str | None, insecure: bool, timeout: float, **options):
+        return verb(Reach(*found(file, address, keys, insecure), timeout), **options)
 
     return asking
 

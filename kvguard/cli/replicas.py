@@ -28,7 +28,7 @@ def gathered(reach: Reach, verb: str, arguments: dict) -> tuple[dict, list[str]]
         if node["state"] == "dead":
             continue
         try:
-            merged["replicas"] += reach.node(node["address"], verb, arguments)["replicas"]
+            merged["replicas"] += reach.node(node["node"], node["address"], verb, arguments)["replicas"]
         except KvguardError as error:
             silent.append(f"{node['node']}: {error}")
     merged["replicas"].sort(key=lambda one: (one["instance"], one["rank"], one["sequence"], one["holder"]))

@@ -7,6 +7,7 @@ processes never share a journal (an exclusive lock is held for life). A damaged 
 
 from __future__ import annotations
 
+import secrets
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from kvguard.errors import BadConfig, KvguardError
 
 INCARNATION = "incarnation"
+FIRST_BITS = 48
 
 
 class NotDurable(KvguardError):
@@ -71,10 +73,11 @@ class Journal:
             return {key: bytes(value) for key, value in self._db.execute("SELECT key, value FROM facts WHERE key != ? ORDER BY key", (INCARNATION,))}
 
     def next_incarnation(self) -> int:
-        """The number of this life, one more than the last one's, durable before it is returned."""
+        """The number of this life, one more than the last one's, durable before it is returned. The first of a new journal is drawn at random, so that a
+        process that lost its journal isn't taken for its former self."""
         with self._durably(INCARNATION):
             found = self._db.execute("SELECT value FROM facts WHERE key = ?", (INCARNATION,)).fetchone()
-        number = (int(found[0]) if found else 0) + 1
+        number = int(found[0]) + 1 if found else 1 + secrets.randbits(FIRST_BITS)
         self.persist(INCARNATION, str(number).encode())
         return number
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvguard.core import effects, events
+from kvguard.core.promises import decode_epoch
 from kvguard.daemon import capture as capturing
 from kvguard.daemon import pushing
 from kvguard.daemon.capture import Stream
@@ -21,6 +22,7 @@ from kvguard.store.store import ReplicaStore
 from kvguard.types import Epoch, NodeId, StreamId
 
 EMPTY = memoryview(b"")
+PROMISE = "promise/"
 
 
 class Engines(Protocol):
@@ -55,6 +57,7 @@ class NodeShell(Shell):
     engines: Engines
     streams: dict[StreamId, Stream] = field(default_factory=dict)
     local: dict[StreamId, Stream] = field(default_factory=dict)
+    epochs: dict[str, Epoch] = field(default_factory=dict)  # promised, by instance
     corrupt_frames: int = 0  # drills: how many of the next KV frames leave with one byte changed
 
 
@@ -143,8 +146,20 @@ def streams_of(shell: NodeShell, instance: str) -> list[StreamId]:
     return [stream for stream in shell.local if stream.instance == instance]
 
 
+def persist(shell: NodeShell, effect: effects.Persist) -> Events:
+    """A promise binds the store only once it is written down."""
+    shell.journal.persist(effect.key, effect.value)
+    if effect.key.startswith(PROMISE) and effect.value is not None:
+        promised(shell, effect.key.removeprefix(PROMISE), decode_epoch(effect.value))
+    return ()
+
+
+def promised(shell: NodeShell, instance: str, epoch: Epoch) -> None:
+    shell.epochs[instance] = epoch
+    shell.store.promise(instance, epoch)
+
+
 def set_epoch(shell: NodeShell, effect: effects.SetEpoch) -> Events:
-    shell.store.promise(effect.instance, effect.epoch)
     for stream in streams_of(shell, effect.instance):
         shell.engines.set_epoch(stream, effect.epoch)
     return ()
@@ -215,6 +230,7 @@ def forget_stream(shell: NodeShell, effect: effects.ForgetStream) -> Events:
 
 DEEDS: dict[type, Deed] = {
     **SHARED,
+    effects.Persist: persist,
     effects.Capture: capture,
     effects.SendKv: send_kv,
     effects.SendIds: send_ids,

@@ -1,0 +1,88 @@
+"""What a node measures of its own streams: lag, and how long a sequence waits for its first whole replica.
+
+Knows: the core's streams, read only. Must not know: how it is published.
+Invariants: lag is committed - acked just before the next commit is taken in (house: names of numbers), of sequences that have caught up once; memory is bounded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+
+from kvguard.core import events
+from kvguard.core.node import Node
+from kvguard.types import StreamId
+
+WAITS_MAX = 1024
+OPEN_MAX = 65536
+
+
+class Measures:
+    """`looked` is called with every Looked before the core is."""
+
+    def __init__(self, core: Node, clock: Callable[[], int]) -> None:
+        self._core = core
+        self._clock = clock
+        self._lags: Counter[int] = Counter()  # tokens -> how many (sequence, step)
+        self._waits_ms: deque[float] = deque(maxlen=WAITS_MAX)
+        self._opened: dict[tuple[StreamId, int], int] = {}
+
+    def looked(self, event: events.Looked) -> None:
+        local = self._core.streams.get(event.stream)
+        if local is None:
+            return
+        waiting = self._opened
+        for row in event.rows:
+            known = local.ledger.rows.get(row)
+            if known is not None and known.committed and not (waiting and (event.stream, row) in waiting):
+                self._lags[known.committed - min(local.best(row), known.committed)] += 1
+        for row in event.released:
+            self._opened.pop((event.stream, row), None)
+        if len(self._opened) < OPEN_MAX:
+            now = self._clock()
+            for opened in event.opened:
+                self._opened[event.stream, opened.row] = now
+
+    def settle(self) -> None:
+        """Sequences that are whole elsewhere for the first time; called once a turn in which something was acknowledged."""
+        now = self._clock()
+        for (stream, row), since in list(self._opened.items()):
+            local = self._core.streams.get(stream)
+            known = local.ledger.rows.get(row) if local is not None else None
+            if known is None:
+                del self._opened[stream, row]
+            elif known.committed and local.best(row) >= known.committed:
+                self._waits_ms.append((now - since) / 1e6)
+                del self._opened[stream, row]
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._opened)
+
+    def document(self) -> dict:
+        return {
+            "lag_tokens_p50": percentile(self._lags, 0.5), "lag_tokens_p99": percentile(self._lags, 0.99), "lag_samples": sum(self._lags.values()),
+            "time_to_protected_ms": max(self._waits_ms, default=None),
+        }  # fmt: skip
+
+    def reset(self) -> None:
+        self._lags.clear()
+        self._waits_ms.clear()
+
+
+def percentile(counts: Counter, share: float) -> int | None:
+    """The smallest value that at least `share` of all samples don't exceed; None without samples."""
+    left = share * sum(counts.values())
+    for value in sorted(counts):
+        left -= counts[value]
+        if left <= 0:
+            return value
+    return None
+
+
+def watched(told: Iterable[events.Event], measures: Measures) -> Iterable[events.Event]:
+    """Pass events on, measuring on the way."""
+    for event in told:
+        if type(event) is events.Looked:
+            measures.looked(event)
+        yield event

@@ -1,0 +1,208 @@
+"""A node's daemon: the core, its loop, and everything around them, put together.
+
+Knows: which part is made of what. Must not know: decisions (core), deeds (perform_node.py), engines (ranks.py).
+Invariants: what was promised binds the store before anything is heard; a daemon that starts on a live one's runtime directory refuses; SIGTERM leaves nothing behind
+but the journal.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from kvguard import __version__
+from kvguard.config import NodeConfig
+from kvguard.core import effects, events
+from kvguard.core.node import COORDINATOR, Node, NodeSettings
+from kvguard.core.promises import decode_epoch
+from kvguard.daemon import logs
+from kvguard.daemon.control import ControlServer, LocalIncoming
+from kvguard.daemon.journal import Journal
+from kvguard.daemon.loop import Loop, obey_signals
+from kvguard.daemon.mail import Mail, answering
+from kvguard.daemon.measure import Measures, watched
+from kvguard.daemon.node_verbs import NodeVerbs
+from kvguard.daemon.perform_node import PROMISE, NodeShell, node_performer, promised
+from kvguard.daemon.questions import Questions
+from kvguard.daemon.ranks import Ranks
+from kvguard.device.host import HostDevice
+from kvguard.errors import BadConfig, KvguardError
+from kvguard.format import local
+from kvguard.format.messages import Delivered
+from kvguard.store.store import ReplicaStore
+from kvguard.transport import keys as keyring
+from kvguard.transport.zeromq import ZeromqTransport
+from kvguard.types import Epoch
+
+log = logging.getLogger(__name__)
+
+EXPIRE_NS = 1_000_000_000
+MS = 1_000_000
+LOUD = {"unprotected", "refused", "hung", "stale_epoch", "fenced", "broken_frame"}
+
+
+class NodeDaemon:
+    """Listens and dials when made; `loop.run()` works. Raises BadConfig where something can't be opened."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self.config = config
+        directory = Path(config.runtime_dir)
+        made_private(directory)
+        self.journal = Journal(directory / "journal.db")
+        self.incarnation = self.journal.next_incarnation()
+        promises = promises_of(self.journal)
+        keys = keyring.load(config.keys) if config.keys else None
+        self.control = ControlServer(config.socket_path, config.uids)
+        self.transport = ZeromqTransport(config.name, keys, config.insecure, incarnation=self.incarnation)
+        listening = self.transport.listen(config.listen)
+        self.address = config.advertise or listening
+        self.core = Node(
+            NodeSettings(
+                config.name, self.incarnation, self.address, __version__, config.heartbeat_ms * MS, config.window_bytes, hang_min_ns=config.hang_ms * MS,
+            ),
+            promises,
+        )  # fmt: skip
+        store = ReplicaStore(None, config.arena_bytes, config.ids_retention_s * 1000 * MS)
+        self.shell = NodeShell(
+            transport=self.transport, journal=self.journal, clock=time.monotonic_ns, noted=noted, node=config.name, store=store, engines=None,
+        )  # fmt: skip
+        self.loop = Loop(self.core, node_performer(self.shell))
+        self.ranks = Ranks(HostDevice(), store, self, self.control.send, self.shell.streams, self.shell.local, self.shell.epochs)
+        self.shell.engines = self.ranks
+        for instance, epoch in promises.items():
+            promised(self.shell, instance, epoch)
+        self.measures = Measures(self.core, time.monotonic_ns)
+        verbs = NodeVerbs(config, self.core, self.shell, self.measures, lambda: dict(self.transport.counters)).verbs()
+        self.questions = Questions(verbs, answering(self.shell), self.loop.after)
+        self.mail = Mail(self.shell, self.questions, {Delivered: self._delivered})
+        self.loop.watch(self.transport.fileno(), self.mail.read)
+        self.loop.watch(self.control.fileno(), self._engines)
+        self._polling = False
+        self._every(config.heartbeat_ms * MS, self._replicas_seen)
+        self._every(EXPIRE_NS, self._expire)
+        self.transport.dial(COORDINATOR, config.coordinator)
+
+    # ---- sources ------------------------------------------------------------------------------------------------------------------
+
+    def watch(self, descriptor: int, ready: Callable[[], Iterable[events.Event]]) -> None:
+        """ranks.Watches: what engines say is measured on its way to the core."""
+        self.loop.watch(descriptor, lambda: watched(ready(), self.measures))
+
+    def forget(self, descriptor: int) -> None:
+        self.loop.forget(descriptor)
+
+    def _every(self, period_ns: int, ready: Callable[[], Iterable[events.Event]]) -> None:
+        def again() -> Iterable[events.Event]:
+            self.loop.after(period_ns, again)
+            return ready()
+
+        self.loop.after(0, again)
+
+    def _engines(self) -> Iterable[events.Event]:
+        told: list[events.Event] = []
+        for incoming in self.control.receive():
+            if type(incoming) is LocalIncoming:
+                told += watched(self._engine_said(incoming), self.measures)
+            else:
+                self.ranks.disconnected(incoming.connection)
+        if not self._polling and self.ranks.any_alive():
+            self._polling = True
+            self.loop.after(self.config.poll_ms * MS, self._poll)
+        return told
+
+    def _engine_said(self, incoming: LocalIncoming) -> Iterable[events.Event]:
+        message = incoming.message
+        if type(message) is local.Attach:
+            return self.ranks.attach(incoming.connection, incoming.pid, message, incoming.descriptors)
+        for descriptor in incoming.descriptors:
+            os.close(descriptor)
+        if type(message) is local.Detach:
+            return self.ranks.detach(incoming.connection)
+        if type(message) is local.Restored:
+            return self.ranks.restored(incoming.connection, message)
+        self.shell.counters["local_refused"] += 1
+        self.control.drop(incoming.connection)
+        self.ranks.disconnected(incoming.connection)
+        return ()
+
+    def _poll(self) -> Iterable[events.Event]:
+        """Completion words move without a bell; waits are settled; lines that were dropped while sending are told of."""
+        self._polling = self.ranks.any_alive()
+        if self._polling:
+            self.loop.after(self.config.poll_ms * MS, self._poll)
+        if self.measures.waiting:
+            self.measures.settle()
+        return [*self._engines(), *watched(self.ranks.look_at_all(), self.measures)]
+
+    def _replicas_seen(self) -> Iterable[events.Event]:
+        budget = self.shell.store.budget
+        return (events.ReplicasSeen(self.shell.store.beat(), budget.used, budget.bytes_max),)
+
+    def _expire(self) -> Iterable[events.Event]:
+        self.shell.counters["ids_expired"] += self.shell.store.expire()
+        return ()
+
+    def _delivered(self, link: str, message: Delivered) -> None:
+        if link == COORDINATOR:
+            self.shell.store.delivered(message.instance, message.sequences)
+
+    def close(self) -> None:
+        self.ranks.close()
+        self.control.close()
+        self.transport.close()
+        self.shell.store.close()
+        self.journal.close()
+        self.loop.close()
+
+
+def made_private(directory: Path) -> None:
+    """The runtime directory, of this user alone. Raises BadConfig."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadConfig(f"{directory} can't be made: {error.strerror}. Try: a directory that this user can write") from error
+
+
+def promises_of(journal: Journal) -> dict[str, Epoch]:
+    """What this node has promised. Raises BadConfig for values that it can't have written."""
+    found = {}
+    for key, value in journal.load().items():
+        if key.startswith(PROMISE):
+            try:
+                found[key.removeprefix(PROMISE)] = decode_epoch(value)
+            except ValueError as error:
+                raise BadConfig(f"{journal.path}: {key!r} holds {value!r}, which is no epoch. Try: restore the file") from error
+    return found
+
+
+def noted(note: effects.Note) -> None:
+    log.log(logging.WARNING if note.what in LOUD else logging.INFO, f"{note.what}: %s: %s", note.subject, note.reason)
+
+
+def reloading(reload: Callable[[], NodeConfig]) -> Callable[[], None]:
+    """SIGHUP: the log level is taken over, a broken file changes nothing."""
+
+    def reread() -> None:
+        try:
+            logs.set_level(reload().log_level)
+        except KvguardError as error:
+            log.error("the configuration stays as it was: %s", error)
+        else:
+            log.info("configuration read again: log_level was taken over, everything else waits for a restart")
+
+    return reread
+
+
+def run(config: NodeConfig, reload: Callable[[], NodeConfig]) -> None:
+    """The process's main: until SIGTERM, or an error that only a restart mends."""
+    logs.to_stderr(config.log_level, os.environ.get("KVGUARD_LOG_NAME", config.name))
+    daemon = NodeDaemon(config)
+    try:
+        obey_signals(daemon.loop, reloading(reload))
+        log.info("node %s listens at %s, engines attach at %s", config.name, daemon.address, config.socket_path)
+        daemon.loop.run()
+    finally:
+        daemon.close()

@@ -1,0 +1,371 @@
+"""The engines of this node: ranks and standbys that attached, their memories as mapped here, their deaths.
+
+Knows: local messages, descriptors, pools, tables, pidfds. Must not know: decisions, the socket itself (control.py), peers.
+Invariants: an engine is answered or refused, never believed: sizes, layout, owner of the pidfd are checked before anything is mapped; of one (instance, rank) one
+process lives at a time; a death is told after a last look, so that facts committed just before it count; what was mapped goes with forget, once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvguard.core import events
+from kvguard.daemon.capture import Facts, Stream, as_event
+from kvguard.device.base import Device, Pool
+from kvguard.engine.look import Steps, TableReader
+from kvguard.errors import Refused
+from kvguard.format import local
+from kvguard.format.layout import Layout
+from kvguard.format.messages import Holding, KnownIds, PlanOrder, Rebuild
+from kvguard.limits import NAME_BYTES_MAX
+from kvguard.store.store import ReplicaStore
+from kvguard.types import NO_EPOCH, Epoch, StreamId
+
+log = logging.getLogger(__name__)
+
+Events = Iterable[events.Event]
+SPARES_MAX = 64
+RANKS_MAX = 256
+PIDFD, BELL, TABLE, POOL = 0, 1, 2, 3  # places of an Attach's descriptors
+
+
+class Tells(Protocol):
+    """control.ControlServer.send: descriptors stay the caller's; False where the connection is gone or doesn't read."""
+
+    def __call__(self, connection: int, message: local.Local, descriptors: Sequence[int] = ()) -> bool: ...
+
+
+class Watches(Protocol):
+    """What is asked of loop.Loop."""
+
+    def watch(self, descriptor: int, ready: Callable[[], Events]) -> None: ...
+
+    def forget(self, descriptor: int) -> None: ...
+
+
+@dataclass
+class LocalRank:
+    """One attached rank. `table_descriptor`: kept for whoever adopts the table."""
+
+    stream: Stream
+    pool: Pool
+    reader: TableReader
+    layout: Layout
+    table_descriptor: int
+    pidfd: int
+    bell: int
+    connection: int  # 0 while the line is down
+    facts: Facts = field(default_factory=Facts)
+    steps: Steps | None = None
+    watched: bool = False
+    killed: str = ""
+
+
+@dataclass
+class Spare:
+    """One standby."""
+
+    instance: str
+    incarnation: int
+    pidfd: int
+    connection: int
+    killed: str = ""
+
+
+class Ranks:
+    """`streams`, `local`, `epochs`: the shell's (perform_node.NodeShell). Implements perform_node.Engines."""
+
+    def __init__(
+        self, device: Device, store: ReplicaStore, watches: Watches, tell: Tells, streams: dict[StreamId, Stream], local_streams: dict[StreamId, Stream],
+        epochs: dict[str, Epoch],
+    ) -> None:  # fmt: skip
+        self._device = device
+        self._store = store
+        self._watches = watches
+        self._tell = tell
+        self._streams, self._local, self._epochs = streams, local_streams, epochs
+        self.ranks: dict[StreamId, LocalRank] = {}
+        self.spares: dict[int, Spare] = {}
+
+    # ---- attaching ----------------------------------------------------------------------------------------------------------------
+
+    def attach(self, connection: int, pid: int, message: local.Attach, descriptors: list[int]) -> Events:
+        """Takes ownership of the descriptors. Answers Attached or AttachRefused on the connection. `pid`: as the kernel vouches for it."""
+        taken: list[int] = []
+        try:
+            if not descriptors or _process_of(descriptors[PIDFD]) != pid:
+                raise Refused("the first descriptor is not this process's own pidfd. Try: kvguard.engine.attach")
+            told = self._attach(connection, message, descriptors, taken)
+        except Refused as error:
+            log.warning("attach of %s refused: %s", message.stream or message.instance, error)
+            self._tell(connection, local.AttachRefused(str(error), True))
+            return ()
+        finally:
+            for descriptor in descriptors:
+                if descriptor not in taken:
+                    os.close(descriptor)
+        self._tell(connection, local.Attached(self._epochs.get(message.instance, NO_EPOCH)))
+        return told
+
+    def _attach(self, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
+        if message.version != 1:
+            raise Refused(f"protocol version {message.version} of the engine is not 1. Try: the same kvguard version in engine and daemon")
+        if not 0 < len(message.instance.encode()) <= NAME_BYTES_MAX or len(message.endpoint.encode()) > 4 * NAME_BYTES_MAX:
+            raise Refused(f"instance {message.instance!r} or endpoint is empty or too long. Try: at most {NAME_BYTES_MAX} bytes")
+        if message.role == "standby":
+            return self._attach_spare(connection, message, descriptors, taken)
+        if message.role != "rank" or message.stream is None or message.stream.instance != message.instance or len(message.layouts) != 1 or len(descriptors) <= POOL:
+            raise Refused(f"{message.role!r} can't be attached as it was described. Try: kvguard.engine.attach, or attach_standby")
+        self._refuse_second(message)
+        known = self.ranks.get(message.stream)
+        if known is not None:
+            return self._attach_again(known, connection, message, descriptors, taken)
+        return self._attach_new(connection, message, descriptors, taken)
+
+    def _attach_spare(self, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
+        former = self.spares.get(message.incarnation)
+        if former is None and len(self.spares) >= SPARES_MAX:
+            raise Refused(f"{SPARES_MAX} standbys are attached already")
+        if former is not None:
+            former.connection = connection
+        else:
+            spare = Spare(message.instance, message.incarnation, descriptors[PIDFD], connection)
+            taken.append(spare.pidfd)
+            self.spares[spare.incarnation] = spare
+            self._watches.watch(spare.pidfd, lambda: self._spare_died(spare))
+        fingerprints = {rank: layout.fingerprint for rank, layout in message.layouts.items()}
+        return (events.StandbyAttached(message.instance, message.incarnation, message.endpoint, fingerprints),)
+
+    def _refuse_second(self, message: local.Attach) -> None:
+        """Two live processes as one rank would both write its sequences."""
+        for stream, rank in self.ranks.items():
+            if (stream.instance, stream.rank) == (message.instance, message.stream.rank) and rank.stream.alive and rank.stream.incarnation != message.incarnation:
+                if not _readable(rank.pidfd):
+                    raise Refused(f"rank {stream.rank} of {stream.instance!r} is held by a process that lives. Try: end it first, or attach as another rank")
+
+    def _attach_again(self, known: LocalRank, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
+        """The same process over a new connection, or another one that goes on with a dead one's pool and table."""
+        if not _same_file(known.table_descriptor, descriptors[TABLE]):
+            raise Refused(f"{message.stream} is known here with another table. Try: a new pool token for a new pool")
+        told: list[events.Event] = []
+        if known.stream.incarnation != message.incarnation:
+            told += self._leave(known, "its process ended") if known.stream.alive else ()
+            self._unwatch(known)
+            os.close(known.pidfd)
+            os.close(known.bell)
+            known.pidfd, known.bell = descriptors[PIDFD], descriptors[BELL]
+            taken += [known.pidfd, known.bell]
+        known.connection = connection
+        known.stream.incarnation, known.stream.endpoint, known.stream.alive = message.incarnation, message.endpoint, True
+        self._watch(known)
+        told.append(events.StreamAttached(known.stream.id, known.stream.shape, message.incarnation, message.epoch, message.endpoint))
+        return [*told, *self.look(known.stream.id)]
+
+    def _attach_new(self, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
+        if len(self.ranks) >= RANKS_MAX:
+            raise Refused(f"{RANKS_MAX} ranks are attached already")
+        [layout] = message.layouts.values()
+        taken += descriptors[POOL:]
+        pool = self._device.open(layout, descriptors[POOL:], writable=False)
+        try:
+            kept = os.dup(descriptors[TABLE])
+            taken.append(descriptors[TABLE])
+            try:
+                reader = TableReader(descriptors[TABLE])
+                if (reader.geometry.blocks, reader.geometry.block_tokens) != (layout.blocks, layout.block_tokens):
+                    raise Refused(f"the table is of {reader.geometry.blocks} blocks of {reader.geometry.block_tokens}, the layout says otherwise")
+            except BaseException:
+                os.close(kept)
+                raise
+        except BaseException:
+            pool.close()
+            raise
+        taken += descriptors[PIDFD : BELL + 1]
+        stream = Stream(message.stream, layout.shape(), pool, reader, message.incarnation, message.endpoint)
+        rank = LocalRank(stream, pool, reader, layout, kept, descriptors[PIDFD], descriptors[BELL], connection)
+        self.ranks[message.stream] = rank
+        self._streams[message.stream] = self._local[message.stream] = stream
+        self._watch(rank)
+        spare = self.spares.pop(message.incarnation, None)
+        if spare is not None:
+            self._watches.forget(spare.pidfd)
+            os.close(spare.pidfd)
+        epoch = self._epochs.get(message.instance)
+        if epoch is not None:
+            reader.set_epoch(epoch.counter)
+        return [events.StreamAttached(stream.id, stream.shape, stream.incarnation, message.epoch, stream.endpoint), *self.look(stream.id)]
+
+    # ---- looking ------------------------------------------------------------------------------------------------------------------
+
+    def look(self, stream: StreamId) -> Events:
+        rank = self.ranks[stream]
+        told: list[events.Event] = []
+        found = as_event(stream, rank.reader.look())
+        if found.rows or found.released or found.cut or found.opened or found.grown:
+            rank.facts.take(found)
+            told.append(found)
+        steps = rank.reader.steps()
+        if steps != rank.steps and rank.stream.alive:
+            rank.steps = steps
+            told.append(events.StepsSeen(stream, *steps))
+        return told
+
+    def look_at_all(self) -> Events:
+        """For the slow poll: completion words move without a bell."""
+        return [event for stream, rank in self.ranks.items() if rank.stream.alive for event in self.look(stream)]
+
+    def any_alive(self) -> bool:
+        return any(rank.stream.alive for rank in self.ranks.values())
+
+    def _rung(self, rank: LocalRank) -> Events:
+        try:
+            os.read(rank.bell, 8)
+        except BlockingIOError:
+            log.debug("a bell of %s was answered already", rank.stream.id)
+        return self.look(rank.stream.id)
+
+    def _watch(self, rank: LocalRank) -> None:
+        if not rank.watched:
+            os.set_blocking(rank.bell, False)
+            self._watches.watch(rank.bell, lambda: self._rung(rank))
+            self._watches.watch(rank.pidfd, lambda: self._rank_died(rank))
+            rank.watched = True
+
+    def _unwatch(self, rank: LocalRank) -> None:
+        if rank.watched:
+            self._watches.forget(rank.bell)
+            self._watches.forget(rank.pidfd)
+            rank.watched = False
+
+    # ---- leaving ------------------------------------------------------------------------------------------------------------------
+
+    def detach(self, connection: int) -> Events:
+        """A clean end of whatever attached over this connection."""
+        told: list[events.Event] = []
+        for rank in [rank for rank in self.ranks.values() if rank.connection == connection and rank.stream.alive]:
+            told += self.look(rank.stream.id)
+            self._unwatch(rank)
+            rank.stream.alive, rank.connection = False, 0
+            told.append(events.StreamDetached(rank.stream.id, rank.stream.incarnation))
+        for spare in [spare for spare in self.spares.values() if spare.connection == connection]:
+            told += self._spare_died(spare, "detached")
+        return told
+
+    def disconnected(self, connection: int) -> None:
+        """The socket went; the process may live on and come back."""
+        for rank in self.ranks.values():
+            if rank.connection == connection:
+                rank.connection = 0
+
+    def _rank_died(self, rank: LocalRank) -> Events:
+        return self._leave(rank, rank.killed or "its process ended")
+
+    def _leave(self, rank: LocalRank, reason: str) -> list[events.Event]:
+        told = list(self.look(rank.stream.id))
+        self._unwatch(rank)
+        rank.stream.alive, rank.connection = False, 0
+        log.warning("%s: %s", rank.stream.id, reason)
+        return [*told, events.ProcessDied(rank.stream.incarnation, rank.stream.id, reason, True)]
+
+    def _spare_died(self, spare: Spare, reason: str = "its process ended") -> Events:
+        self._watches.forget(spare.pidfd)
+        os.close(spare.pidfd)
+        del self.spares[spare.incarnation]
+        return (events.ProcessDied(spare.incarnation, None, spare.killed or reason, False),)
+
+    def forget(self, stream: StreamId) -> None:
+        rank = self.ranks.pop(stream, None)
+        if rank is not None:
+            self._unwatch(rank)
+            rank.pool.close()
+            for descriptor in (rank.table_descriptor, rank.pidfd, rank.bell):
+                os.close(descriptor)
+
+    def close(self) -> None:
+        for stream in list(self.ranks):
+            self.forget(stream)
+        for spare in list(self.spares.values()):
+            self._spare_died(spare)
+
+    # ---- orders (perform_node.Engines) --------------------------------------------------------------------------------------------
+
+    def holding(self, stream: StreamId) -> Holding:
+        rank = self.ranks[stream]
+        return rank.facts.holding(rank.stream)
+
+    def known(self, stream: StreamId, sequences: tuple[str, ...], counts: tuple[int, ...]) -> list[KnownIds]:
+        rank = self.ranks[stream]
+        return rank.facts.known(rank.stream, sequences, counts)
+
+    def set_epoch(self, stream: StreamId, epoch: Epoch) -> None:
+        self.ranks[stream].reader.set_epoch(epoch.counter)
+
+    def order_restore(self, stream: StreamId, plan: PlanOrder) -> None:
+        rank = self.ranks.get(stream)
+        if rank is None or not rank.connection:
+            raise Refused(f"the engine of {stream} is not connected: it can't be told to truncate. Try: look whether it hangs")
+        if not self._tell(rank.connection, local.RestoreOrder(plan)):
+            raise Refused(f"the engine of {stream} doesn't read its socket. Try: look whether it hangs")
+
+    def claim(self, plan: PlanOrder, rebuild: Rebuild) -> None:
+        spare = self.spares.get(rebuild.standby)
+        if spare is None:
+            raise Refused(f"standby {rebuild.standby} is not attached here. Try: another standby")
+        pools = [source.stream for source in rebuild.sources if source.kind == "pool" and source.stream in self.ranks]
+        descriptors: list[int] = []
+        try:
+            if pools:
+                rank = self.ranks[pools[0]]
+                descriptors += [os.dup(rank.table_descriptor), *rank.pool.export()]
+                order = local.ClaimOrder(plan.instance, rebuild.rank, plan.epoch, plan, rebuild, True, rank.stream.id, rank.layout, ())
+            else:
+                replicas = []
+                for source in rebuild.sources:
+                    descriptor, pages = self._store.pages(source.stream)
+                    descriptors.append(descriptor)
+                    replicas.append(pages)
+                order = local.ClaimOrder(plan.instance, rebuild.rank, plan.epoch, plan, rebuild, False, None, None, tuple(replicas))
+            if not self._tell(spare.connection, order, descriptors):
+                raise Refused(f"standby {rebuild.standby} doesn't read its socket. Try: another standby")
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def restored(self, connection: int, message: local.Restored) -> Events:
+        """An engine has carried out its part of a plan."""
+        rank = next((one for one in self.ranks.values() if one.connection == connection and one.stream.id.rank == message.rank), None)
+        stream = rank.stream.id if rank else StreamId(message.instance, message.rank, 0)
+        told = self.look(stream) if rank else ()
+        by_rung = tuple(sorted(message.bytes_by_rung.items()))
+        endpoint = rank.stream.endpoint if rank else ""
+        error = message.error or ("" if rank else "restored, but not attached as this rank")
+        return [*told, events.EngineRestored(message.instance, message.rank, message.epoch, stream, endpoint, error, by_rung, message.restore_ms)]
+
+    def kill(self, incarnation: int) -> None:
+        """SIGKILL through the pidfd: never through a number that may be another's by now."""
+        everyone = [rank for rank in self.ranks.values() if rank.stream.alive and rank.stream.incarnation == incarnation]
+        for one in [*everyone, *(spare for spare in self.spares.values() if spare.incarnation == incarnation)]:
+            one.killed = "killed: it hung"
+            signal.pidfd_send_signal(one.pidfd, signal.SIGKILL)
+
+
+def _process_of(pidfd: int) -> int:
+    """The process behind a pidfd; 0 where the descriptor is none."""
+    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as info:
+        return next((int(line.split()[1]) for line in info if line.startswith("Pid:")), 0)
+
+
+def _readable(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _same_file(a: int, b: int) -> bool:
+    return os.path.sameopenfile(a, b)
