@@ -1,0 +1,259 @@
+"""A stage of the reference engine, or a standby that can become any: `python -m kvguard.pipeline.stage SETTINGS.toml`.
+
+Knows: settings, the loop over messages and fences, what becomes of messages of other epochs. Must not know: scheduling, sampling, tokens' text.
+Invariants: a message of an older epoch is dropped and counted; one of a newer epoch is not run before guard.restore has adopted that epoch (kept, bounded);
+the result of a step in which the rank was fenced is not sent; garbage changes nothing; SIGTERM detaches cleanly and exits 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import signal
+import sys
+from collections import deque
+from pathlib import Path
+
+import msgspec
+import torch
+import zmq
+
+from kvguard.device import open_device
+from kvguard.errors import Fenced, KvguardError
+from kvguard.format.layout import Layout, Shard
+from kvguard.pipeline import settings as settings_
+from kvguard.pipeline.batch import Batch, Share
+from kvguard.pipeline.links import Links
+from kvguard.pipeline.model import StageModel
+from kvguard.pipeline.rank import NoGuard, RankLoad
+from kvguard.pipeline.settings import StageSettings
+from kvguard.pipeline.steps import DIGEST, STATE, STEP, Message
+from kvguard.pipeline.weights import ModelFiles, open_model
+from kvguard.types import Rank, Span
+
+PENDING_MAX = 64  # messages of an epoch that this rank has yet to adopt
+WAKE_MS = 5  # how late a fence may be noticed between steps
+log = logging.getLogger("kvguard.pipeline")
+
+
+class Stopped(BaseException):
+    """SIGTERM, wherever the process was."""
+
+
+def layers_of(layers: int, stages: int, pp: int) -> range:
+    """The layers of stage `pp`: as even as can be, front stages get the remainder."""
+    each, more = divmod(layers, stages)
+    start = pp * each + min(pp, more)
+    return range(start, start + each + (pp < more))
+
+
+def identity(files: ModelFiles) -> str:
+    """Names model and weights: ranks and standbys of one instance must agree on it."""
+    digest = hashlib.sha256((files.directory / "config.json").read_bytes())
+    for path in sorted(set(files.where.values())):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    return f"{files.shape.family}-{digest.hexdigest()[:16]}"
+
+
+def layout_of(files: ModelFiles, settings: StageSettings, pp: int) -> Layout:
+    shape, layers = files.shape, layers_of(files.shape.layers, settings.stages, pp)
+    shard = Shard((layers.start, layers.stop, shape.layers), (0, shape.kv_heads, shape.kv_heads))
+    return Layout.paged(identity(files), "float32", len(layers), settings.blocks, settings.block_tokens, shape.kv_heads, shape.head_dim, shard=shard)
+
+
+def model_of(files: ModelFiles, settings: StageSettings, pp: int) -> StageModel:
+    layers = layers_of(files.shape.layers, settings.stages, pp)
+    return StageModel(files, layers, first=pp == 0, last=pp == settings.stages - 1, invariant=settings.invariant)
+
+
+def view_of(pool, layout: Layout) -> torch.Tensor:
+    """The pool's memory as the tensor that the forward pass writes: [layers, 2, blocks, block_tokens, kv_heads, head_dim]."""
+    sizes = {name: size for name, size, _ in layout.regions[0].inner}
+    return torch.frombuffer(pool.memory, dtype=torch.float32).view(sizes["layer"], 2, layout.blocks, layout.block_tokens, sizes["head"], sizes["dim"])
+
+
+def prove(pool, layout: Layout, kv: torch.Tensor) -> None:
+    """Raises Refused where the layout doesn't say what the engine's own indexing writes."""
+    from kvguard.device import proof
+
+    def write_token(block: int, slot: int) -> None:
+        kv[:, :, block, slot] = 1.0 / 3.0
+
+    proof.prove(layout, pool.memory, write_token)
+
+
+def warm_up(model: StageModel) -> None:
+    """One tiny forward pass: page in the weights, start torch's kernels. Writes to a pool of its own."""
+    kv = torch.zeros(model.pool_shape(4, 16))
+    batch = Batch((Share("warm", Span(0, 1), False, (0,), int(model.last)),), 16)
+    model.forward(torch.zeros(1, dtype=torch.int64) if model.first else torch.zeros((1, model.shape.hidden)), batch, kv)
+
+
+class Stage:
+    """The loop of a rank."""
+
+    def __init__(self, settings: StageSettings, pp: int, load: RankLoad, links: Links):
+        self.settings, self.pp, self.load, self.links = settings, pp, load, links
+        self.epoch = _epoch(load.guard)
+        self.dropped = 0
+        self._pending: deque[tuple[Message, memoryview]] = deque()
+
+    def run(self) -> None:
+        """Until Stopped."""
+        poller = zmq.Poller()
+        poller.register(self.links.inbox, zmq.POLLIN)
+        while True:
+            self._restore_if_fenced()
+            poller.poll(WAKE_MS if self.settings.guarded else 200)
+            while (received := self._next()) is not None:
+                self._take(*received)
+                self._restore_if_fenced()
+
+    def _next(self) -> tuple[Message, memoryview] | None:
+        if self._pending and self._pending[0][0].epoch <= self.epoch:
+            return self._pending.popleft()
+        return self.links.receive()
+
+    def _take(self, message: Message, tensor: memoryview) -> None:
+        if message.epoch < self.epoch:
+            self._drop(message, f"epoch {self.epoch} is adopted here")
+        elif message.epoch > self.epoch:
+            if len(self._pending) == PENDING_MAX:
+                self._drop(self._pending.popleft()[0], f"more than {PENDING_MAX} messages wait for an epoch to be adopted")
+            self._pending.append((message, tensor))
+        elif message.hop != self.pp or len(message.route) != self.settings.stages + 1:
+            self._drop(message, f"hop {message.hop} of {len(message.route)} is not stage {self.pp} of {self.settings.stages}")
+        elif message.kind == STEP:
+            self._step(message, tensor)
+        elif message.kind == STATE:
+            self._pass_on(message, self.load.state())
+        elif message.kind == DIGEST:
+            self._pass_on(message, self.load.digest(message.released))
+        else:
+            self._drop(message, "its kind is unknown")
+
+    def _step(self, message: Message, tensor: memoryview) -> None:
+        fault = self.load.fault(message, tensor)
+        if fault:
+            return self._drop(message, fault)
+        try:
+            out = self.load.run(message, tensor)
+        except Fenced as fenced:
+            log.info("step %d of epoch %d is not sent: %s", message.number, message.epoch, fenced)
+            return self._restore()
+        self.links.send(message.route[self.pp + 1], msgspec.structs.replace(message, hop=self.pp + 1), out.contiguous().numpy().data if out.numel() else b"")
+
+    def _pass_on(self, message: Message, reply: bytes) -> None:
+        answered = msgspec.structs.replace(message, hop=self.pp + 1, replies=(*message.replies, reply))
+        self.links.send(message.route[self.pp + 1], answered)
+
+    def _drop(self, message: Message, reason: str) -> None:
+        self.dropped += 1
+        log.warning("dropped %s %d of epoch %d (%d so far): %s", message.kind[:16], message.number, message.epoch, self.dropped, reason)
+
+    # ---- fences -----------------------------------------------------------------------------------------------------------------
+
+    def _restore_if_fenced(self) -> None:
+        if self.settings.guarded and self.load.guard.fenced:
+            self._restore()
+
+    def _restore(self) -> None:
+        restored = self.load.guard.restore(self.settings.restore_timeout_s)
+        adopt_restored(self.load, restored)
+        restored.done()
+        self.epoch = _epoch(self.load.guard)
+        log.info("stage %d goes on in epoch %d with %d sequences", self.pp, self.epoch, len(self.load.rows))
+
+
+def adopt_restored(load: RankLoad, restored) -> None:
+    load.adopt((name, each.position, each.blocks, each.ids) for name, each in restored.sequences.items())
+
+
+def _epoch(guard) -> int:
+    return 0 if isinstance(guard, NoGuard) else guard.epoch.counter
+
+
+# ---- the process ----------------------------------------------------------------------------------------------------------------
+
+
+def serve(settings: StageSettings) -> None:
+    """A rank from its settings; ends with Stopped."""
+    files = open_model(settings.model)
+    layout = layout_of(files, settings, settings.pp)
+    model = model_of(files, settings, settings.pp)
+    warm_up(model)
+    pool = open_device("host").allocate(layout)
+    kv = view_of(pool, layout)
+    prove(pool, layout, kv)
+    links = Links(settings.listen)
+    guard = NoGuard()
+    try:
+        if settings.guarded:
+            from kvguard import engine
+
+            rank = Rank(0, settings.pp, 0)
+            guard = engine.attach(settings.instance, rank, pool=pool, layout=layout, socket=settings.socket, endpoint=settings.listen)
+        log.info("stage %d of %d ready on %s, layers %s", settings.pp, settings.stages, settings.listen, model.layers)
+        Stage(settings, settings.pp, RankLoad(model, kv, guard), links).run()
+    finally:
+        if settings.guarded and not isinstance(guard, NoGuard):
+            guard.detach()
+        links.close(linger_ms=200)
+
+
+def stand_by(settings: StageSettings) -> None:
+    """A spare: every stage's weights mapped and touched, until a rank is given to it; ends with Stopped."""
+    from kvguard import engine
+
+    files = open_model(settings.model)
+    models = [model_of(files, settings, pp) for pp in range(settings.stages)]
+    for model in models:
+        warm_up(model)
+    layouts = {str(Rank(0, pp, 0)): layout_of(files, settings, pp) for pp in range(settings.stages)}
+    links = Links(settings.listen)
+    spare = engine.attach_standby(settings.instance, layouts, socket=settings.socket, endpoint=settings.listen)
+    guard = None
+    try:
+        log.info("standby for %d stages ready on %s", settings.stages, settings.listen)
+        claim = None
+        while claim is None:
+            claim = spare.wait(None)
+        guard = claim.guard
+        pp = claim.rank.pp
+        load = RankLoad(models[pp], view_of(claim.pool, claim.layout), guard)
+        adopt_restored(load, claim)
+        claim.done()
+        log.info("standby is stage %d now, epoch %d, %d sequences", pp, _epoch(guard), len(load.rows))
+        Stage(settings, pp, load, links).run()
+    finally:
+        (guard or spare).detach()
+        links.close(linger_ms=200)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s stage %(message)s")
+    if len(arguments) != 1:
+        print("usage: python -m kvguard.pipeline.stage SETTINGS.toml", file=sys.stderr)
+        return 2
+
+    def stop(*_) -> None:
+        raise Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    try:
+        settings = settings_.read(Path(arguments[0]), StageSettings)
+        torch.set_num_threads(settings.threads)
+        (stand_by if settings.pp == -1 else serve)(settings)
+    except Stopped:
+        log.info("stopped")
+        return 0
+    except KvguardError as error:
+        log.error("%s", error)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
