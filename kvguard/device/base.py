@@ -1,12 +1,12 @@
 """What every device does: memory of a KV pool, mapped here, from which slots are gathered and into which they are scattered.
 
 Knows: layouts (format/layout.py), blocks and slots. Must not know: sequences, streams, peers.
-Canonical bytes: what capture writes and scatter reads does not depend on the pool's strides: token-major, within a token region by region in the layout's order,
-within a region in the order of its inner dimensions. A whole block of a pool whose tokens aren't addressable is the region-major copy of that block.
+Canonical bytes: what capture writes and scatter reads does not depend on the pool's strides: token-major, within a token region by region in the layout's
+order, within a region in the order of its inner dimensions. A whole block of a pool whose tokens aren't addressable is the region-major copy of that block.
 
 Made so that CUDA fits: a capture may complete later (`poll`), the completion word is published by the device, an engine-side capture fills a ring.
-Invariants of every implementation (tests/contracts/test_device.py): capture then scatter into an equal pool reproduces the bytes; nothing outside the named slots
-is read or written; a descriptor that doesn't fit the layout is refused before it is mapped.
+Invariants of every implementation (tests/contracts/test_device.py): capture then scatter into an equal pool reproduces the bytes; nothing outside the named
+slots is read or written; a descriptor that doesn't fit the layout is refused before it is mapped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Pool(Protocol):
     def scatter_blocks(self, blocks, source: memoryview) -> None: ...
 
     def publish(self, word: memoryview, value: int) -> None:
-        """Write `value` to the 64-bit word once all KV writes launched before this call are complete on the device: at once on a CPU, stream-ordered on a GPU."""
+        """Write `value` to the 64-bit word once all KV writes launched before this call are complete: at once on a CPU, in stream order on a GPU."""
 
     def export(self) -> list[int]:
         """Descriptors that another process can open the pool with (Device.open)."""

@@ -1,11 +1,11 @@
 """The host device: pools in sealed memfds, copied with numpy over the shared mapping.
 
 Knows: memory, rows of bytes, a few numpy calls per copy however many pieces there are. Must not know: sequences, streams, peers, torch.
-Invariants: a descriptor is checked (size, sealed against shrinking) before it is mapped, so that no peer can make this process fault; pieces outside the pool are
-refused before a byte is copied; a copy reads or writes the named slots only, in canonical order (device/base.py).
+Invariants: a descriptor is checked (size, sealed against shrinking) before it is mapped, so that no peer can make this process fault; pieces outside the pool
+are refused before a byte is copied; a copy reads or writes the named slots only, in canonical order (device/base.py).
 
-How: the pool is cut into rows as wide as the bytes that lie contiguously in every token. A token is then a fixed list of row numbers relative to its slot, and a
-capture is one np.take over all rows of all tokens, straight into the output. Layouts whose tensors don't share such a grid are copied in several groups.
+How: the pool is cut into rows as wide as the bytes that lie contiguously in every token. A token is then a fixed list of row numbers relative to its slot, and
+a capture is one np.take over all rows of all tokens, straight into the output. Layouts whose tensors don't share such a grid are copied in several groups.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ class HostPool:
         if not self.layout.addressable:
             raise Refused("single tokens of this layout aren't addressable. Try: capture_blocks, scatter_blocks")
         blocks, starts, counts = (np.asarray(column, dtype=np.int64) for column in (blocks, starts, counts))
-        ends = starts + counts
-        if blocks.size and (blocks.min() < 0 or blocks.max() >= self.layout.blocks or starts.min() < 0 or counts.min() < 0 or ends.max() > self.layout.block_tokens):
+        lowest = min(int(column.min(initial=0)) for column in (blocks, starts, counts))
+        highest = int(blocks.max(initial=0)), int((starts + counts).max(initial=0))
+        if lowest < 0 or highest[0] >= self.layout.blocks or highest[1] > self.layout.block_tokens:
             raise Refused(f"a piece lies outside the pool's {self.layout.blocks} blocks of {self.layout.block_tokens} tokens")
         first = np.cumsum(counts) - counts
         slots = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(starts - first, counts)

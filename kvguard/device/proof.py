@@ -42,7 +42,8 @@ def prove(layout: Layout, memory: memoryview, write_token: Callable[[int, int], 
             pool[named] = kept
         if not (changed.all() if layout.addressable else changed.any()):
             missed = int(named[np.argmin(changed)])
-            raise Refused(f"writing block {block} slot {slot} left {int((~changed).sum())} of {named.size} bytes as they were, the first is byte {missed}. {_TRY}")
+            unchanged = f"{int((~changed).sum())} of {named.size} bytes as they were, the first is byte {missed}"
+            raise Refused(f"writing block {block} slot {slot} left {unchanged}. {_TRY}")
 
 
 _TRY = "Try: take offset and strides from the tensors that the engine really writes"

@@ -111,7 +111,7 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
         cls, model: str, dtype: str, layers: int, blocks: int, block_tokens: int, latent_dim: int, *, shard: Shard | None = None,
         order: str = "layer,block,slot,dim",
     ) -> Layout:  # fmt: skip
-        """MLA: one latent vector (with its rotary part) per token and layer, no heads; equal on every tp rank. Without "layer" in `order`: a tensor per layer."""
+        """MLA: one latent vector (with its rotary part) per token and layer, no heads, equal on all tp ranks. No "layer" in `order`: a tensor per layer."""
         sizes = {"layer": layers, "block": blocks, "slot": block_tokens, "dim": latent_dim}
         if "layer" in order.split(","):
             region, pool_bytes = _dense("", 0, sizes, order, ("layer", "dim"), dtype)
@@ -164,7 +164,7 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
     # ---- bytes ------------------------------------------------------------------------------------------------------------------
 
     def ranges(self, block: int, slot: int = 0) -> Iterator[tuple[int, int]]:
-        """(offset, bytes) of one token's canonical bytes in order (of the whole block where tokens aren't addressable). For tests and proofs, not for copying."""
+        """(offset, bytes) of one token's canonical bytes in order (of the whole block where tokens aren't addressable). For tests and proofs alone."""
         for region in self.regions:
             start = region.offset + block * region.block_stride + slot * region.slot_stride
             outer, run_bytes = _run(region.inner, self.itemsize)
@@ -176,7 +176,7 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
         faults = list(_faults(self, pool_bytes))
         if faults:
             raise BadConfig(
-                "layout doesn't describe a KV pool:\n  " + "\n  ".join(faults) + "\nTry: Layout.paged, per_layer, latent or opaque, or the strides of the tensors"
+                "layout doesn't describe a KV pool:\n  " + "\n  ".join(faults) + "\nTry: Layout.paged, per_layer, latent or opaque, or the tensors' own strides"
             )
 
 

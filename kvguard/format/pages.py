@@ -91,7 +91,9 @@ class PageReader:
             raise BadFrame(f"page {block}: token {wrong}'s bytes don't match the sum taken from the pool")
         return data
 
-    def batches(self, blocks: Sequence[int], generations: Sequence[int], positions: int, batch_bytes: int = BATCH_BYTES) -> Iterator[tuple[int, list[int], memoryview]]:
+    def batches(
+        self, blocks: Sequence[int], generations: Sequence[int], positions: int, batch_bytes: int = BATCH_BYTES
+    ) -> Iterator[tuple[int, list[int], memoryview]]:
         """A sequence's first `positions` positions as (index of the first block, tokens per block, contiguous bytes), verified, about `batch_bytes` each.
 
         Ready for pool.scatter(new_blocks[first : first + len(counts)], [0] * len(counts), counts, bytes), or scatter_blocks where tokens aren't addressable.

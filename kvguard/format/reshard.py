@@ -24,7 +24,7 @@ class Move(NamedTuple):
 
 
 def reshard(old: Sequence[Layout], new: Sequence[Layout]) -> tuple[tuple[Move, ...], ...]:
-    """By new layout, the moves that make up its canonical token. Raises BadConfig where bytes can't be carried over: other models, dtypes, or a part nobody holds."""
+    """By new layout, the moves of its canonical token. Raises BadConfig where bytes can't be carried over: another model or dtype, a part nobody holds."""
     everyone = (*old, *new)
     if not all(layout.addressable for layout in everyone):
         raise BadConfig("a pool whose tokens aren't addressable can't be resharded. Try: the same pp and tp on both sides")

@@ -1,13 +1,15 @@
 """The bytes that all replicas of a node may take.
 
 Knows: three sums. Must not know: pages, sequences.
-Invariants: used + promised <= bytes_max at all times, so that whatever was admitted can be kept; used + retained <= bytes_max, where retained memory (freed, not
-yet given back to the system) is given back as soon as it stands in the way.
+Invariants: used + promised <= bytes_max at all times, so that whatever was admitted can be kept; used + retained <= bytes_max, where retained memory (freed,
+not yet given back to the system) is given back as soon as it stands in the way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+
+from kvguard.errors import StoreFull
 
 
 class Budget:
@@ -19,6 +21,10 @@ class Budget:
         self.promised = 0
         self.retained = 0
         self.reclaimers: list[Callable[[], None]] = []  # each gives its retained memory back and lowers `retained`
+
+    def full(self, what: str) -> StoreFull:
+        """The error that says so."""
+        return StoreFull(f"arena of {self.bytes_max} bytes is full: no room for {what}. Try: a larger store budget, or fewer replicas on this node")
 
     def promise(self, more: int) -> bool:
         """Reserve `more` bytes (negative gives back); False, and nothing reserved, when they can't be had."""

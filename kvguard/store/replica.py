@@ -76,7 +76,7 @@ class Replica:
         if len(self.sequences) >= 2 * ROWS_MAX:
             raise StoreFull(f"{len(self.sequences)} sequences of one stream are kept already")
         if not self._budget.promise(len(request)):
-            raise StoreFull(f"arena of {self._budget.bytes_max} bytes is full. Try: a larger store budget, or fewer replicas on this node")
+            raise self._budget.full(f"the request of {name}")
         self._budget.use(len(request))
         sequence = self.sequences[name] = Sequence(name, generation, lineage, request)
         return sequence
@@ -92,7 +92,7 @@ class Replica:
             more = bytes(ids[(known - start) * ID_BYTES :])
             self._admit(sequence, end)
             if not self._budget.promise(len(more)):
-                raise StoreFull(f"arena of {self._budget.bytes_max} bytes is full. Try: a larger store budget, or fewer replicas on this node")
+                raise self._budget.full(f"{end} ids of {sequence.name}")
             self._budget.use(len(more))
             sequence.ids += more
         if sampler and end >= known:
@@ -141,7 +141,7 @@ class Replica:
         need = max(sequence.promised, -(-positions // self.shape.block_tokens) - len(sequence.blocks))
         if need > sequence.promised:
             if not self._budget.promise((need - sequence.promised) * self.arena.page_bytes):
-                raise StoreFull(f"arena of {self._budget.bytes_max} bytes can't take {positions} positions. Try: a larger store budget, or fewer replicas on this node")
+                raise self._budget.full(f"{positions} positions of {sequence.name}")
             sequence.promised = need
 
     def _readmit(self, sequence: Sequence) -> None:

@@ -4,8 +4,8 @@ Knows: messages.IdsFrame and KvFrame, the session's numbers for sequences. Must 
 Invariants: a sequence that is refused is dropped whole, reported once, and what still comes for it is passed over; a gap stops the frame where it is found:
 what was applied before stays, nothing after it is looked at.
 
-Ids frames overtake kv frames. A kv frame that doesn't require the ids frame with a sequence's cut was sent before that cut: of its pieces only what lies below the
-cut still means this sequence (else bytes of the old generation would pass for the new one's). What comes for a released sequence is passed over.
+Ids frames overtake kv frames. A kv frame that doesn't require the ids frame with a sequence's cut was sent before that cut: of its pieces only what lies below
+the cut still means this sequence (else bytes of the old generation would pass for the new one's). What comes for a released sequence is passed over.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ class ReplicaStore:
             return "" if known.shape == shape else "the stream is known here with another shape"
         if len(self._replicas) >= STREAMS_MAX:
             return f"{STREAMS_MAX} streams are held already"
-        if min(shape.block_tokens, shape.token_bytes, shape.block_bytes, shape.blocks) <= 0 or shape.block_tokens > TOKENS_PER_BLOCK_MAX or shape.blocks > BLOCKS_MAX:
+        smallest = min(shape.block_tokens, shape.token_bytes, shape.block_bytes, shape.blocks)
+        if smallest <= 0 or shape.block_tokens > TOKENS_PER_BLOCK_MAX or shape.blocks > BLOCKS_MAX:
             return "the shape's sizes are out of bounds"
         if shape.addressable and shape.block_bytes != shape.block_tokens * shape.token_bytes:
             return f"{shape.block_tokens} tokens of {shape.token_bytes} bytes are not a block of {shape.block_bytes}"

@@ -25,7 +25,8 @@ def layouts(draw) -> Layout:
     dtype = draw(st.sampled_from(["float32", "bfloat16", "float8_e5m2"]))
     kind = draw(st.sampled_from(["paged", "per_layer", "apart", "offsets", "latent", "opaque"]))
     if kind == "latent":
-        return Layout.latent("m", dtype, **sizes, latent_dim=draw(st.integers(1, 5)), order=draw(st.sampled_from(["layer,block,slot,dim", "block,slot,dim", "block,dim,slot"])))
+        order = draw(st.sampled_from(["layer,block,slot,dim", "block,slot,dim", "block,dim,slot"]))
+        return Layout.latent("m", dtype, **sizes, latent_dim=draw(st.integers(1, 5)), order=order)
     if kind == "opaque":
         return Layout.opaque("m", dtype, **sizes, page_bytes=draw(st.integers(1, 40)))
     sizes |= {"kv_heads": draw(st.integers(1, 3)), "head_dim": draw(st.integers(1, 5))}
@@ -89,7 +90,8 @@ def test_capture_then_scatter_moves_the_named_bytes_and_no_others(kind, data, la
 def test_canonical_bytes_do_not_depend_on_strides(kind):
     device = open_device(kind)
     sizes = {"layers": 2, "blocks": 3, "block_tokens": 4, "kv_heads": 2, "head_dim": 8}
-    made = [Layout.paged("m", "float16", **sizes), Layout.paged("m", "float16", **sizes, order="block,head,slot,kv,dim,layer"), Layout.per_layer("m", "float16", **sizes)]
+    made = [Layout.paged("m", "float16", **sizes, order=order) for order in ("layer,kv,block,slot,head,dim", "block,head,slot,kv,dim,layer")]
+    made.append(Layout.per_layer("m", "float16", **sizes))
     wanted = None
     for layout in made:
         pool = device.allocate(layout)

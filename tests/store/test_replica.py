@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 from streams import EPOCH, LINEAGE, SHAPE, STREAM, WHOLE, Sent, token
 
 from kvguard.errors import BadFrame, Fenced, Refused, Stale
 from kvguard.format import pages
-from kvguard.format.messages import PIECE_REFERENCE, CutOp, PlanOrder
+from kvguard.format.messages import PIECE_REFERENCE, CutOp, OpenOp, PlanOrder, StreamShape
 from kvguard.store.store import ReplicaStore
 from kvguard.types import Epoch, Fork, Span
 
@@ -91,7 +92,8 @@ def test_frames_that_do_not_add_up_are_gaps(make):
     sent.open(1, "a", 8)
     columns, data, sums = sent.piece(1, "a", 0, 4, 5)
     for broken in [(columns, data[:-1], sums), (columns, data, sums[:-8]), ((1, 0, 5, 5, 1, 0), data, sums), ((1, 2, 4, 5, 1, 0), data, sums),
-                   ((1, 0, 4, 64, 1, 0), data, sums), ((1, 0, 4, -1, 1, 0), data, sums), ((1, 0, 4, 5, 1, 2), data, sums), ((1, 0, -4, 5, 1, 0), b"", b"")]:  # fmt: skip
+                   ((1, 0, 4, 64, 1, 0), data, sums), ((1, 0, 4, -1, 1, 0), data, sums), ((1, 0, 4, 5, 1, 2), data, sums),
+                   ((1, 0, -4, 5, 1, 0), b"", b"")]:  # fmt: skip
         refused, gap = sent.kv(broken)
         assert not refused and gap
     assert positions(store) == {"a": 0}
@@ -229,8 +231,9 @@ def test_older_epochs_change_nothing(make):
 def plan(epoch: int, **sequences) -> PlanOrder:
     """name=(position, ids)."""
     names = tuple(sequences)
+    lineages = tuple((Fork(1, 0), Fork(epoch, p)) for p, _ in sequences.values())
     return PlanOrder(
-        "i", Epoch(epoch, "c"), names, tuple(p for p, _ in sequences.values()), ("replica",) * len(names), tuple((Fork(1, 0), Fork(epoch, p)) for p, _ in sequences.values()),
+        "i", Epoch(epoch, "c"), names, tuple(p for p, _ in sequences.values()), ("replica",) * len(names), lineages,
         tuple(n for _, n in sequences.values()), ("n",) * len(names), (STREAM,) * len(names), (), (), ("",) * len(names),
     )  # fmt: skip
 
@@ -257,8 +260,6 @@ def test_a_plan_cuts_once_and_answers_again(make):
 
 
 def again_ops(name, order):
-    from kvguard.format.messages import OpenOp
-
     return OpenOp(1, name, 1, order.lineages[0], b""), CutOp(1, 7, 2, order.lineages[0])
 
 
@@ -293,8 +294,6 @@ def test_whole_blocks_where_tokens_are_not_addressable(make):
 
 
 def test_the_puller_sees_the_same_bytes_and_refuses_others(make):
-    import os
-
     store = make()
     sent = Sent(store)
     sent.open(1, "a", 10)
@@ -318,9 +317,7 @@ def test_the_puller_sees_the_same_bytes_and_refuses_others(make):
 
 
 def test_freed_memory_goes_back_when_the_budget_needs_it(make):
-    import os
-
-    big = SHAPE.__class__(1, 4, 4096, 16384, 64, True)
+    big = StreamShape(1, 4, 4096, 16384, 64, True)
     size = pages.page_bytes(big)
     store = make(budget=8 * size + 1000)
     sent = Sent(store, shape=big)
@@ -340,8 +337,8 @@ def test_freed_memory_goes_back_when_the_budget_needs_it(make):
 
 def test_shapes_out_of_bounds_are_refused(make):
     store = make()
-    for shape in [SHAPE.__class__(1, 0, 24, 96, 64), SHAPE.__class__(1, 4, 24, 97, 64), SHAPE.__class__(1, 4, 24, 96, 1 << 40), SHAPE.__class__(1, 1, 1 << 40, 1 << 40, 4)]:
-        assert Sent(store, shape=shape).held.reason
+    for sizes in [(0, 24, 96, 64), (4, 24, 97, 64), (4, 24, 96, 1 << 40), (1, 1 << 40, 1 << 40, 4)]:
+        assert Sent(store, shape=StreamShape(1, *sizes)).held.reason
     assert store.streams() == ()
     Sent(store)
     assert "another shape" in Sent(store, shape=WHOLE, session=2).held.reason
