@@ -28,7 +28,7 @@ class Measures:
         self._opened: dict[tuple[StreamId, int], int] = {}
 
     def looked(self, event: events.Looked) -> None:
-        local = self._core.streams.get(event.stream)
+        local = self._core.outbound.streams.get(event.stream)
         if local is None:
             return
         waiting = self._opened
@@ -47,7 +47,7 @@ class Measures:
         """Sequences that are whole elsewhere for the first time; called once a turn in which something was acknowledged."""
         now = self._clock()
         for (stream, row), since in list(self._opened.items()):
-            local = self._core.streams.get(stream)
+            local = self._core.outbound.streams.get(stream)
             known = local.ledger.rows.get(row) if local is not None else None
             if known is None:
                 del self._opened[stream, row]

@@ -28,7 +28,7 @@ from kvguard.daemon.node_verbs import NodeVerbs
 from kvguard.daemon.perform_node import PROMISE, NodeShell, node_performer, promised
 from kvguard.daemon.questions import Questions
 from kvguard.daemon.ranks import Ranks
-from kvguard.device.host import HostDevice
+from kvguard.device import open_device
 from kvguard.errors import BadConfig, KvguardError
 from kvguard.format import local
 from kvguard.format.messages import Delivered
@@ -70,7 +70,7 @@ class NodeDaemon:
             transport=self.transport, journal=self.journal, clock=time.monotonic_ns, noted=noted, node=config.name, store=store, engines=None,
         )  # fmt: skip
         self.loop = Loop(self.core, node_performer(self.shell))
-        self.ranks = Ranks(HostDevice(), store, self, self.control.send, self.shell.streams, self.shell.local, self.shell.epochs)
+        self.ranks = Ranks(open_device(config.device), store, self, self.control.send, self.shell.streams, self.shell.local, self.shell.epochs)
         self.shell.engines = self.ranks
         for instance, epoch in promises.items():
             promised(self.shell, instance, epoch)

@@ -94,7 +94,7 @@ class NodeVerbs:
 
     def releasable(self, arguments: dict) -> dict:
         rank = Rank.parse(arguments["rank"])
-        for stream, local in self._core.streams.items():
+        for stream, local in self._core.outbound.streams.items():
             if (stream.instance, stream.rank) == (arguments["instance"], rank) and local.alive:
                 return {"position": local.releasable().get(arguments["sequence"], 0)}
         raise Refused(f"rank {rank} of {arguments['instance']!r} doesn't live here. Try: kvguard status")
@@ -103,7 +103,7 @@ class NodeVerbs:
         shell, budget = self._shell, self._shell.store.budget
         now = shell.clock()
         ranks = []
-        for stream, local in self._core.streams.items():
+        for stream, local in self._core.outbound.streams.items():
             beat = local.beat(now, self._core.promises.of(stream.instance))
             ranks.append({
                 "instance": stream.instance, "rank": str(stream.rank), "stream": str(stream), "state": beat.state, "reason": beat.reason,

@@ -164,8 +164,16 @@ class Ranks:
         known.connection = connection
         known.stream.incarnation, known.stream.endpoint, known.stream.alive = message.incarnation, message.endpoint, True
         self._watch(known)
+        self._no_longer_spare(connection)
         told.append(events.StreamAttached(known.stream.id, known.stream.shape, message.incarnation, message.epoch, message.endpoint))
         return [*told, *self.look(known.stream.id)]
+
+    def _no_longer_spare(self, connection: int) -> None:
+        """A standby that took a rank goes on over its connection as that rank."""
+        for spare in [spare for spare in self.spares.values() if spare.connection == connection]:
+            self._watches.forget(spare.pidfd)
+            os.close(spare.pidfd)
+            del self.spares[spare.incarnation]
 
     def _attach_new(self, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
         if len(self.ranks) >= RANKS_MAX:
@@ -192,14 +200,13 @@ class Ranks:
         self.ranks[message.stream] = rank
         self._streams[message.stream] = self._local[message.stream] = stream
         self._watch(rank)
-        spare = self.spares.pop(message.incarnation, None)
-        if spare is not None:
-            self._watches.forget(spare.pidfd)
-            os.close(spare.pidfd)
-        epoch = self._epochs.get(message.instance)
-        if epoch is not None:
-            reader.set_epoch(epoch.counter)
-        return [events.StreamAttached(stream.id, stream.shape, stream.incarnation, message.epoch, stream.endpoint), *self.look(stream.id)]
+        self._no_longer_spare(connection)
+        epoch, promise = message.epoch, self._epochs.get(message.instance, NO_EPOCH)
+        reader.set_epoch(promise.counter)  # before the look: what is published after it was checked against the word
+        seen = self.look(stream.id)
+        if epoch.counter < promise.counter and not any(type(event) is events.Looked for event in seen):
+            epoch = promise  # nothing was committed yet, so nothing has to be restored: it lives in the epoch that it finds
+        return [events.StreamAttached(stream.id, stream.shape, stream.incarnation, epoch, stream.endpoint), *seen]
 
     # ---- looking ------------------------------------------------------------------------------------------------------------------
 
