@@ -112,11 +112,13 @@ class Guard:
         self._restored: local.Restored | None = None
         self._changed = threading.Condition()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        word = table.views.word
-        self._epoch_word, self._entered, self._left, self._size = word(fmt.EPOCH_AT), word(fmt.ENTERED_AT), word(fmt.LEFT_AT), word(fmt.SIZE_AT)
-        self._pulse, self._suspended, self._written = word(fmt.PULSE_AT), word(fmt.SUSPENDED_AT), word(fmt.WRITTEN_AT)
+        self._take_words(table.views.word)
         self._step = Step(self)
         self._detached = False
+
+    def _take_words(self, word) -> None:
+        self._epoch_word, self._entered, self._left, self._size = word(fmt.EPOCH_AT), word(fmt.ENTERED_AT), word(fmt.LEFT_AT), word(fmt.SIZE_AT)
+        self._pulse, self._suspended, self._written = word(fmt.PULSE_AT), word(fmt.SUSPENDED_AT), word(fmt.WRITTEN_AT)
 
     # ---- steps ------------------------------------------------------------------------------------------------------------------
 
@@ -272,6 +274,7 @@ class Guard:
         if self.session is not None:
             self.session.say(local.Detach())
             self.session.end(timeout_s)
+        self._take_words(lambda _: memoryview(bytearray(8)).cast("Q"))  # a late pulse or question touches nothing that is shared
         self.table.close()
         os.close(self._bell)
 

@@ -65,8 +65,9 @@ class TableWriter:
         return writer
 
     def close(self) -> None:
-        """Close the descriptor; the mapping goes with the last view of it."""
+        """Unmap and close: the table can't be used any more. Idempotent."""
         if self.fd >= 0:
+            del self.views, self._written
             os.close(self.fd)
             self.fd = -1
 
