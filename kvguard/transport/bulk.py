@@ -17,10 +17,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-import numpy as np
-
 from kvguard.errors import BadFrame
 from kvguard.format import wire
+from kvguard.transport.memory import PayloadMemory
 from kvguard.transport.wakeup import IN, OUT, Wakeup
 
 MAGIC = b"KVGB"
@@ -30,8 +29,9 @@ KNOCK_BYTES = len(MAGIC) + TICKET_BYTES
 STRANGERS_MAX = 64
 STRANGER_WAIT_NS = 2_000_000_000
 SCRATCH_BYTES = 64 * 1024  # one read brings in many small frames, or a large frame's header
-READ_BYTES_MAX = 8 * 1024 * 1024  # per turn: other links wait meanwhile
+READ_BYTES_MAX = 2 * 1024 * 1024  # per turn: other links wait meanwhile, and more would leave the processor's cache before it is looked at
 PARTS_MAX = 64
+KERNEL_BYTES = 2 * 1024 * 1024  # more under way than the processor's cache holds is slower (measured), and bounds what a slow peer holds back
 STUCK_MS = 10_000  # unacknowledged by the peer's kernel for so long: the connection is broken
 
 
@@ -39,6 +39,8 @@ def prepare(connection: socket.socket) -> None:
     connection.setblocking(False)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STUCK_MS)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, KERNEL_BYTES)
 
 
 class BulkChannel:
@@ -49,6 +51,7 @@ class BulkChannel:
         self._queue: deque[memoryview] = deque()
         self.queued_bytes = 0
         self._reading = False
+        self._memory = PayloadMemory()
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._start = self._end = 0  # of what is unread in the scratch
         self._head = b""
@@ -155,7 +158,7 @@ class BulkChannel:
             self._start += head_bytes
             if sizes.payload_bytes:
                 self._head, self._filled = head, 0
-                self._payload = memoryview(np.empty(sizes.payload_bytes, np.uint8))
+                self._payload = self._memory.take(sizes.payload_bytes)
             else:
                 frames.append((head, None))
 
@@ -185,6 +188,7 @@ class BulkPort:
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, KERNEL_BYTES)  # inherited; the window's scale is settled while connecting
             self._socket.bind((host, port))
             self._socket.listen(128)
         except OSError:
