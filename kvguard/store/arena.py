@@ -81,7 +81,7 @@ class Arena:
 
     def begin(self, block: int, generation: int) -> None:
         """First reference to an unused page; its bytes were promised. Raises StoreFull when the system has no memory for it (nothing changed then)."""
-        assert not self.refs[block]
+        assert not self.refs[block] and not self.fill[block]
         start = block * self.page_bytes
         if block in self._retained:
             self._retained.discard(block)
@@ -89,7 +89,6 @@ class Arena:
         self._allocate(block, start)
         self._budget.use(self.page_bytes)
         self.refs[block] = 1
-        self.fill[block] = 0
         struct.pack_into("<Q", self._memory, start + self.shape.block_bytes, generation)
 
     def _allocate(self, block: int, start: int) -> None:

@@ -187,6 +187,27 @@ def test_a_cut_tail_is_written_anew_in_the_same_block_or_another(make):
     assert store.verify(STREAM, "a") == {"a": 8}
 
 
+def test_what_was_cut_is_given_back_and_can_not_be_referred_to(make):
+    store = make(budget=3 * PAGE + 200)
+    sent = Sent(store)
+    sent.open(1, "a", 12)
+    sent.fill(1, "a", [5], 4)
+    assert sent.cut(1, 2, 2) == ((), "")
+    assert (store.budget.used, store.budget.promised) == (PAGE + 2 * 4 + 1, 0)
+    assert sent.open(2, "b", 8) == ((), "")  # what "a" gave back
+    assert "isn't held" in sent.kv(sent.piece(2, "", 0, 4, 5, flag=PIECE_REFERENCE))[1]
+    assert sent.kv(sent.piece(2, "", 0, 2, 5, flag=PIECE_REFERENCE)) == ((), "")
+
+
+def test_held_positions_keep_their_bytes_whatever_overlaps_them(make):
+    store = make()
+    sent = Sent(store)
+    sent.open(1, "a", 4)
+    sent.fill(1, "a", [5], 2)
+    assert sent.kv(sent.piece(1, "other", 0, 4, 5)) == ((), "")
+    assert store.read(STREAM, "a", Span(0, 4)) == expected("a", 2) + expected("other", 4)[2 * 24 :]
+
+
 def test_a_shared_tail_that_would_change_is_refused_not_overwritten(make):
     store = make()
     sent = Sent(store)
