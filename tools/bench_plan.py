@@ -36,7 +36,8 @@ def situation(ranks: int, lost: int, sequences: int, shuffled: bool, seed: int) 
             random.Random(stage).shuffle(order)
         positions = tuple([max(0, base[i] - draw.randrange(behind + 1)) for i in order])
         stream = StreamId(INSTANCE, Rank(0, stage, 0), 1000 + stage)
-        return Holding(stream, kind, kind == "pool", tuple([names[i] for i in order]), (1,) * sequences, (lineage,) * sequences, positions, tuple([base[i] + 1 for i in order]))
+        ids = tuple([base[i] + 1 for i in order])
+        return Holding(stream, kind, kind == "pool", tuple([names[i] for i in order]), (1,) * sequences, (lineage,) * sequences, positions, ids)
 
     reports = []
     for stage in range(ranks):

@@ -1,8 +1,8 @@
 """Holdings side by side: the same sequences in the same order, one tuple per fact.
 
 Knows: reports' columns and lineage arithmetic. Must not know: ranks' roles, standbys, plans.
-Invariants: a column has one entry per sequence of the table; what a holding doesn't list is (position 0, no lineage, no ids); a position that is handed out is
-never beyond the fork that parts its copy from the authoritative lineage. Work is per column, in C where columns agree: 10,000 sequences times 16 ranks are common.
+Invariants: a column has one entry per sequence of the table; what a holding doesn't list is (position 0, no lineage, no ids); a position that is handed out
+is never beyond the fork that parts its copy from the authoritative lineage. Work is per column, in C where columns agree: 10,000 sequences times 16 ranks.
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ class Place(NamedTuple):
     reason: str
 
 
-def place(seats: tuple[Seat, ...], nodes: tuple[NodeId, ...], fits: dict[tuple[str, Rank], tuple[NodeId, ...]], replicas: int = 1) -> dict[tuple[str, Rank], Place]:
+def place(
+    seats: tuple[Seat, ...], nodes: tuple[NodeId, ...], fits: dict[tuple[str, Rank], tuple[NodeId, ...]], replicas: int = 1
+) -> dict[tuple[str, Rank], Place]:
     """Holders by (instance, rank). `nodes`: usable as holders. `fits`: nodes with a standby that could take the rank."""
     ring = sorted(nodes)
     load = dict.fromkeys(ring, 0)

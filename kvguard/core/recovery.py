@@ -1,9 +1,10 @@
 """plan(): what all nodes report about an instance -> the order that brings it back, which explains itself. A pure function over columns.
 
-Knows: holdings with lineage, who is lost, which standbys are there, forks that former plans decided. Must not know: messages' way, time, how a plan is carried out.
-Invariants (I1): a sequence's position is never beyond what each survivor's live pool and each lost rank's chosen source has of the authoritative lineage, and leaves
-at least one known id to compute; a sequence whose ids nobody knows is lost and named; every sequence planned has an explanation; the same reports in the same
-order give the same plan. A rank that is called a survivor but reports no live pool is lost.
+Knows: holdings with lineage, who is lost, which standbys are there, forks that former plans decided.
+Must not know: messages' way, time, how a plan is carried out.
+Invariants (I1): a sequence's position is never beyond what each survivor's live pool and each lost rank's chosen source has of the authoritative lineage,
+and leaves at least one known id to compute; a sequence whose ids nobody knows is lost and named; every sequence planned has an explanation; the same reports
+in the same order give the same plan. A rank that is called a survivor but reports no live pool is lost.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ Ints = tuple[int, ...]
 class Situation(NamedTuple):
     """All that a plan depends on.
 
-    `members`: every rank of the instance and its node. `lost`: which of them. `reports`: one per node that answered. `standbys`: not yet claimed, fitting or not.
-    `forks`: lineages that former plans decided, by sequence. `excluded`: nodes whose copies don't count. `over`: sequences known to be delivered.
+    `members`: every rank of the instance and its node. `lost`: which of them. `reports`: one per node that answered.
+    `standbys`: not yet claimed, fitting or not. `forks`: lineages that former plans decided, by sequence.
+    `excluded`: nodes whose copies don't count. `over`: sequences known to be delivered.
     """
 
     instance: str
@@ -40,7 +42,10 @@ class Situation(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`lost`: sequences that can't go on, with the reason. `former`: streams of lost ranks that the plan leaves behind, pinned until the new ones are protected."""
+    """`lost`: sequences that can't go on, with the reason.
+
+    `former`: streams of lost ranks that the plan leaves behind, pinned until the new ones are protected.
+    """
 
     order: PlanOrder
     lost_ranks: tuple[Rank, ...]
@@ -107,7 +112,8 @@ def _live_pools(situation: Situation, held: list[tuple[NodeId, Holding]]) -> dic
 
 def _group(situation: Situation, dp: int, held: list, live: dict, lost: tuple[Rank, ...]) -> _Group:
     pools = [live[rank] for rank in sorted(live) if rank.dp == dp]
-    of_lost = [(node, holding) for node, holding in held if holding.stream.rank in lost and holding.stream.rank.dp == dp and not (holding.kind == "pool" and holding.alive)]
+    left = [(node, holding) for node, holding in held if holding.stream.rank in lost and holding.stream.rank.dp == dp]
+    of_lost = [(node, holding) for node, holding in left if holding.kind != "pool" or not holding.alive]
     base, aligned = table([*pools, *of_lost])
     survivors, copies = aligned[: len(pools)], aligned[len(pools) :]
     lineages = authoritative(base, survivors + copies, situation.forks)
@@ -155,7 +161,8 @@ def _compose(situation: Situation, groups: list[_Group], seats: dict, lost: tupl
         kept = [i for i, sequence in enumerate(group.base) if group.ids.counts[i] and sequence not in situation.over and sequence not in seen]
         for i, sequence in enumerate(group.base):
             if not group.ids.counts[i] and sequence not in situation.over and sequence not in seen:
-                gone.append((sequence, f"nobody knows its token ids; {max((column[i] for column in group.written), default=0)} positions of KV without them are worth nothing"))
+                written = max((column[i] for column in group.written), default=0)
+                gone.append((sequence, f"nobody knows its token ids; {written} positions of KV without them are worth nothing"))
         seen.update(dict.fromkeys(group.base))
         parts.append(_columns(situation.epoch, group, choices, positions, kept))
         kept_of.append((kept, choices, positions))
@@ -168,7 +175,8 @@ def _compose(situation: Situation, groups: list[_Group], seats: dict, lost: tupl
             rebuilds.append(Rebuild(choice.rank, choice.node, choice.standby, choice.sources, source))
             used = dict.fromkeys(mine)
             pushes = [(entry.node, entry.stream) for at, entry in enumerate(choice.sources) if at in used]
-            transfers += [(node, choice.node, situation.addresses.get(choice.node, ""), stream) for node, stream in choice.transfers if (node, stream) in pushes]
+            address = situation.addresses.get(choice.node, "")
+            transfers += [(node, choice.node, address, stream) for node, stream in choice.transfers if (node, stream) in pushes]
         offset += len(kept)
     columns = [tuple(entry for part in parts for entry in part[k]) for k in range(8)] if len(parts) != 1 else parts[0]
     order = PlanOrder(situation.instance, situation.epoch, *columns[:7], tuple(rebuilds), tuple(transfers), columns[7])
@@ -205,7 +213,7 @@ def _explanations(group: _Group, choices: list[ladder.Choice], positions: Ints, 
     """One sentence per distinct case (rung, what limited, each choice's source), shared by its sequences."""
     limits = [0] * len(positions)  # 0 survivors or ids, k + 1 lost rank k
     for k, have in enumerate(group.reaches):
-        limits = [old or (k + 1 if most < cap and most == position else 0) for old, most, cap, position in zip(limits, have, group.caps, positions, strict=True)]
+        limits = [old or (k + 1 if most < cap and most == at else 0) for old, most, cap, at in zip(limits, have, group.caps, positions, strict=True)]
     sources = list(zip(*(choice.source for choice in choices), strict=True)) if choices else [()] * len(positions)
     cases: dict[tuple, str] = {}
     told = []
@@ -227,7 +235,9 @@ def _sentence(group: _Group, choices: list[ladder.Choice], rung: str, limit: int
             came.append(f"{choice.rank} on {choice.node} starts empty")
             continue
         entry = choice.sources[at]
-        way = "adopts the pool of its dead process" if entry.kind == "pool" else f"pulls the replica on {entry.node}" if entry.node == choice.node else f"pulls the replica sent from {entry.node}"
+        way = f"pulls the replica {'on' if entry.node == choice.node else 'sent from'} {entry.node}"
+        if entry.kind == "pool":
+            way = "adopts the pool of its dead process"
         came.append(f"{choice.rank} on {choice.node} {way}")
     if not choices:
         came.append("no rank is lost: live pools go on")

@@ -40,7 +40,11 @@ def test_a_node_with_a_fitting_standby_is_preferred():
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abcde"), st.lists(st.sampled_from("abcdefg"), unique=True, max_size=3)), max_size=8), st.sets(st.sampled_from("abcde")), st.integers(0, 3))
+@given(
+    st.lists(st.tuples(st.sampled_from("abcde"), st.lists(st.sampled_from("abcdefg"), unique=True, max_size=3)), max_size=8),
+    st.sets(st.sampled_from("abcde")),
+    st.integers(0, 3),
+)
 def test_properties(ranks, nodes, replicas):
     seats = tuple(seat(pp, node, *holders) for pp, (node, holders) in enumerate(ranks))
     answer = place(seats, tuple(sorted(nodes)), {}, replicas)

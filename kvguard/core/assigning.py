@@ -1,0 +1,41 @@
+"""Placement carried out: who holds is made durable, then said to the rank's node.
+
+Knows: members, nodes, what was assigned on which link. Must not know: how placement chooses (placement.py).
+Invariants: a holder is durable before it is assigned, so that a fence knows everyone who may acknowledge; replaced holders stay named until they can't.
+"""
+
+from __future__ import annotations
+
+from kvguard.core.known import Known
+from kvguard.core.membership import DEAD
+from kvguard.core.placement import Seat, place
+from kvguard.format.messages import Assign
+
+
+def assign(known: Known) -> None:
+    """Assign what changed. Ranks under recovery keep what they have until they live again."""
+    nodes = known.membership.nodes.values()  # one known from the store alone is usable too: nothing moves because the coordinator restarted
+    usable = tuple(node.node for node in nodes if node.state != DEAD and known.fair_ns - node.seen_ns < known.settings.replace_ns)
+    spares = [(node.node, standby) for node in nodes for standby in node.standbys]
+    seats, fits = [], {}
+    for instance, places in known.membership.members.items():
+        if known.phase(instance):
+            continue
+        for rank, member in places.items():
+            if not member.lost:
+                seats.append(Seat(instance, rank, member.node, member.holders))
+                text = str(rank)
+                fits[instance, rank] = tuple(node for node, standby in spares if standby.instance == instance and text in standby.fingerprints)
+    addresses = known.addresses()
+    for (instance, rank), answer in place(tuple(seats), usable, fits, known.settings.replicas).items():
+        member = known.membership.members[instance][rank]
+        known.reasons[instance, rank] = answer.reason
+        if answer.holders != member.holders:
+            member.former = tuple(dict.fromkeys(node for node in (*member.former, *member.holders) if node not in answer.holders))
+            member.holders = answer.holders
+            known.keep_member(instance, rank)
+        said = (member.node, answer.holders, tuple(addresses[node] for node in answer.holders))
+        if known.assigned.get((instance, rank)) == said or "" in said[2]:
+            continue
+        if known.tell_node(member.node, Assign(instance, rank, tuple(zip(said[1], said[2], strict=True)), answer.reason)):
+            known.assigned[instance, rank] = said

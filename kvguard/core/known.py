@@ -1,0 +1,168 @@
+"""What the coordinator knows, and the few ways in which its parts speak: persist, send, note.
+
+Knows: durable records in memory, who is linked, the effects of the event in hand. Must not know: when any of it is said (rounds.py, resuming.py, sessions.py).
+Invariants: whatever is Persisted is also here, so that a restart from the store finds the same; an epoch is never stated below the highest ever heard of.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvguard.core.effects import Effect, Note, Persist, Send
+from kvguard.core.membership import MS, Membership, Patience
+from kvguard.core.membership import Member as Place
+from kvguard.format import ledger
+from kvguard.format.ledger import HistoryRecord, MemberRecord, RecoveryRecord
+from kvguard.format.messages import Done, Member, Message, Report, Resume
+from kvguard.types import NO_EPOCH, Epoch, Lineage, NodeId, Rank, SequenceId
+
+HISTORY_MAX = 1000  # recoveries kept; older ones are deleted from the store too
+DELIVERED_MAX = 100_000  # names of answered sequences remembered, so that a plan doesn't bring them back
+STRAYS_MAX = 1000  # oddities told once each
+
+
+class Settings(NamedTuple):
+    """What an operator may set, ns. `exclude_ns`: a fence waits so long for reports; `seal_ns`: for proof that an old writer can't be acknowledged any more."""
+
+    patience: Patience = Patience()
+    exclude_ns: int = 2000 * MS
+    seal_ns: int = 10_000 * MS
+    standby_ns: int = 60_000 * MS
+    restore_ns: int = 60_000 * MS
+    replace_ns: int = 5000 * MS  # a silent holder's replicas are placed elsewhere
+    backoff_ns: int = 500 * MS
+    backoff_free: int = 3  # failovers in a window before the first wait
+    failovers_max: int = 10
+    window_ns: int = 60_000 * MS
+    attempts_max: int = 8
+    replicas: int = 1
+
+
+class Round:
+    """One round of a recovery: the durable record and what may be learnt again. Times are fair, except `mark_ns` (real: phases are measured from it)."""
+
+    __slots__ = (
+        "asked", "changed", "dones", "mark_ns", "not_before_ns", "ordered", "plan_open", "record", "reports", "sent_resume", "since_ns", "tried", "waiting",
+    )  # fmt: skip
+
+    def __init__(self, record: RecoveryRecord, fair_ns: int, now_ns: int):
+        self.record, self.since_ns, self.mark_ns, self.not_before_ns = record, fair_ns, now_ns, fair_ns
+        self.reports: dict[NodeId, Report] = {}
+        self.dones: dict[tuple[NodeId, str], Done] = {}
+        self.ordered: dict[Rank, bool] = {}
+        self.asked: dict[NodeId, str] = {}  # the link on which this phase was last said
+        self.waiting, self.tried = "", None
+        self.plan_open = self.sent_resume = self.changed = False
+
+
+class Known:
+    """The coordinator's memory. `out` collects the effects of the event in hand."""
+
+    def __init__(self, issuer: str, settings: Settings):
+        self.issuer, self.settings = issuer, settings
+        self.membership = Membership(settings.patience)
+        self.now_ns = self.fair_ns = 0
+        self.out: list[Effect] = []
+        self.epochs: dict[str, Epoch] = {}
+        self.forks: dict[str, dict[SequenceId, Lineage]] = {}
+        self.rounds: dict[str, Round] = {}
+        self.resumes: dict[str, Resume] = {}
+        self.history: list[HistoryRecord] = []
+        self.emitters: dict[str, int] = {}
+        self.delivered: dict[str, dict[SequenceId, bool]] = {}
+        self.starts: dict[str, list[int]] = {}
+        self.held: dict[str, tuple] = {}  # while paused: what would have been started
+        self.failed: dict[str, str] = {}
+        self.assigned: dict[tuple[str, Rank], tuple] = {}
+        self.reasons: dict[tuple[str, Rank], str] = {}  # of placement
+        self.strays: dict[tuple, bool] = {}
+        self.paused = False
+
+    # ---- durable facts
+
+    def persist(self, key: str, record) -> None:
+        self.out.append(Persist(key, None if record is None else ledger.pack(record)))
+
+    def keep_member(self, instance: str, rank: Rank) -> None:
+        place = self.membership.members.get(instance, {}).get(rank)
+        record = None if place is None else member_record(place)
+        self.persist(f"holders/{instance}/{rank}", record)
+
+    def keep_round(self, instance: str, record: RecoveryRecord | None) -> None:
+        """A record replaces the round's; None ends the round."""
+        if record is None:
+            self.rounds.pop(instance, None)
+        else:
+            self.rounds[instance].record = record
+        self.persist(f"recovery/{instance}", record)
+
+    def keep_history(self, record: HistoryRecord) -> None:
+        self.history = [old for old in self.history if (old.instance, old.epoch) != (record.instance, record.epoch)] + [record]
+        self.persist(f"history/{record.instance}/{record.epoch.counter}", record)
+        if len(self.history) > HISTORY_MAX:
+            oldest = self.history.pop(0)
+            self.persist(f"history/{oldest.instance}/{oldest.epoch.counter}", None)
+
+    # ---- speaking
+
+    def note(self, what: str, subject: str, reason: str, **fields: object) -> None:
+        self.out.append(Note(what, subject, reason, tuple(fields.items())))
+
+    def note_once(self, what: str, subject: str, reason: str, *about: object) -> None:
+        key = (what, subject, *about)
+        if key not in self.strays:
+            if len(self.strays) >= STRAYS_MAX:
+                self.strays.clear()
+            self.strays[key] = True
+            self.note(what, subject, reason)
+
+    def tell_node(self, node: NodeId, message: Message) -> bool:
+        known = self.membership.nodes.get(node)
+        if known is None or not known.link:
+            return False
+        self.out.append(Send(known.link, message))
+        return True
+
+    def tell_emitter(self, instance: str, message: Message) -> bool:
+        session = self.membership.sessions.get(instance)
+        if session is None or not session.link:
+            return False
+        self.out.append(Send(session.link, message))
+        return True
+
+    # ---- questions
+
+    def epoch(self, instance: str) -> Epoch:
+        return self.epochs.get(instance, NO_EPOCH)
+
+    def floor(self, instance: str, epoch: Epoch) -> bool:
+        """True when `epoch` is higher than any known so far; then it is the floor of the next raise."""
+        higher = epoch.counter > self.epoch(instance).counter
+        if higher:
+            self.epochs[instance] = epoch
+        return higher
+
+    def linked(self) -> list[NodeId]:
+        """Also nodes called dead whose link stands: what is sent waits for them if they only sleep."""
+        return [node.node for node in self.membership.nodes.values() if node.link]
+
+    def phase(self, instance: str) -> str:
+        """fencing | planned while a recovery is under way, else ""."""
+        current = self.rounds.get(instance)
+        return "" if current is None or current.record.phase == ledger.RESUMED else current.record.phase
+
+    def sequences(self, instance: str) -> int:
+        return max((place.beat.sequences for place in self.membership.members.get(instance, {}).values() if place.beat is not None), default=0)
+
+    def addresses(self) -> dict[NodeId, str]:
+        return {node.node: node.address for node in self.membership.nodes.values()}
+
+    def directory(self, instance: str) -> tuple[Member, ...]:
+        """Where each rank lives, for the emitter."""
+        addresses = self.addresses()
+        places = self.membership.members.get(instance, {})
+        return tuple(Member(rank, place.node, place.endpoint, addresses.get(place.node, "")) for rank, place in sorted(places.items()) if not place.lost)
+
+
+def member_record(place: Place) -> MemberRecord:
+    return MemberRecord(place.node, place.stream, place.incarnation, place.endpoint, place.holders, place.former)

@@ -1,0 +1,78 @@
+"""The documents that people and scripts read: kvguard.status/1 and the history.
+
+Knows: interfaces' field names. Must not know: how anything is decided.
+Invariant (I8): a rank is called protected only by its own daemon's fresh word in the present epoch, never by the coordinator's hope.
+"""
+
+from __future__ import annotations
+
+from kvguard.core.known import Known
+from kvguard.core.membership import ALIVE, DEAD, MS
+from kvguard.core.membership import Member as Place
+from kvguard.types import Rank
+
+
+def status(known: Known) -> dict:
+    """kvguard.status/1."""
+    nodes = [
+        {"node": node.node, "state": node.state, "reason": node.reason, "heartbeat_age_ms": (known.now_ns - node.beat_ns) / MS, "version": node.version,
+         "address": node.address, "arena_bytes": node.arena_bytes, "arena_bytes_max": node.arena_bytes_max, "standbys": len(node.standbys)}
+        for node in sorted(known.membership.nodes.values(), key=lambda node: node.node)
+    ]  # fmt: skip
+    ranks = [_rank(known, instance, rank, place) for instance, places in sorted(known.membership.members.items()) for rank, place in sorted(places.items())]
+    for node in sorted(known.membership.nodes.values(), key=lambda node: node.node):
+        ranks += [_standby(node.node, standby.instance, standby.standby) for standby in node.standbys if node.state != DEAD]
+    names = dict.fromkeys((*sorted(known.epochs), *sorted(known.membership.members)))
+    instances = [_instance(known, name) for name in names]
+    coordinator = {"issuer": known.issuer, "state": "running"}
+    return {"schema": "kvguard.status/1", "coordinator": coordinator, "paused": known.paused, "nodes": nodes, "instances": instances, "ranks": ranks}
+
+
+def _instance(known: Known, name: str) -> dict:
+    epoch, current, session = known.epoch(name), known.rounds.get(name), known.membership.sessions.get(name)
+    phase = known.phase(name)
+    state = "recovering" if phase else "failed" if name in known.failed else "running"
+    reason = f"{phase}: {current.waiting or current.record.reason}" if phase else known.failed.get(name, "")
+    emitter = "none" if session is None else "silent" if session.ended else "linked" if session.link else "unlinked"
+    pending = name in known.resumes
+    return {"instance": name, "epoch": epoch.counter, "issuer": epoch.issuer, "state": state, "reason": reason, "emitter": emitter, "resume_pending": pending}
+
+
+def _rank(known: Known, instance: str, rank: Rank, place: Place) -> dict:
+    beat, node = place.beat, known.membership.nodes.get(place.node)
+    state, reason = (beat.state, beat.reason) if beat is not None else ("unprotected", "not heard of yet")
+    phase = known.phase(instance)
+    if phase:
+        current = known.rounds[instance]
+        state, reason = "recovering", current.waiting or current.record.reason
+    elif place.lost:
+        state, reason = "lost", known.failed.get(instance, "its node or process is gone")
+    elif node is None or node.state != ALIVE:
+        state, reason = "unprotected", f"node {place.node}: {'unknown' if node is None else node.reason}"
+    elif place.absent_ns is not None:
+        state, reason = "unprotected", f"not re-attached to {place.node} yet"
+    elif state == "unprotected" and not place.holders:
+        reason = known.reasons.get((instance, rank), reason) or reason
+    numbers = (0,) * 7
+    if beat is not None:
+        numbers = (beat.sequences, beat.unprotected_sequences, beat.committed, beat.acked, beat.lag_tokens, beat.lag_bytes, beat.lag_ms)
+    return {"instance": instance, "rank": str(rank), "node": place.node, "holders": list(place.holders), "state": state, "reason": reason, **_numbers(numbers)}
+
+
+def _numbers(numbers: tuple) -> dict:
+    return dict(zip(("sequences", "unprotected_sequences", "committed", "acked", "lag_tokens", "lag_bytes", "lag_ms"), numbers, strict=True))
+
+
+def _standby(node: str, instance: str, standby: int) -> dict:
+    return {"instance": instance, "rank": "", "node": node, "holders": [], "state": "standby", "reason": f"incarnation {standby}", **_numbers((0,) * 7)}
+
+
+def history(known: Known) -> list[dict]:
+    """Finished recoveries, oldest first."""
+    return [
+        {"instance": record.instance, "epoch": record.epoch.counter, "issuer": record.epoch.issuer, "reason": record.reason,
+         "ranks": [str(rank) for rank in record.ranks],
+         "targets": record.targets, "timing_ms": record.timing_ms, "positions": record.positions, "rungs": record.rungs, "lost": record.lost,
+         "bytes_by_rung": record.bytes_by_rung, "attempts": record.attempt, "error": record.error}
+        for record in known.history
+    ]  # fmt: skip

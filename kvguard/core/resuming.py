@@ -1,0 +1,209 @@
+"""Carrying a plan out: orders, parts done, resumption, failure, and letting go of what was pinned.
+
+Knows: a planned round and its Done messages. Must not know: how the plan came about.
+Invariants: a rank is given away only when its target has carried the plan and every transfer to it is acknowledged; Resume follows only when all parts are done
+and is durable before it is sent; every order may be said again (by link, or after a restart) with the same epoch; former streams stay pinned until every
+rebuilt rank is protected in the new epoch.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvguard.core.known import Known, Round
+from kvguard.core.membership import DEAD, MS
+from kvguard.core.membership import Member as Place
+from kvguard.format.ledger import PLANNED, RESUMED, HistoryRecord, RecoveryRecord
+from kvguard.format.messages import Done, Fence, RebuildOrder, Resume, Resumed, ResumeSequence
+from kvguard.types import NodeId, Rank
+
+
+def say_plan(known: Known, instance: str) -> None:
+    """The plan to every linked node that hasn't heard it on its present link; an excluded node that is back must promise first, and is asked for nothing."""
+    current = known.rounds[instance]
+    record = current.record
+    for node in known.linked():
+        link = known.membership.nodes[node].link
+        if current.asked.get(node) == link:
+            continue
+        current.asked[node] = link
+        if node in record.excluded:
+            known.tell_node(node, Fence(instance, record.epoch, record.lost, record.reason))
+        for rebuild in record.order.rebuilds:
+            if rebuild.node == node:
+                current.ordered.pop(rebuild.rank, None)
+        known.tell_node(node, record.order)
+
+
+def rank_done(current: Round, rank: Rank) -> Done | None:
+    part = f"rank {rank}"
+    return next((done for (_, name), done in current.dones.items() if name == part and not done.error), None)
+
+
+def on_done(known: Known, node: NodeId, done: Done, start) -> None:
+    """One part is carried out, or can't be: then a new round goes round what failed."""
+    current = known.rounds.get(done.instance)
+    if current is None or current.record.phase != PLANNED or done.epoch != current.record.epoch or done.node != node:
+        known.note("stale_done", done.instance, f"{done.node}: {done.part} of epoch {done.epoch.counter} is waited for by nobody")
+        return
+    if not done.error:
+        current.dones[node, done.part] = done
+        advance(known, done.instance, start)
+        return
+    known.note("failed_part", done.instance, f"{node}: {done.part}: {done.error}", epoch=done.epoch.counter)
+    reason = f"{done.part} failed on {node}: {done.error}"
+    rebuilds = current.record.order.rebuilds
+    refused = tuple((rebuild.node, rebuild.standby) for rebuild in rebuilds if done.part == f"rank {rebuild.rank}" and rebuild.node == node)
+    survivors = tuple(rank for rank in _survivors(current.record) if done.part == f"rank {rank}")
+    excluded = () if done.part.startswith("rank ") else (node,)
+    start(known, done.instance, survivors, reason, refused=refused, excluded=excluded)
+
+
+def _survivors(record: RecoveryRecord) -> dict[Rank, NodeId]:
+    return {rank: member.node for text, member in record.members.items() if (rank := Rank.parse(text)) not in record.lost}
+
+
+def parts(known: Known, record: RecoveryRecord) -> list[tuple[NodeId, str]]:
+    """All that must be done before the instance resumes. A dead holder that nobody needs is not waited for."""
+    nodes = known.membership.nodes
+    needed = dict.fromkeys((*record.order.ids_node, *(rebuild.node for rebuild in record.order.rebuilds), *(holder for holder, *_ in record.order.transfers)))
+    wanted = [(node, "holders") for node in dict.fromkeys((*nodes, *needed)) if node not in record.excluded and (node in needed or nodes[node].state != DEAD)]
+    wanted += [(node, f"rank {rank}") for rank, node in _survivors(record).items()]
+    wanted += [(holder, f"transfer {stream}") for holder, _, _, stream in record.order.transfers]
+    return wanted + [(rebuild.node, f"rank {rebuild.rank}") for rebuild in record.order.rebuilds]
+
+
+def advance(known: Known, instance: str, start) -> None:
+    current = known.rounds[instance]
+    record = current.record
+    if record.phase == RESUMED:
+        _unpin(known, instance)
+        return
+    missing = [part for part in parts(known, record) if part not in current.dones]
+    if not missing:
+        _resume(known, instance)
+        return
+    nodes = known.membership.nodes
+    dead = [(node, part) for node, part in missing if node in nodes and nodes[node].state == DEAD]
+    if dead:
+        start(known, instance, (), f"{dead[0][0]} died before {dead[0][1]} was done: {nodes[dead[0][0]].reason}")
+        return
+    for rebuild in record.order.rebuilds:
+        pushes = [(holder, f"transfer {stream}") for holder, target, _, stream in record.order.transfers if target == rebuild.node]
+        ready = all(part in current.dones for part in ((rebuild.node, "holders"), *pushes))
+        open_ = rebuild.rank not in current.ordered and (rebuild.node, f"rank {rebuild.rank}") not in current.dones
+        if ready and open_ and known.tell_node(rebuild.node, RebuildOrder(instance, record.epoch, rebuild)):
+            current.ordered[rebuild.rank] = True
+    more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+    current.waiting = "waiting for " + ", ".join(f"{node}: {part}" for node, part in missing[:4]) + more
+    if known.fair_ns - current.since_ns >= known.settings.restore_ns:
+        slow = [rebuild for rebuild in record.order.rebuilds if rebuild.rank in current.ordered and (rebuild.node, f"rank {rebuild.rank}") in missing]
+        refused = tuple((rebuild.node, rebuild.standby) for rebuild in slow)
+        late = tuple(node for node, part in missing if part.startswith("transfer "))
+        survivors = tuple(rank for rank, node in _survivors(record).items() if (node, f"rank {rank}") in missing)
+        start(known, instance, survivors, f"not done within {known.settings.restore_ns // MS} ms: {current.waiting}", refused=refused, excluded=late)
+
+
+def move_in(known: Known, current: Round, ranks) -> None:
+    """Rebuilt ranks live where their Done came from."""
+    record = current.record
+    standbys = {rebuild.rank: rebuild for rebuild in record.order.rebuilds}
+    for rank in ranks:
+        done, rebuild = rank_done(current, rank), standbys[rank]
+        places = known.membership.members[record.instance]
+        old, stream = places.get(rank), done.stream
+        if stream is None:
+            stream = next((source.stream for source in rebuild.sources if source.kind == "pool"), None) or (old.stream if old else None)
+        place = places[rank] = Place(rebuild.node, stream, rebuild.standby, done.endpoint)
+        if old is not None:
+            place.holders = tuple(node for node in old.holders if node != rebuild.node)
+            place.former = old.former
+        known.assigned.pop((record.instance, rank), None)
+        known.keep_member(record.instance, rank)
+
+
+def _resume(known: Known, instance: str) -> None:
+    current = known.rounds[instance]
+    record, order = current.record, current.record.order
+    move_in(known, current, [rebuild.rank for rebuild in order.rebuilds])
+    ids = {(node, entry.sequence): entry for (node, part), done in current.dones.items() if part == "holders" for entry in done.known}
+    sequences, lost = [], dict(record.lost_sequences)
+    for sequence, position, rung, node in zip(order.sequences, order.positions, order.rungs, order.ids_node, strict=True):
+        entry = ids.get((node, sequence))
+        if entry is None:
+            lost[sequence] = f"{node} did not give the ids that it had reported"
+        else:
+            sequences.append(ResumeSequence(sequence, position, rung, entry))
+    moved: dict[str, int] = {}
+    for done in current.dones.values():
+        for rung, count in done.bytes_by_rung.items():
+            moved[rung] = moved.get(rung, 0) + count
+    timing = {**record.timing_ms, "restore": (known.now_ns - current.mark_ns) / MS}
+    timing["total"] = sum(timing.values())
+    resume = Resume(instance, record.epoch, known.directory(instance), tuple(sequences), timing, moved)
+    record = msgspec.structs.replace(record, phase=RESUMED, timing_ms=timing, order=None)
+    targets = {str(rebuild.rank): rebuild.node for rebuild in order.rebuilds}
+    known.keep_history(HistoryRecord(
+        instance, record.epoch, record.reason, record.lost, targets, timing, dict(zip(order.sequences, order.positions, strict=True)),
+        dict(zip(order.sequences, order.rungs, strict=True)), lost, moved, record.attempt,
+    ))  # fmt: skip
+    _keep_resume(known, instance, resume)
+    known.keep_round(instance, record)
+    known.membership.recovering.pop(instance, None)
+    current.asked, current.waiting, current.changed = {}, "", True
+    current.sent_resume = known.tell_emitter(instance, resume)
+    say_resumed(known, instance)
+    known.note("resumed", instance, record.reason, epoch=record.epoch.counter, sequences=len(sequences), lost=len(lost), total_ms=round(timing["total"], 3))
+
+
+def _keep_resume(known: Known, instance: str, resume: Resume) -> None:
+    """Durable until adopted; an instance that never had an emitter has nobody to keep it for."""
+    if instance in known.emitters:
+        known.resumes[instance] = resume
+        known.persist(f"resume/{instance}", resume)
+
+
+def say_resumed(known: Known, instance: str) -> None:
+    """To every node that hasn't heard it on its present link."""
+    current = known.rounds[instance]
+    for node in known.linked():
+        link = known.membership.nodes[node].link
+        if current.asked.get(node) != link:
+            current.asked[node] = link
+            known.tell_node(node, Resumed(instance, current.record.epoch, ()))
+
+
+def _unpin(known: Known, instance: str) -> None:
+    record = known.rounds[instance].record
+    for rank in record.lost:
+        place = known.membership.members.get(instance, {}).get(rank)
+        beat = place.beat if place is not None else None
+        if record.former and (beat is None or beat.stream != place.stream or beat.state != "protected" or beat.epoch.counter < record.epoch.counter):
+            return
+    if record.former:
+        for node in known.linked():
+            known.tell_node(node, Resumed(instance, record.epoch, record.former))
+        known.note("unpinned", instance, f"{_count(record.former)} of former lives may go: the rebuilt ranks are protected", epoch=record.epoch.counter)
+    known.keep_round(instance, None)
+
+
+def _count(streams: tuple) -> str:
+    return f"{len(streams)} stream{'s' * (len(streams) != 1)}"
+
+
+def fail(known: Known, instance: str, error: str) -> None:
+    """The explicit end of a recovery that could not be: everyone who waits is told why."""
+    current = known.rounds[instance]
+    record = current.record
+    timing = {**record.timing_ms, "total": sum(record.timing_ms.values()) + (known.now_ns - current.mark_ns) / MS}
+    lost = dict(record.lost_sequences)
+    known.keep_history(HistoryRecord(instance, record.epoch, record.reason, record.lost, {}, timing, {}, {}, lost, {}, record.attempt, error))
+    resume = Resume(instance, record.epoch, known.directory(instance), (), timing, {}, error)
+    _keep_resume(known, instance, resume)
+    for rank in record.lost:
+        known.keep_member(instance, rank)
+    known.keep_round(instance, None)
+    known.membership.recovering.pop(instance, None)
+    known.failed[instance] = error
+    known.tell_emitter(instance, resume)
+    known.note("failed", instance, error, epoch=record.epoch.counter)

@@ -1,0 +1,205 @@
+"""Fencing and planning: how a recovery begins, round by round, until its plan is durable and ordered.
+
+Knows: one round's record and reports, plan(). Must not know: how a plan is carried out (resuming.py).
+Invariants (I3, I7): the round is durable before its Fence leaves; a round waits for every node that isn't dead, up to a deadline, then excludes it durably;
+nothing is planned before each lost rank's old writer is known to be unable to be acknowledged; a further loss means a new epoch and a new round; rounds and
+failovers are bounded, and past the bound the failure is explicit.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvguard.core import resuming
+from kvguard.core.known import Known, Round, member_record
+from kvguard.core.membership import DEAD, MS
+from kvguard.core.recovery import Situation, Unplannable, plan
+from kvguard.format import ledger
+from kvguard.format.ledger import FENCING, PLANNED, RecoveryRecord
+from kvguard.format.messages import Fence, Fenced, Report
+from kvguard.types import Epoch, NodeId, Rank
+
+
+def start(
+    known: Known, instance: str, ranks: tuple[Rank, ...], reason: str, detect_ms: float = 0.0, dead_writers: tuple[Rank, ...] = (),
+    excluded: tuple[NodeId, ...] = (), refused: tuple[tuple[NodeId, int], ...] = (),
+) -> None:  # fmt: skip
+    """Raise the epoch and fence. A round under way is replaced: what it had not brought back is lost again."""
+    places = known.membership.members.setdefault(instance, {})
+    if known.paused:
+        old = known.held.get(instance, ((), ""))
+        known.held[instance] = (tuple(sorted(dict.fromkeys((*old[0], *ranks)))), reason)
+        if known.held[instance][0] != old[0] or not old[1]:
+            known.note("paused", instance, f"would raise the epoch to {known.epoch(instance).counter + 1} and recover {_list(ranks)}: {reason}")
+        return
+    before = known.rounds.get(instance)
+    attempt, timing = 1, {"detect": detect_ms}
+    if before is not None and before.record.phase != ledger.RESUMED:
+        record = before.record
+        attempt, timing = record.attempt + 1, {**record.timing_ms, "earlier": record.timing_ms.get("earlier", 0.0) + (known.now_ns - before.mark_ns) / MS}
+        ranks = (*ranks, *record.lost)
+        dead_writers, refused = (*dead_writers, *record.dead_writers), (*refused, *record.refused)
+        if record.phase == PLANNED:
+            back = [rank for rank in record.lost if resuming.rank_done(before, rank) and rank not in ranks[: len(ranks) - len(record.lost)]]
+            ranks = tuple(rank for rank in ranks if rank not in back)
+            resuming.move_in(known, before, back)
+    epoch = Epoch(known.epoch(instance).counter + 1, known.issuer)
+    for rank in ranks:
+        if rank in places:
+            places[rank].lost = True
+    record = RecoveryRecord(
+        instance, epoch, FENCING, reason, tuple(sorted(dict.fromkeys(ranks))), {str(rank): member_record(place) for rank, place in sorted(places.items())},
+        tuple(dict.fromkeys(excluded)), tuple(sorted(dict.fromkeys(dead_writers))), attempt, tuple(dict.fromkeys(refused)), timing_ms=timing,
+    )  # fmt: skip
+    current = known.rounds[instance] = Round(record, known.fair_ns, known.now_ns)
+    known.epochs[instance] = epoch
+    known.keep_round(instance, record)
+    known.persist(f"epoch/{instance}", epoch)
+    if known.resumes.pop(instance, None) is not None:
+        known.persist(f"resume/{instance}", None)
+    known.failed.pop(instance, None)
+    known.membership.recovering[instance] = known.fair_ns
+    known.note("fenced", instance, reason, epoch=epoch.counter, lost=_list(record.lost), attempt=attempt)
+    if not _within_bounds(known, instance, current):
+        return
+    say_fence(known, instance)
+    known.tell_emitter(instance, Fenced(instance, epoch, reason))
+    advance(known, instance)
+
+
+def _within_bounds(known: Known, instance: str, current: Round) -> bool:
+    """Back-off and the bound on failovers per window (a flapping rank must not keep an instance from serving for ever). False: it has failed."""
+    settings, record = known.settings, current.record
+    if record.attempt > settings.attempts_max:
+        resuming.fail(known, instance, f"{record.attempt - 1} rounds did not bring it back; the last began because: {record.reason}")
+        return False
+    if not record.lost or record.attempt > 1:
+        return True
+    recent = [at for at in known.starts.get(instance, []) if known.fair_ns - at < settings.window_ns]
+    known.starts[instance] = [*recent, known.fair_ns]
+    if len(recent) >= settings.failovers_max:
+        resuming.fail(known, instance, f"{len(recent)} failovers within {settings.window_ns // MS} ms: it flaps. Try: find the cause, then kvguard failover")
+        return False
+    if len(recent) >= settings.backoff_free:
+        current.not_before_ns = known.fair_ns + min(settings.backoff_ns << (len(recent) - settings.backoff_free), settings.standby_ns // 2)
+    return True
+
+
+def say_fence(known: Known, instance: str) -> None:
+    """To every node that is linked and hasn't heard this round on its present link."""
+    current = known.rounds[instance]
+    record = current.record
+    for node in known.linked():
+        link = known.membership.nodes[node].link
+        if node not in current.reports and current.asked.get(node) != link:
+            current.asked[node] = link
+            known.tell_node(node, Fence(instance, record.epoch, record.lost, record.reason))
+
+
+def on_report(known: Known, node: NodeId, report: Report) -> None:
+    current = known.rounds.get(report.instance)
+    if current is None or current.record.phase != FENCING or report.epoch != current.record.epoch:
+        known.note("stale_report", report.instance, f"{report.node} reports for epoch {report.epoch.counter}, which nobody waits for")
+        return
+    if node in current.record.excluded:
+        known.note("refused", report.instance, f"the report of {report.node} on the link of {node} doesn't count: it is excluded from this epoch")
+        return
+    current.reports[node] = report
+    advance(known, report.instance)
+
+
+def advance(known: Known, instance: str) -> None:
+    """Go as far as what is known allows. Called after every event that may have moved the round; does nothing when none has."""
+    current = known.rounds.get(instance)
+    if current is None:
+        return
+    if current.record.phase != FENCING:
+        resuming.advance(known, instance, start)
+        return
+    record, age_ns = current.record, known.fair_ns - current.since_ns
+    answered = (*current.reports, *record.excluded)
+    silent = tuple(node.node for node in known.membership.nodes.values() if node.state != DEAD and node.node not in answered)
+    if silent and age_ns < known.settings.exclude_ns:
+        current.waiting = f"waiting for the reports of {', '.join(silent)}"
+        return
+    if silent:
+        record = msgspec.structs.replace(record, excluded=(*record.excluded, *silent))
+        known.keep_round(instance, record)
+        known.note("excluded", instance, f"no report within {known.settings.exclude_ns // MS} ms from {', '.join(silent)}", epoch=record.epoch.counter)
+    if known.fair_ns < current.not_before_ns:
+        current.waiting = f"waiting {(current.not_before_ns - known.fair_ns) // MS} ms: failovers come too fast"
+        return
+    unsealed = _unsealed(known, current)
+    if unsealed:
+        current.waiting = f"waiting for {unsealed}"
+        if age_ns >= known.settings.seal_ns:
+            resuming.fail(known, instance, f"{unsealed}: an old writer could still be acknowledged. Try: make sure it is dead, then kvguard failover")
+        return
+    _try_plan(known, instance)
+
+
+def _unsealed(known: Known, current: Round) -> str:
+    """Whose silence still matters: "" when no lost rank's old writer can be acknowledged or heard by the emitter any more."""
+    record = current.record
+    session = known.membership.sessions.get(record.instance)
+    if session is not None and not session.ended and session.fenced >= record.epoch.counter:
+        return ""
+    for rank in record.lost:
+        member = record.members.get(str(rank))
+        if rank in record.dead_writers or member is None or member.node in current.reports:
+            continue
+        open_ = [node for node in dict.fromkeys((*member.holders, *member.former)) if node not in current.reports]
+        if open_:
+            return f"{', '.join(open_)} (may acknowledge rank {rank} on {member.node}), or the emitter's word"
+    return ""
+
+
+def _try_plan(known: Known, instance: str) -> None:
+    current = known.rounds[instance]
+    record = current.record
+    standbys = tuple(
+        (node.node, standby) for node in known.membership.nodes.values() if node.node in current.reports
+        for standby in node.standbys if standby.instance == instance and (node.node, standby.standby) not in record.refused
+    )  # fmt: skip
+    key = (tuple(current.reports), standbys)
+    if current.tried != key:
+        current.tried = key
+        members = {rank: place.node for rank, place in sorted(known.membership.members[instance].items())}
+        situation = Situation(
+            instance, record.epoch, members, record.lost, tuple(current.reports.values()), standbys, known.addresses(), known.forks.get(instance, {}),
+            record.excluded, frozenset(known.delivered.get(instance, ())),
+        )  # fmt: skip
+        answer = plan(situation)
+        if not isinstance(answer, Unplannable):
+            _order(known, instance, answer)
+            return
+        current.waiting = "waiting: " + "; ".join(answer.reasons)
+        known.note("unplannable", instance, "; ".join(answer.reasons), epoch=record.epoch.counter)
+    if known.fair_ns - current.since_ns >= known.settings.standby_ns:
+        why = current.waiting.removeprefix("waiting: ")
+        resuming.fail(known, instance, f"{why} within {known.settings.standby_ns // MS} ms. Try: start a standby, then kvguard failover")
+
+
+def _order(known: Known, instance: str, answer) -> None:
+    """The plan is durable before anyone hears of it; so are the forks it decides."""
+    current = known.rounds[instance]
+    record = current.record
+    timing = {**record.timing_ms, "fence": (known.now_ns - current.mark_ns) / MS}
+    for rank in answer.lost_ranks:
+        known.membership.members[instance][rank].lost = True
+    record = msgspec.structs.replace(
+        record, phase=PLANNED, order=answer.order, lost=answer.lost_ranks, lost_sequences=answer.lost, former=answer.former, timing_ms=timing,
+        members={str(rank): member_record(place) for rank, place in sorted(known.membership.members[instance].items())},
+        excluded=tuple(dict.fromkeys((*record.excluded, *(node.node for node in known.membership.nodes.values() if node.node not in current.reports)))),
+    )  # fmt: skip
+    known.keep_round(instance, record)  # first: forks of a plan that nobody was told would cut the next one for nothing
+    known.forks[instance] = dict(zip(answer.order.sequences, answer.order.lineages, strict=True))
+    known.persist(f"forks/{instance}", known.forks[instance])
+    current.mark_ns, current.since_ns, current.plan_open = known.now_ns, known.fair_ns, True
+    current.asked, current.waiting = {}, ""
+    known.note("planned", instance, f"{len(answer.order.sequences)} sequences go on, {len(answer.lost)} are lost", epoch=record.epoch.counter)
+    resuming.say_plan(known, instance)
+
+
+def _list(ranks: tuple[Rank, ...]) -> str:
+    return ", ".join(str(rank) for rank in ranks) or "no rank"

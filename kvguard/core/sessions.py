@@ -1,0 +1,119 @@
+"""The one emitter of each instance: its session begins, ends, and is told where its streams go on.
+
+Knows: sessions, pending Resumes. Must not know: how a recovery proceeds.
+Invariants: one session per instance, named by a durable incarnation; a new incarnation ends the old one and raises the epoch, because what the old one adopted
+but did not say can't be known; the first emitter of an instance without sequences raises nothing; a Resume is said again until it is adopted.
+"""
+
+from __future__ import annotations
+
+from kvguard.core.known import DELIVERED_MAX, Known
+from kvguard.core.membership import Session
+from kvguard.format.messages import Adopted, Delivered, EmitterBeat, EmitterHello, Fenced, Welcome
+
+
+def on_hello(known: Known, link: str, message: EmitterHello, start) -> None:
+    instance = message.instance
+    before = known.emitters.get(instance)
+    old = known.membership.sessions.get(instance)
+    again = before == message.incarnation
+    if old is not None and old.link and old.link != link and not again:
+        known.tell_emitter(instance, Fenced(instance, known.epoch(instance), "another emitter took over"))
+    session = Session(message.incarnation, link, known.fair_ns)
+    session.fenced = message.epoch.counter
+    if again and old is not None:
+        session.progress, session.rose_ns, session.scheduled, session.busy_ns = old.progress, old.rose_ns, old.scheduled, old.busy_ns
+        session.fenced = max(session.fenced, old.fenced)
+    known.membership.sessions[instance] = session
+    pending, current, phase = known.resumes.get(instance), known.rounds.get(instance), known.phase(instance)
+    unheard = pending is not None and not pending.error and current is not None and not current.sent_resume
+    raised = False
+    if not phase and not unheard and _must_raise(known, message, before, again):
+        why = "a new emitter" if not again else f"the emitter is in epoch {message.epoch.counter}, the instance in {known.epoch(instance).counter}"
+        lost = tuple(rank for rank, place in sorted(known.membership.members.get(instance, {}).items()) if place.lost)
+        start(known, instance, lost, why)
+        raised = not known.paused
+    if not again:
+        known.emitters[instance] = message.incarnation
+        known.persist(f"emitter/{instance}", message.incarnation)
+    welcome(known, instance)
+    pending = known.resumes.get(instance)
+    if not known.phase(instance) and pending is not None and not raised:
+        if current is not None:
+            current.sent_resume = True
+        known.tell_emitter(instance, pending)
+
+
+def _must_raise(known: Known, message: EmitterHello, before: int | None, again: bool) -> bool:
+    instance = message.instance
+    if not known.membership.members.get(instance):
+        return False
+    if before is None:
+        return known.sequences(instance) > 0
+    if not again:
+        return True
+    return message.epoch.counter < known.epoch(instance).counter and instance not in known.resumes
+
+
+def welcome(known: Known, instance: str) -> None:
+    """Who the members are; said again whenever that changes."""
+    recovering = bool(known.phase(instance)) or (instance in known.resumes and not known.resumes[instance].error)
+    known.tell_emitter(instance, Welcome(instance, known.epoch(instance), known.directory(instance), recovering, known.sequences(instance)))
+
+
+def _mine(known: Known, link: str, message) -> Session | None:
+    """The session that the message belongs to; a former emitter is told that it is over."""
+    session = known.membership.sessions.get(message.instance)
+    if session is not None and session.incarnation == message.incarnation:
+        session.link = session.link or link
+        return session
+    known.note_once("stale_emitter", message.instance, f"incarnation {message.incarnation} is not the emitter (any more)", message.incarnation)
+    return None
+
+
+def on_beat(known: Known, link: str, message: EmitterBeat) -> None:
+    """Its epoch tells that the emitter stopped in it, not that it adopted: a fenced emitter states the new epoch while it waits for its Resume."""
+    session = _mine(known, link, message)
+    if session is None:
+        return
+    known.membership.emitter_beat(known.fair_ns, session, message)
+    session.fenced = max(session.fenced, message.epoch.counter)
+    if session.ended:
+        session.ended = False
+        known.note("emitter", message.instance, "the emitter that was called silent is heard again")
+        pending = known.resumes.get(message.instance)
+        if pending is not None and not known.phase(message.instance):
+            known.tell_emitter(message.instance, pending)
+
+
+def on_adopted(known: Known, link: str, message: Adopted) -> None:
+    session = _mine(known, link, message)
+    if session is not None:
+        session.seen_ns, session.fenced = known.fair_ns, max(session.fenced, message.epoch.counter)
+        pending = known.resumes.get(message.instance)
+        if pending is not None and message.epoch.counter >= pending.epoch.counter:
+            del known.resumes[message.instance]
+            known.persist(f"resume/{message.instance}", None)
+
+
+def on_delivered(known: Known, message: Delivered) -> None:
+    names = known.delivered.setdefault(message.instance, {})
+    forks = known.forks.get(message.instance, {})
+    for sequence in message.sequences:
+        names[sequence] = True
+        forks.pop(sequence, None)
+    while len(names) > DELIVERED_MAX:
+        del names[next(iter(names))]
+
+
+def on_silence(known: Known, instance: str, reason: str, silent_ms: float, start) -> None:
+    """The session ended by silence. With nothing in flight there is nothing to fence: the next emitter's hello decides."""
+    known.note("emitter", instance, reason)
+    session = known.membership.sessions[instance]
+    if known.phase(instance) or not known.membership.members.get(instance) or (not session.scheduled and not known.sequences(instance)):
+        return
+    current = known.rounds.get(instance)
+    if instance in known.resumes and current is not None and not current.sent_resume:
+        return
+    lost = tuple(rank for rank, place in sorted(known.membership.members[instance].items()) if place.lost)
+    start(known, instance, lost, reason, silent_ms)
