@@ -3,7 +3,7 @@
 Commands arrive as JSON lines on stdin (run, digest, release, quit), events leave as JSON lines on stdout; logs go to stderr.
 
 Knows: sockets, clocks, text, the emitter. Must not know: what to schedule or where to resume (scheduler.py decides), tensors' meaning, torch.
-Invariants: the next step's message is with the socket before the events of the last one are written, so an id is on its way to the ranks before anybody sees it;
+Invariants: the next step's message is queued before the events of the last one are written, so an id is on its way to the ranks before anybody sees it;
 a result of an older epoch, or of a step that isn't in flight, is dropped; after a fence nothing is sent before the resumption is adopted.
 """
 
@@ -183,7 +183,8 @@ class Driver:
             return self._write({"event": "error", "message": f"digest of run {run!r}: {error}"})
         digests = {}
         for pp, answer in enumerate(answers):
-            digests[f"0.{pp}.0"] = {name.removeprefix(f"{run}-"): [f"{digest:016x}" for digest in answer[name]] for name in asked.released if name in answer}
+            found = {name: [f"{digest:016x}" for digest in answer[name]] for name in asked.released if name in answer}
+            digests[f"0.{pp}.0"] = {name.removeprefix(f"{run}-"): column for name, column in found.items()}
         self._advance([{"event": "digest", "run": run, "digests": digests}])
 
     def _states(self) -> list[replies.State] | None:
@@ -195,7 +196,8 @@ class Driver:
             received = self.links.receive()
             if received is not None:
                 message = received[0]
-                if message.kind == STATE and message.epoch == self.epoch and message.number in numbers and len(message.replies) == self.settings.stages:
+                whole = message.kind == STATE and len(message.replies) == self.settings.stages
+                if whole and message.epoch == self.epoch and message.number in numbers:
                     return [replies.unpack_state(reply) for reply in message.replies]
                 self._drop(message, "only the ranks' state is waited for")
                 continue

@@ -106,7 +106,8 @@ class RankLoad:
         kept = self._kept(fact, row)
         blocks, ids = (row.blocks[:kept], min(fact.start, len(row.ids))) if kept is not None else (row.blocks, len(row.ids))
         slots = (len(blocks) + len(fact.blocks)) * self.block_tokens
-        if not fact.sequence or len(fact.sequence.encode()) > NAME_BYTES_MAX or len(fact.request) > REQUEST_BYTES_MAX or len(fact.sampler) > SAMPLER_BYTES_MAX:
+        named = 0 < len(fact.sequence.encode()) <= NAME_BYTES_MAX
+        if not named or len(fact.request) > REQUEST_BYTES_MAX or len(fact.sampler) > SAMPLER_BYTES_MAX:
             return "its name, request or sampler state is out of bounds"
         if not 0 <= fact.start <= fact.end <= min(self.model.shape.context, slots) or fact.start > row.position:
             return f"positions [{fact.start}, {fact.end}) after {row.position}, with {slots} slots and a context of {self.model.shape.context}"
@@ -159,7 +160,7 @@ class RankLoad:
         return replies.pack({name: (row.position, row.blocks[: -(-row.position // self.block_tokens)]) for name, row in self.rows.items()})
 
     def digest(self, names: Iterable[str]) -> bytes:
-        """{sequence: [xxh3_64 of each position's canonical KV bytes]}, packed. By torch's own strides, so that it can testify on the copies made without torch."""
+        """{sequence: [xxh3_64 of each position's canonical KV bytes]}, packed. By torch's own strides, to testify on copies that were made without torch."""
         found = {}
         for name in names:
             row = self.rows.get(name)

@@ -14,6 +14,8 @@ from kvguard.errors import BadFrame
 from kvguard.limits import NAME_BYTES_MAX, REQUEST_BYTES_MAX
 from kvguard.pipeline.sampling import Sampling
 
+SEQUENCES_KEPT_MAX = 256  # running, waiting and finished but not released; as many rows has a rank's table
+
 
 class Request(msgspec.Struct, frozen=True, array_like=True):
     """One sequence's request. `index` of `count` sequences in the run; its name is RUN-INDEX."""

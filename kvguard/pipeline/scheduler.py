@@ -17,12 +17,11 @@ from kvguard.errors import BadFrame, KvguardError
 from kvguard.pipeline.batch import Need, Planned, plan_step, resume_position
 from kvguard.pipeline.pool import BlockPool
 from kvguard.pipeline.replies import State
-from kvguard.pipeline.runs import Request, Track, pack_request, unpack_request
+from kvguard.pipeline.runs import SEQUENCES_KEPT_MAX, Request, Track, pack_request, unpack_request
 from kvguard.pipeline.sampling import logits_checksum, sample
 from kvguard.pipeline.steps import Facts
 from kvguard.types import Rung
 
-SEQUENCES_KEPT_MAX = 1024  # running, waiting and finished but not released
 
 
 class Bounds(NamedTuple):
@@ -304,7 +303,8 @@ class Scheduler:
         track.told, track.opened, track.position = 0, False, 0
         if token is not None:
             if tuple(track.ids[: len(token.ids)]) != tuple(token.ids):
-                events.append({"event": "diverged", **track.labels(), "position": token.position, "message": "the replicated ids are not those handed out"})
+                reason = "the replicated ids are not those handed out"
+                events.append({"event": "diverged", **track.labels(), "position": token.position, "message": reason})
             rows = [state.get(track.name) for state in states]
             track.opened = all(row is not None for row in rows)
             position, rung = self._agreed(token, rows), token.rung
@@ -322,8 +322,8 @@ class Scheduler:
         }  # fmt: skip
 
     def _agreed(self, token: Restored, rows: list) -> int:
-        """The position below which all ranks have the sequence in the same blocks. A fence between two ranks' share of a step that rewrites a chunk leaves tails
-        in different ones; any other difference from the plan means that nothing is to be believed.
+        """The position below which all ranks have the sequence in the same blocks. A fence between two ranks' share of a step that rewrites a chunk leaves
+        tails in different ones; any other difference from the plan means that nothing is to be believed.
         """
         if any(row is None or row[0] != token.position for row in rows):
             return 0

@@ -19,13 +19,14 @@ import torch
 import zmq
 
 from kvguard.device import open_device
-from kvguard.errors import Fenced, KvguardError
+from kvguard.errors import Fenced, KvguardError, Refused, TimedOut
 from kvguard.format.layout import Layout, Shard
 from kvguard.pipeline import settings as settings_
 from kvguard.pipeline.batch import Batch, Share
 from kvguard.pipeline.links import Links
 from kvguard.pipeline.model import StageModel
 from kvguard.pipeline.rank import NoGuard, RankLoad
+from kvguard.pipeline.runs import SEQUENCES_KEPT_MAX
 from kvguard.pipeline.settings import StageSettings
 from kvguard.pipeline.steps import DIGEST, STATE, STEP, Message
 from kvguard.pipeline.weights import ModelFiles, open_model
@@ -94,9 +95,13 @@ class Stage:
 
     def __init__(self, settings: StageSettings, pp: int, load: RankLoad, links: Links):
         self.settings, self.pp, self.load, self.links = settings, pp, load, links
-        self.epoch = _epoch(load.guard)
         self.dropped = 0
         self._pending: deque[tuple[Message, memoryview]] = deque()
+
+    @property
+    def epoch(self) -> int:
+        """The adopted one. A rank without sequences adopts by attaching, so it is never remembered here."""
+        return 0 if isinstance(self.load.guard, NoGuard) else self.load.guard.epoch.counter
 
     def run(self) -> None:
         """Until Stopped."""
@@ -158,19 +163,23 @@ class Stage:
             self._restore()
 
     def _restore(self) -> None:
-        restored = self.load.guard.restore(self.settings.restore_timeout_s)
-        adopt_restored(self.load, restored)
-        restored.done()
-        self.epoch = _epoch(self.load.guard)
+        while True:
+            try:
+                restored = self.load.guard.restore(self.settings.restore_timeout_s)
+                break
+            except TimedOut as late:  # no order yet: the coordinator may be away, and there is nothing else to do in an epoch that is over
+                log.warning("%s", late)
+        carry_out(self.load, restored)
         log.info("stage %d goes on in epoch %d with %d sequences", self.pp, self.epoch, len(self.load.rows))
 
 
-def adopt_restored(load: RankLoad, restored) -> None:
-    load.adopt((name, each.position, each.blocks, each.ids) for name, each in restored.sequences.items())
-
-
-def _epoch(guard) -> int:
-    return 0 if isinstance(guard, NoGuard) else guard.epoch.counter
+def carry_out(load: RankLoad, restored) -> None:
+    """Rows as the table says after a restore; then the epoch is adopted. Raises Refused where what was to be pulled is not whole."""
+    if restored.epoch == load.guard.epoch:
+        return  # the fence came down by itself: the attachment found that it had nothing to restore
+    sequences, table = restored.pull(), load.guard.table
+    load.adopt((each.name, each.position, each.blocks, table.ids(table.row(each.name)).tolist()) for each in sequences)
+    restored.done()
 
 
 # ---- the process ----------------------------------------------------------------------------------------------------------------
@@ -192,7 +201,7 @@ def serve(settings: StageSettings) -> None:
             from kvguard import engine
 
             rank = Rank(0, settings.pp, 0)
-            guard = engine.attach(settings.instance, rank, pool=pool, layout=layout, socket=settings.socket, endpoint=settings.listen)
+            guard = engine.attach(settings.instance, rank, pool, layout, endpoint=settings.listen, socket=settings.socket, rows=SEQUENCES_KEPT_MAX)
         log.info("stage %d of %d ready on %s, layers %s", settings.pp, settings.stages, settings.listen, model.layers)
         Stage(settings, settings.pp, RankLoad(model, kv, guard), links).run()
     finally:
@@ -211,23 +220,33 @@ def stand_by(settings: StageSettings) -> None:
         warm_up(model)
     layouts = {str(Rank(0, pp, 0)): layout_of(files, settings, pp) for pp in range(settings.stages)}
     links = Links(settings.listen)
-    spare = engine.attach_standby(settings.instance, layouts, socket=settings.socket, endpoint=settings.listen)
+    spare = engine.attach_standby(settings.instance, layouts, endpoint=settings.listen, socket=settings.socket)
     guard = None
     try:
         log.info("standby for %d stages ready on %s", settings.stages, settings.listen)
-        claim = None
-        while claim is None:
-            claim = spare.wait(None)
-        guard = claim.guard
-        pp = claim.rank.pp
-        load = RankLoad(models[pp], view_of(claim.pool, claim.layout), guard)
-        adopt_restored(load, claim)
-        claim.done()
-        log.info("standby is stage %d now, epoch %d, %d sequences", pp, _epoch(guard), len(load.rows))
+        claim = wait_for_claim(spare)
+        pp, layout = claim.rank.pp, layouts[str(claim.rank)]
+        pool = claim.adopt[1] if claim.adopt is not None else engine.allocate(layout)
+        guard = engine.attach(settings.instance, claim.rank, pool, layout, endpoint=settings.listen, claim=claim, rows=SEQUENCES_KEPT_MAX)
+        load = RankLoad(models[pp], view_of(pool, layout), guard)
+        carry_out(load, guard.restore(settings.restore_timeout_s))
+        log.info("standby is stage %d now, epoch %d, %d sequences", pp, guard.epoch.counter, len(load.rows))
         Stage(settings, pp, load, links).run()
     finally:
         (guard or spare).detach()
         links.close(linger_ms=200)
+
+
+def wait_for_claim(spare):
+    """The claim that can be taken; one that can't is refused and told so, and the spare stays one."""
+    while True:
+        try:
+            claim = spare.wait(1.0)
+        except Refused as refused:
+            log.warning("%s", refused)
+            continue
+        if claim is not None:
+            return claim
 
 
 def main(arguments: list[str] | None = None) -> int:

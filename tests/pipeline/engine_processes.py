@@ -84,9 +84,9 @@ class DriverProcess:
 
 
 class Unguarded:
-    """A whole engine without kvguard."""
+    """A whole engine without a coordinator. `guarded`: its ranks attach all the same, to a daemon that isn't there."""
 
-    def __init__(self, directory: Path, model: Path, stages: int, **more):
+    def __init__(self, directory: Path, model: Path, stages: int, guarded: bool = False, **more):
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.endpoints = free_endpoints(stages + 1)
@@ -96,7 +96,7 @@ class Unguarded:
         self.driver: DriverProcess | None = None
         try:
             for pp in range(stages):
-                settings = StageSettings("test", str(model), stages, pp, self.endpoints[pp], "", guarded=False, **pools)
+                settings = StageSettings("test", str(model), stages, pp, self.endpoints[pp], str(directory / "nobody.sock"), guarded=guarded, **pools)
                 self.stages.append(self._stage(settings, f"stage{pp}"))
             more.setdefault("blocks", 1024)
             settings = DriverSettings("test", str(model), stages, self.endpoints[-1], "", tuple(self.endpoints[:-1]), **more)

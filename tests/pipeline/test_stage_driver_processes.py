@@ -101,6 +101,17 @@ def test_bad_commands_are_named_and_change_nothing(model, tmp_path) -> None:
         assert len(driver.run("after", [[1, 2, 3]], 8)["tokens"][0]) == 8
 
 
+@pytest.mark.e2e
+def test_guarded_ranks_without_a_daemon_run_the_same(model, tmp_path, runs) -> None:
+    with Unguarded(tmp_path, model, 2, guarded=True) as engine:
+        assert engine.driver.run("g", PROMPTS, TOKENS)["tokens"] == runs[1][0]
+        assert engine.driver.digest("g") == runs[2][4]
+        engine.driver.do(do="release", run="g")
+        engine.driver.wait_for("released", run="g")
+        assert engine.driver.run("g", PROMPTS[:2], TOKENS)["tokens"] == runs[1][0][:2]
+        assert engine.close() == [0, 0, 0]
+
+
 def raw_garbage(endpoint: str) -> None:
     host, port = endpoint.removeprefix("tcp://").split(":")
     with socket.create_connection((host, int(port))) as line:

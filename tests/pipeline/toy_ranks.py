@@ -1,4 +1,4 @@
-"""Ranks without processes: the real RankLoad over a toy model whose logits are a function of the KV it reads, and a guard that checks what a commit table would.
+"""Ranks without processes: the real RankLoad over a toy model whose logits are a function of the KV it reads, and a guard that checks as a commit table would.
 
 A plan is carried out on them as a daemon would order it: rows cut, sequences that aren't named released, a lost rank rebuilt from copies.
 """
