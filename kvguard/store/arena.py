@@ -22,6 +22,7 @@ from kvguard.format.messages import StreamShape
 from kvguard.store.budget import Budget
 
 REFS_MAX = 65535
+SUFFIX = ".arena"
 PWRITE_BYTES_MIN = 4096
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -31,12 +32,13 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 class Arena:
     """Pages of `shape` in `descriptor`, which this object owns from now on."""
 
-    def __init__(self, descriptor: int, shape: StreamShape, budget: Budget) -> None:
+    def __init__(self, descriptor: int, shape: StreamShape, budget: Budget, path: str | None = None) -> None:
         self.shape = shape
         self.page_bytes = pages.page_bytes(shape)
         self.refs = np.zeros(shape.blocks, dtype=np.uint16)
         self.fill = np.zeros(shape.blocks, dtype=np.uint16)
         self._descriptor = descriptor
+        self._path = path
         self._budget = budget
         self._retained: set[int] = set()
         os.ftruncate(descriptor, shape.blocks * self.page_bytes)
@@ -48,11 +50,12 @@ class Arena:
     def create(cls, directory: str | None, name: str, shape: StreamShape, budget: Budget) -> Arena:
         """In a memfd, or in a file `name` of `directory` (a tmpfs), readable by this user alone. Raises OSError."""
         if directory is None:
-            descriptor = os.memfd_create(f"kvguard-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            path, descriptor = None, os.memfd_create(f"kvguard-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         else:
-            descriptor = os.open(os.path.join(directory, name), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            path = os.path.join(directory, name + SUFFIX)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            arena = cls(descriptor, shape, budget)
+            arena = cls(descriptor, shape, budget, path)
         except BaseException:
             os.close(descriptor)
             raise
@@ -61,13 +64,15 @@ class Arena:
         return arena
 
     def close(self) -> None:
-        """Give everything back. Pullers' mappings live on."""
+        """Give everything back, the file's name too. Pullers' mappings live on."""
         self._budget.reclaimers.remove(self.punch)
         self._budget.retained -= len(self._retained) * self.page_bytes
         self._retained.clear()
         self._memory.release()
         self._mapped.close()
         os.close(self._descriptor)
+        if self._path is not None:
+            os.unlink(self._path)
 
     def export(self) -> int:
         """A duplicate of the descriptor: the caller's to close."""

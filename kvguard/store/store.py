@@ -7,6 +7,7 @@ promised bytes never exceed the budget; ids of released sequences go ids_retenti
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from kvguard.format import lineage as lineages
 from kvguard.format.local import ReplicaPages
 from kvguard.format.messages import Held, Hello, Holding, IdsFrame, KnownIds, KvFrame, PlanOrder, StreamShape
 from kvguard.limits import IDS_PER_ROW_MAX, PAYLOAD_BYTES_MAX
-from kvguard.store.arena import Arena
+from kvguard.store.arena import SUFFIX, Arena
 from kvguard.store.budget import Budget
 from kvguard.store.replica import ID_BYTES, Replica
 from kvguard.store.session import Refusals, Session
@@ -50,6 +51,7 @@ class ReplicaStore:
         self.budget = Budget(budget_bytes)
         self.counters: Counter[str] = Counter()
         self._directory = directory
+        self._discard_leftovers()
         self._retention_ns = ids_retention_ns
         self._clock = clock
         self._replicas: dict[StreamId, Replica] = {}
@@ -58,6 +60,13 @@ class ReplicaStore:
         self._promises: dict[str, Epoch] = {}
         self._carried: dict[str, Epoch] = {}
         self._released: dict[tuple[StreamId, SequenceId], None] = {}
+
+    def _discard_leftovers(self) -> None:
+        """Arenas of a former life name pages whose sequences nobody remembers: they go, counted, and the senders fill new ones from their pools."""
+        for entry in os.scandir(self._directory) if self._directory is not None else ():
+            if entry.name.endswith(SUFFIX):
+                os.unlink(entry.path)
+                self.counters["arenas_discarded"] += 1
 
     # ---- fencing ------------------------------------------------------------------------------------------------------------------------
 
@@ -83,7 +92,7 @@ class ReplicaStore:
             return Held(hello.session, hello.epoch, empty, reason)
         replica = self._replicas.get(hello.stream)
         if replica is None:
-            name = f"{xxhash.xxh3_64_intdigest(str(hello.stream).encode()):016x}.arena"
+            name = f"{xxhash.xxh3_64_intdigest(str(hello.stream).encode()):016x}"
             try:
                 arena = Arena.create(self._directory, name, hello.shape, self.budget)
             except (OSError, OverflowError, ValueError) as error:

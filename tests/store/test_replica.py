@@ -38,6 +38,7 @@ def make(request, tmp_path):
         store.check()
         store.close()
         assert (store.budget.used, store.budget.promised, store.budget.retained) == (0, 0, 0)
+        assert list(tmp_path.iterdir()) == []
 
 
 def positions(store) -> dict[str, int]:
@@ -354,6 +355,19 @@ def test_freed_memory_goes_back_when_the_budget_needs_it(make):
         on_disk = os.fstat(arena._descriptor).st_blocks * 512
         assert on_disk <= 10 * (size + 8192), on_disk
         sent.release(no)
+
+
+def test_a_restarted_store_starts_empty_and_says_so(tmp_path):
+    former = ReplicaStore(str(tmp_path), PLENTY, 0)
+    Sent(former).open(1, "a", 4)
+    (left,) = tmp_path.iterdir()
+    assert left.stat().st_mode & 0o777 == 0o600
+    former.close()
+    left.write_bytes(b"what a killed daemon leaves")
+    store = ReplicaStore(str(tmp_path), PLENTY, 0)
+    assert store.counters["arenas_discarded"] == 1 and list(tmp_path.iterdir()) == []
+    assert Sent(store).held.holding.sequences == ()
+    store.close()
 
 
 def test_shapes_out_of_bounds_are_refused(make):
