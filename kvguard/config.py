@@ -53,7 +53,7 @@ class NodeConfig:
     coordinator: str = setting("tcp://127.0.0.1:7400", "address", "the coordinator's address")
     arena_bytes: int = setting(1024 * MIB, "bytes", "budget for replicas held here for other nodes", MIB, 1 << 46)
     window_bytes: int = setting(WINDOW_BYTES_DEFAULT, "bytes", "KV in flight to one holder", PAYLOAD_BYTES_MAX, 1 << 32)
-    heartbeat_ms: int = setting(200, "int", "how often the coordinator hears of this node; as in [coordinator]", 10, 60_000)
+    heartbeat_ms: int = setting(100, "int", "how often the coordinator hears of this node; as in [coordinator]", 10, 60_000)
     poll_ms: int = setting(20, "int", "how often commit tables are looked at when no bell rings", 1, 10_000)
     hang_ms: int = setting(10_000, "int", "no step is called hung before this long, however fast the ones before it were", 100, 3_600_000)
     ids_retention_s: int = setting(300, "int", "how long token ids are kept after delivery", 0, 86_400)
@@ -79,14 +79,17 @@ class CoordinatorConfig:
     listen: str = setting("tcp://127.0.0.1:7400", "address", "where nodes, emitters and the command line reach the coordinator")
     state_dir: str = setting("/var/lib/kvguard", "path", "the durable epochs and recoveries; on a disk that survives a reboot")
     replicas: int = setting(1, "int", "how many other nodes hold each rank's KV", 1, 8)
-    heartbeat_ms: int = setting(200, "int", "how often nodes are heard of; as in [node]", 10, 60_000)
-    suspect_ms: int = setting(600, "int", "silence after which a node is suspected", 30, 600_000)
-    dead_ms: int = setting(1200, "int", "silence after which a node is dead, where nothing of it makes progress", 60, 600_000)
+    heartbeat_ms: int = setting(100, "int", "how often nodes are heard of; as in [node]", 10, 60_000)
+    suspect_ms: int = setting(500, "int", "silence after which a node is suspected: said, nothing is done", 30, 600_000)
+    dead_ms: int = setting(1000, "int", "silence after which a node is dead, where nothing of it makes progress", 60, 600_000)
+    emitter_ms: int = setting(1000, "int", "silence after which an emitter's session has ended", 60, 600_000)
+    reattach_ms: int = setting(2000, "int", "how long ranks may stay away whose daemon was restarted", 100, 600_000)
     exclude_ms: int = setting(2000, "int", "how long a fence waits for a node's report before the node is excluded", 100, 600_000)
-    standby_ms: int = setting(30_000, "int", "how long a lost rank waits for a standby or a restarted process", 100, 3_600_000)
-    recovery_ms: int = setting(60_000, "int", "a recovery that takes longer fails, explicitly", 1000, 86_400_000)
-    failovers_per_window: int = setting(5, "int", "automatic failovers of one instance within `window_s`; more need an operator", 1, 10_000)
-    window_s: int = setting(600, "int", "see failovers_per_window", 1, 86_400)
+    seal_ms: int = setting(10_000, "int", "how long a fence waits for proof that nothing of the old epoch can be acknowledged any more", 100, 600_000)
+    standby_ms: int = setting(60_000, "int", "how long a lost rank waits for a standby or a restarted process", 100, 3_600_000)
+    restore_ms: int = setting(60_000, "int", "a planned recovery that takes longer begins again, or fails, explicitly", 1000, 86_400_000)
+    failovers_per_window: int = setting(10, "int", "automatic failovers of one instance within `window_s`; more need an operator", 1, 10_000)
+    window_s: int = setting(60, "int", "see failovers_per_window", 1, 86_400)
     keys: str = setting("", "path", "file with this process's key and the peers that are allowed (`kvguard keys generate`); empty: no encryption")
     insecure: bool = setting(False, "bool", "true allows addresses off loopback without keys")
     log_level: str = setting("info", "word", "least severity that is logged", choices=LEVELS)
@@ -340,8 +343,7 @@ def relations(cls: type[Config], values: dict[str, object], where) -> list[Fault
         lambda s, h: f"suspect_ms = {h * 3}",
     )  # fmt: skip
     judge(("dead_ms", "suspect_ms"), lambda d, s: d < s, "is less than suspect_ms", lambda d, s: f"dead_ms = {s * 2}")
-    judge(("recovery_ms", "exclude_ms", "standby_ms"), lambda r, e, s: r < e + s, "is less than exclude_ms + standby_ms",
-          lambda r, e, s: f"recovery_ms = {e + s}")  # fmt: skip
+    judge(("seal_ms", "exclude_ms"), lambda s, e: s < e, "is less than exclude_ms", lambda s, e: f"seal_ms = {e * 2}")
     return faults
 
 

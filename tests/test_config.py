@@ -55,7 +55,7 @@ def test_every_fault_at_once(tmp_path):
     [
         ("heartbeat_ms = 300\n", 2, "suspect_ms"),
         ("suspect_ms = 2000\n", 2, "dead_ms"),
-        ("standby_ms = 60000\n", 2, "recovery_ms"),
+        ("exclude_ms = 20000\n", 2, "seal_ms"),
         ('\nlisten = "tcp://0.0.0.0:7400"\n', 3, "listen"),
         ("replicas = 0\n", 2, "replicas"),
         ("replicas = true\n", 2, "replicas"),

@@ -19,7 +19,7 @@ class Mail:
 
     def __init__(self, shell: Shell, questions: Questions, intercept: dict[type[Message], Callable[[str, Message], None]] | None = None) -> None:
         self._shell = shell
-        self._questions = questions
+        self.questions = questions
         self._intercept = intercept or {}
 
     def read(self) -> Iterable[events.Event]:
@@ -30,11 +30,9 @@ class Mail:
             event = arrived(self._shell, incoming)
             if type(event) is events.Arrived:
                 kind = type(event.message)
-                if kind is Query:
-                    self._questions.asked(event.link, event.message)
-                    continue
-                if kind in self._intercept:
-                    self._intercept[kind](event.link, event.message)
+                react = self._intercept.get(kind, self.questions.asked if kind is Query else None)
+                if react is not None:
+                    react(event.link, event.message)
                     continue
             yield event
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvguard import __version__
 from kvguard.config import NodeConfig
-from kvguard.core import effects, events
+from kvguard.core import events
 from kvguard.core.node import COORDINATOR, Node, NodeSettings
 from kvguard.core.promises import decode_epoch
 from kvguard.daemon import logs
@@ -26,10 +26,11 @@ from kvguard.daemon.mail import Mail, answering
 from kvguard.daemon.measure import Measures, watched
 from kvguard.daemon.node_verbs import NodeVerbs
 from kvguard.daemon.perform_node import PROMISE, NodeShell, node_performer, promised
+from kvguard.daemon.process import noted, reloading
 from kvguard.daemon.questions import Questions
 from kvguard.daemon.ranks import Ranks
 from kvguard.device import open_device
-from kvguard.errors import BadConfig, KvguardError
+from kvguard.errors import BadConfig
 from kvguard.format import local
 from kvguard.format.messages import Delivered
 from kvguard.store.store import ReplicaStore
@@ -41,7 +42,6 @@ log = logging.getLogger(__name__)
 
 EXPIRE_NS = 1_000_000_000
 MS = 1_000_000
-LOUD = {"unprotected", "refused", "hung", "stale_epoch", "fenced", "broken_frame"}
 
 
 class NodeDaemon:
@@ -176,24 +176,6 @@ def promises_of(journal: Journal) -> dict[str, Epoch]:
             except ValueError as error:
                 raise BadConfig(f"{journal.path}: {key!r} holds {value!r}, which is no epoch. Try: restore the file") from error
     return found
-
-
-def noted(note: effects.Note) -> None:
-    log.log(logging.WARNING if note.what in LOUD else logging.INFO, f"{note.what}: %s: %s", note.subject, note.reason)
-
-
-def reloading(reload: Callable[[], NodeConfig]) -> Callable[[], None]:
-    """SIGHUP: the log level is taken over, a broken file changes nothing."""
-
-    def reread() -> None:
-        try:
-            logs.set_level(reload().log_level)
-        except KvguardError as error:
-            log.error("the configuration stays as it was: %s", error)
-        else:
-            log.info("configuration read again: log_level was taken over, everything else waits for a restart")
-
-    return reread
 
 
 def run(config: NodeConfig, reload: Callable[[], NodeConfig]) -> None:

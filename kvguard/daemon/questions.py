@@ -36,14 +36,20 @@ class Questions:
         if verb is None:
             self._refuse(link, query, f"{query.verb!r} is not a question that is answered here. Try: {', '.join(sorted(self._verbs))}", 2)
             return
+        arguments = self.arguments_of(link, query)
+        if arguments is not None:
+            self._attempt(link, query, lambda: verb(arguments))
+
+    def arguments_of(self, link: str, query: Query) -> dict | None:
+        """The question's arguments; None where they are wrong, which was answered then."""
         try:
             arguments = json.loads(query.arguments) if len(query.arguments) <= ARGUMENTS_BYTES_MAX else None
             if not isinstance(arguments, dict):
                 raise ValueError(f"not a JSON object within {ARGUMENTS_BYTES_MAX} bytes")
         except ValueError as error:
             self._refuse(link, query, f"{query.verb}: arguments are wrong: {error}. Try: {{}}", 2)
-            return
-        self._attempt(link, query, lambda: verb(arguments))
+            return None
+        return arguments
 
     def _attempt(self, link: str, query: Query, call: Callable[[], object]) -> None:
         try:

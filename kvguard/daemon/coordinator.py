@@ -1,0 +1,116 @@
+"""The coordinator's process: the core, its loop, a journal and a transport, put together.
+
+Knows: which part is made of what. Must not know: decisions (core/coordinator.py).
+Invariants: the core hears what the journal says before it hears anything else; a state directory serves one coordinator at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kvguard.config import CoordinatorConfig
+from kvguard.core import effects, events
+from kvguard.core.coordinator import Coordinator
+from kvguard.core.known import Settings
+from kvguard.core.membership import Patience
+from kvguard.daemon import logs
+from kvguard.daemon.journal import Journal
+from kvguard.daemon.loop import Loop, obey_signals
+from kvguard.daemon.mail import Mail, answering
+from kvguard.daemon.perform import SHARED, Events, Shell, performer
+from kvguard.daemon.process import noted, reloading
+from kvguard.daemon.questions import Questions
+from kvguard.format.messages import Answer, Query
+from kvguard.transport import keys as keyring
+from kvguard.transport.zeromq import ZeromqTransport
+
+log = logging.getLogger(__name__)
+
+MS = 1_000_000
+ORDERS = ("failover", "pause", "unpause")  # change something: the core decides
+ASKED_MAX = 1024
+
+
+class CoordinatorDaemon:
+    """Listens when made; `loop.run()` works. Raises BadConfig where something can't be opened."""
+
+    def __init__(self, config: CoordinatorConfig) -> None:
+        self.config = config
+        self.journal = Journal(Path(config.state_dir) / "journal.db")
+        keys = keyring.load(config.keys) if config.keys else None
+        self.transport = ZeromqTransport("coordinator", keys, config.insecure, incarnation=self.journal.next_incarnation())
+        self.address = self.transport.listen(config.listen)
+        self.core = Coordinator(config.name, settings_of(config))
+        self.shell = Shell(self.transport, self.journal, time.monotonic_ns, noted)
+        self.loop = Loop(self.core, performer(self.shell, {**SHARED, effects.AnswerAsked: self._answer_asked}, {}))
+        self._answer = answering(self.shell)
+        self._asked: dict[int, tuple[str, int]] = {}
+        self._numbers = itertools.count(1)
+        verbs = {"status": lambda arguments: self.core.status(time.monotonic_ns()), "history": self._history, "stats": self._stats}
+        self.mail = Mail(self.shell, Questions(verbs, self._answer, self.loop.after), {Query: self._query})
+        self.questions = self.mail.questions
+        self.loop.feed(events.Loaded(self.journal.load()))
+        self.loop.watch(self.transport.fileno(), self.mail.read)
+
+    def _query(self, link: str, query: Query) -> None:
+        """Orders go to the core, everything else is answered from what it knows."""
+        if query.verb not in ORDERS:
+            self.questions.asked(link, query)
+            return
+        arguments = self.questions.arguments_of(link, query)
+        if arguments is None:
+            return
+        if len(self._asked) >= ASKED_MAX:
+            self._answer(link, Answer(query.id, b"{}", f"{ASKED_MAX} orders are waiting already. Try: again in a while", 1))
+            return
+        number = next(self._numbers)
+        self._asked[number] = (link, query.id)
+        self.loop.feed(events.Asked(number, query.verb, arguments))
+
+    def _answer_asked(self, shell: Shell, effect: effects.AnswerAsked) -> Events:
+        link, number = self._asked.pop(effect.id)
+        if effect.error:
+            self._answer(link, Answer(number, b"{}", effect.error, effect.code or 1))
+        else:
+            self.questions.answer(link, number, effect.body)
+        return ()
+
+    def _history(self, arguments: dict) -> dict:
+        return {"schema": "kvguard.history/1", "history": self.core.history()}
+
+    def _stats(self, arguments: dict) -> dict:
+        return {"counters": dict(sorted(self.shell.counters.items())), "transport": dict(self.transport.counters)}
+
+    def close(self) -> None:
+        self.transport.close()
+        self.journal.close()
+        self.loop.close()
+
+
+def settings_of(config: CoordinatorConfig) -> Settings:
+    """The core's settings in ns."""
+    patience = Patience(
+        heartbeat_ns=config.heartbeat_ms * MS, suspect_ns=config.suspect_ms * MS, silence_ns=config.dead_ms * MS, reattach_ns=config.reattach_ms * MS,
+        emitter_ns=config.emitter_ms * MS,
+    )  # fmt: skip
+    return Settings(
+        patience=patience, exclude_ns=config.exclude_ms * MS, seal_ns=config.seal_ms * MS, standby_ns=config.standby_ms * MS, restore_ns=config.restore_ms * MS,
+        failovers_max=config.failovers_per_window, window_ns=config.window_s * 1000 * MS, replicas=config.replicas,
+    )  # fmt: skip
+
+
+def run(config: CoordinatorConfig, reload: Callable[[], CoordinatorConfig]) -> None:
+    """The process's main: until SIGTERM, or an error that only a restart mends."""
+    logs.to_stderr(config.log_level, os.environ.get("KVGUARD_LOG_NAME", config.name))
+    daemon = CoordinatorDaemon(config)
+    try:
+        obey_signals(daemon.loop, reloading(reload))
+        log.info("coordinator %s listens at %s, its epochs are in %s", config.name, daemon.address, daemon.journal.path)
+        daemon.loop.run()
+    finally:
+        daemon.close()
