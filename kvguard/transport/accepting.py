@@ -37,7 +37,7 @@ class Acceptor:
         self.links: dict[str, Accepted] = {}
         self._by_routing: dict[bytes, Accepted] = {}
         self._by_fd: dict[int, Accepted] = {}
-        self._callers: dict[int, str] = {}  # descriptor -> address of connections that are alive
+        self._callers: dict[int, str] = {}  # descriptor -> address of connections that are alive; "" from the greeting on
         self._port: bulk.BulkPort | None = None
         self._last_failure = ""
         wakeup = shared.wakeup
@@ -108,11 +108,10 @@ class Acceptor:
             elif event in watching.HANDSHAKE_FAILED:
                 self._last_failure = watching.HANDSHAKE_FAILED[event]  # whose it was, its DISCONNECTED says, which comes next
             elif event == zmq.EVENT_DISCONNECTED:
-                address = self._callers.pop(value, "?")
-                if self._last_failure:
-                    self._shared.refused(address, "handshake_failed", f"{address}: {self._last_failure}")
-                    self._last_failure = ""
-                link = self._by_fd.pop(value, None)
+                failure, self._last_failure = self._last_failure or "went away without a greeting", ""
+                address, link = self._callers.pop(value, ""), self._by_fd.pop(value, None)
+                if address:  # "" since its greeting
+                    self._shared.refused(address, "handshake_failed", f"{address}: {failure}")
                 if link is not None:
                     self._end(link, "connection lost")
 
@@ -169,6 +168,7 @@ class Acceptor:
         link = Accepted(self._shared, f"in:{routing.decode(errors='replace')}", self._socket, routing, self._on_messages, self._end)
         link.routing, link.fd, link.node, link.dialled_as = routing, fd, greet.node, (greet.node, greet.link)
         self.links[link.name] = self._by_routing[routing] = self._by_fd[fd] = link
+        self._callers[fd] = ""
         wants = greet.bulk and self._port is not None
         ticket = self._port.offer(link, BULK_WAIT_NS) if wants else b""
         link.say(greeting.Offer(self._shared.settings.node, self._shared.settings.incarnation, self._port.port if wants else 0, ticket))

@@ -213,7 +213,10 @@ class InprocTransport:
         if self._dialled.get(link) == address:
             return
         if link in self._dialled:
+            was_up = link in self._sides and self._sides[link].up
             self.hang_up(link)
+            if was_up:
+                self._tell(self._network.now_ns, Down(link, "dialled at another address"))
         self._dialled[link] = address
         self._next_dial_ns[link] = self._network.now_ns
         self._redial()
