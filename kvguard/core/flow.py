@@ -53,6 +53,7 @@ class Flow:
         self.ids_number = self.kv_number = self.ids_acked = self.kv_acked = 0
         self.ids_flight: deque[tuple[int, list[Copy], list[int]]] = deque()
         self.kv_flight: deque[tuple[int, int, list[Copy], list[int], int]] = deque()
+        self._unsure: list[tuple[list[Copy], list[int]]] = []  # ids sent since the last look: rows that moved meanwhile were left out
         self.hazard = ""
         self._next_no = 0
         for pieces in self.captures.values():
@@ -80,6 +81,7 @@ class Flow:
             self._release(number)
         if event.cut:
             self._cut(event)
+        self._unsure.clear()
         for opened in event.opened:
             copy = self.copies.get(opened.row)
             row = self.ledger.rows[opened.row]
@@ -138,33 +140,43 @@ class Flow:
 
     def _forget(self, copy: Copy) -> None:
         self.fills.fall(copy, 0)
-        for pieces in self.captures.values():
-            if copy in pieces.copies:
-                pieces.spoiled = True
+        self._spoil(copy, 0)
 
     def _cut(self, event: Looked) -> None:
         """What is in flight below the cut still counts; what lies beyond it never will."""
-        limits: dict[int, int] = {}
+        limits: dict[int, tuple[int, int]] = {}
         for cut in event.cut:
             copy = self.copies.get(cut.row)
             if copy is None:
                 continue
-            kept = self.ledger.kept(cut)
+            kept = ids = self.ledger.kept(cut)
+            for copies, starts in self._unsure:
+                if copy in copies:
+                    ids = min(ids, starts[copies.index(copy)])
             if self.live and not copy.shed:
                 self.ops.append(CutOp(copy.no, kept, cut.generation, cut.lineage))
                 if copy.sent > kept:
                     self.fills.fall(copy, kept)
-                for pieces in self.captures.values():
-                    if copy in pieces.copies:
-                        pieces.spoiled = True
-            copy.sent, copy.sent_ids = min(copy.sent, kept), min(copy.sent_ids, kept)
-            copy.acked, copy.acked_ids = min(copy.acked, kept), min(copy.acked_ids, kept)
+                self._spoil(copy, kept)
+            copy.sent, copy.sent_ids = min(copy.sent, kept), min(copy.sent_ids, ids)
+            copy.acked, copy.acked_ids = min(copy.acked, kept), min(copy.acked_ids, ids)
             self._unstick(cut.row)
-            limits[id(copy)] = min(kept, limits.get(id(copy), UNBOUNDED))
-        for copies, ends in [frame[1:3] for frame in self.ids_flight] + [frame[2:4] for frame in self.kv_flight]:
-            for index, copy in enumerate(copies):
-                if id(copy) in limits and ends[index] > limits[id(copy)]:
-                    ends[index] = limits[id(copy)]
+            limits[cut.row] = (kept, ids)
+        for column, flight in ((1, [frame[1:] for frame in self.ids_flight]), (0, [frame[2:4] for frame in self.kv_flight])):
+            for copies, ends in flight:
+                for index, copy in enumerate(copies):
+                    limit = limits.get(copy.number)
+                    if limit is not None and ends[index] > limit[column]:
+                        ends[index] = limit[column]  # a copy that is gone may have had this row before: nobody asks it any more
+
+    def _spoil(self, copy: Copy, position: int) -> None:
+        """`sent` of this copy is at most `position` by now, so captures under way that begin there or later need not fall back for it once more."""
+        for pieces in self.captures.values():
+            for index, other in enumerate(pieces.copies):
+                if other is copy:
+                    pieces.spoiled = True
+                    if pieces.begins[index] >= position:
+                        pieces.begins[index] = UNBOUNDED
 
     # ---- sending ----
 
@@ -210,6 +222,7 @@ class Flow:
             message = IdsFrame(self.session, self.epoch, self.ids_number, ops, tuple(nos), tuple(starts), tuple(counts), b"", (), b"", after_kv)
             self.out.append(SendIds(self.link, message, self.stream, tuple(rows), tuple(row_generations)))
             self.ids_flight.append((self.ids_number, copies, ends))
+            self._unsure.append((copies, starts))
             if size < IDS_BYTES_TARGET // 2:
                 return
 
@@ -319,9 +332,7 @@ class Flow:
             self.hazard = "a block that others refer to was not sent"
         copy.sent = position
         self.dirty[copy.number] = copy
-        for pieces in self.captures.values():
-            if copy in pieces.copies:
-                pieces.spoiled = True
+        self._spoil(copy, position)
 
     # ---- the holder's word ----
 

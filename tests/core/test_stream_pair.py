@@ -1,0 +1,77 @@
+"""Sender and receiver back to back over a bad wire: the holder ends with exactly what was committed, and no acknowledgement ever lies (I4, I6, faults 11-14)."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamworld import World
+
+DEEDS = ("open", "grow", "grow", "cut", "release", "look", "look", "capture", "ids", "kv", "back", "lose_ids", "lose_kv", "damage", "twice", "down", "up", "wait")
+
+
+def act(world: World, deed: str, a: int, b: int) -> None:
+    engine = world.engine
+    match deed:
+        case "open":
+            engine.open(a % 4, f"s{b % 6}", b % 4)
+        case "grow":
+            engine.grow(a % 4, b)
+        case "cut":
+            engine.cut(a % 4, b)
+        case "release":
+            engine.release(a % 4)
+        case "look":
+            world.look()
+        case "capture":
+            world.capture(a)
+        case "ids" | "kv" | "back":
+            world.deliver(getattr(world, deed))
+        case "lose_ids" | "lose_kv":
+            pipe = getattr(world, deed[5:])
+            if pipe:
+                pipe.popleft()
+        case "damage":
+            world.deliver(world.kv, damage=True)
+        case "twice":
+            world.deliver((world.ids, world.kv)[a % 2], twice=True)
+        case "down":
+            world.down()
+        case "up":
+            world.up()
+        case "wait":
+            from kvguard.core.events import Tick
+
+            world.now += b * 20_000_000
+            world.tell(Tick())
+
+
+script = st.lists(st.tuples(st.sampled_from(DEEDS), st.integers(0, 7), st.integers(1, 14)), max_size=120)
+
+
+@pytest.mark.parametrize("addressable", [True, False])
+@settings(max_examples=150, deadline=None)
+@given(script=script)
+def test_holder_ends_with_what_was_committed(addressable: bool, script: list) -> None:
+    with closing(World(addressable)) as world:
+        world.up()
+        for deed in script:
+            act(world, *deed)
+        world.drain()
+        world.compare()
+
+
+@settings(max_examples=60, deadline=None)
+@given(script=script)
+def test_a_full_store_sheds_whole_sequences_and_takes_them_later(script: list) -> None:
+    """Faults 12, 17: the acknowledged prefix never has a hole, and what was refused comes once there is room."""
+    with closing(World(budget_bytes=900)) as world:
+        world.up()
+        for deed in script:
+            act(world, *deed)
+        world.store.budget.bytes_max = 1 << 20
+        world.drain()
+        world.compare()
