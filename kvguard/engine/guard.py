@@ -64,15 +64,12 @@ class Step:
     def commit_batch(self, sequences, lengths, tokens=None, blocks=None) -> None:
         """Many decoding sequences: rows (int array, the fast way) or names; int [n] lengths; one new token each (int [n]) or None.
 
-        `blocks`: {index in the batch: appended block ids}. Raises KeyError, ValueError; then nothing of the batch but its blocks is staged.
+        `blocks`: {index in the batch: appended block ids}. Raises KeyError, ValueError; then nothing of the batch is staged.
         """
         table = self._table
         if len(sequences) and isinstance(sequences[0], str):
             sequences = np.array([table.row(sequence) for sequence in sequences], np.intp)
-        if blocks:
-            for index, appended in blocks.items():
-                table.append_blocks(int(sequences[index]), appended)
-        table.commit_batch(sequences, lengths, tokens)
+        table.commit_batch(sequences, lengths, tokens, blocks)
 
     def truncate(self, sequence: str, position: int, keep_blocks: int = 0) -> None:
         """KV and tokens beyond `position` are void, at once; call before the overwriting work is launched. Blocks beyond the position leave the list, except

@@ -45,6 +45,7 @@ class TableWriter:
         self._metas: dict[int, fmt.Meta] = {}
         self._free = deque(range(rows))
         self._any_staged = False
+        self._multipliers: dict[int, tuple[int, int]] = {}  # of block places, at most blocks_per_row
         self._written = views.word(fmt.WRITTEN_AT)
         self._counter = int(views.words[fmt.COUNTER_AT // 8])
         self.step = 0
@@ -157,19 +158,11 @@ class TableWriter:
         head[fmt.H_ACCEPTED] = length
         self._stage(row, head)
 
-    def append_blocks(self, row: int, blocks) -> None:
-        """Stage new blocks of a row ahead of a batch that needs them. Raises ValueError."""
-        head = self._heads[row].tolist()
-        if not head[fmt.H_FLAGS] & fmt.OPEN:
-            raise ValueError(f"row {row} holds no sequence: released?")
-        listed = head[fmt.H_BLOCKS]
-        self._check(row, head, head[fmt.H_ACCEPTED], head[fmt.H_IDS], listed + len(blocks))
-        head[fmt.H_BLOCKS_HASH] = (head[fmt.H_BLOCKS_HASH] + self._append_blocks(row, listed, blocks)) & fmt.MASK
-        head[fmt.H_BLOCKS] = listed + len(blocks)
-        self._stage(row, head)
+    def commit_batch(self, rows: np.ndarray, lengths: np.ndarray, ids: np.ndarray | None = None, blocks: dict | None = None) -> None:
+        """Stage many decoding rows at once: int [n] distinct rows, int [n] lengths, and one new id per row (int [n]) or none.
 
-    def commit_batch(self, rows: np.ndarray, lengths: np.ndarray, ids: np.ndarray | None = None) -> None:
-        """Stage many decoding rows at once: int [n] distinct rows, int [n] lengths, and one new id per row (int [n]) or none. Raises ValueError."""
+        `blocks`: {index in the batch: appended block ids}. Raises ValueError, and stages nothing then.
+        """
         rows = np.asarray(rows, np.intp)
         lengths = np.asarray(lengths, np.int64)
         if len(lengths) != len(rows) or (ids is not None and len(ids) != len(rows)):
@@ -184,21 +177,28 @@ class TableWriter:
         signed = heads.view(np.int64)
         known = signed[:, fmt.H_IDS]
         new = None if ids is None else as_ids(ids)
-        bound = np.minimum(known if new is None else known + 1, self._slots.take(rows))
+        slots = self._slots.take(rows)
+        if blocks:
+            self._count_blocks(blocks, heads, slots)
+        bound = np.minimum(known if new is None else known + 1, slots)
         bad = lengths > bound
         bad |= lengths < signed[:, fmt.H_ACCEPTED]
         if bad.any():
-            self._explain(rows, heads, lengths, known + (new is not None))
+            self._explain(rows, heads, lengths, known + (new is not None), slots)
         if new is not None:
             try:
                 self.views.ids[rows, known] = new
             except IndexError:  # nothing is stored then
-                self._explain(rows, heads, lengths, known + 1)
+                self._explain(rows, heads, lengths, known + 1, slots)
                 raise
-            new *= self.views.id_multipliers.take(known)
-            new += self.views.id_multipliers.take(known)  # (id + 1) * multiplier
+            multipliers = self.views.id_multipliers.take(known)
+            new *= multipliers
+            new += multipliers  # (id + 1) * multiplier
             heads[:, fmt.H_IDS_HASH] += new
-            signed[:, fmt.H_IDS] = known + 1
+            signed[:, fmt.H_IDS] += 1
+        if blocks:
+            self._list_blocks(rows, blocks, heads)
+            self._slots[rows] = slots
         self._shift(heads)
         signed[:, fmt.H_ACCEPTED] = lengths
         self._heads[rows] = heads
@@ -206,16 +206,49 @@ class TableWriter:
         self._any_staged = True
         self._staged[rows] = True
 
+    def _count_blocks(self, blocks: dict, heads: np.ndarray, slots: np.ndarray) -> None:
+        """Add what a batch appends to `slots` [n]. Raises ValueError."""
+        for index, appended in blocks.items():
+            if min(appended, default=0) < 0 or max(appended, default=0) >= self.geometry.blocks:
+                raise ValueError(f"blocks {list(appended)} are not all of the pool's {self.geometry.blocks}")
+            if int(heads[index, fmt.H_BLOCKS]) + len(appended) > self.geometry.blocks_per_row:
+                raise ValueError(f"over {self.geometry.blocks_per_row} blocks in one row. Try: attach with positions_max= as long as the longest sequence")
+            if slots[index] >= 0:
+                slots[index] += len(appended) * self.geometry.block_tokens
+
+    def _list_blocks(self, rows: np.ndarray, blocks: dict, heads: np.ndarray) -> None:
+        """Append a batch's few blocks one by one: cheaper than arrays of four."""
+        views, multiplier = self.views, self._block_multipliers
+        for index, appended in blocks.items():
+            row, listed, total = rows[index], int(heads[index, fmt.H_BLOCKS]), int(heads[index, fmt.H_BLOCKS_HASH])
+            for block in appended:
+                generation = int(views.block_generations[block])
+                views.row_blocks[row, listed] = block
+                views.row_block_generations[row, listed] = generation
+                self._references[block] += 1
+                by_block, by_generation = multiplier(listed)
+                total += (block + 1) * by_block + (generation + 1) * by_generation
+                listed += 1
+            heads[index, fmt.H_BLOCKS], heads[index, fmt.H_BLOCKS_HASH] = listed, total & fmt.MASK
+
+    def _block_multipliers(self, place: int) -> tuple[int, int]:
+        found = self._multipliers.get(place)
+        if found is None:
+            first = fmt.BLOCKS_SALT + 2 * place
+            found = self._multipliers[place] = int(fmt.multiplier(first)), int(fmt.multiplier(first + 1))
+        return found
+
     def _check_rows(self, rows: np.ndarray) -> None:
         if rows.min() < 0 or rows.max() >= len(self._slots) or len(np.unique(rows)) != len(rows):
             raise ValueError(f"a batch needs distinct rows within 0..{len(self._slots) - 1}. Try: the handles that commit returned")
 
-    def _explain(self, rows, heads, lengths, total) -> None:
+    def _explain(self, rows, heads, lengths, total, slots) -> None:
         """Raises ValueError for the first row of a batch that can't be."""
-        for row, head, length, ids in zip(rows.tolist(), heads.tolist(), lengths.tolist(), total.tolist(), strict=True):
+        columns = (column.tolist() for column in (rows, heads, lengths, total, slots))
+        for row, head, length, ids, room in zip(*columns, strict=True):
             if not head[fmt.H_FLAGS] & fmt.OPEN:
                 raise ValueError(f"row {row} holds no sequence: released?")
-            self._check(row, head, length, ids, head[fmt.H_BLOCKS])
+            self._check(row, head, length, ids, room // self.geometry.block_tokens)
 
     def _shift(self, heads: np.ndarray) -> None:
         """What was accepted before this step becomes `prior` (format.rows.shifted)."""

@@ -45,12 +45,12 @@ PULSE_AT = 7 * LINE
 SUSPENDED_AT = 8 * LINE
 COUNTER_AT = 9 * LINE  # the last generation given out
 
-# Words of a head. The first cache line is what every commit changes; the rest changes with blocks, samplers and generations.
+# Words of a head. The first HOT_WORDS are what decoding changes; the rest changes with samplers, generations and lineage.
 (
-    H_VERSION, H_ACCEPTED, H_STEP, H_PRIOR, H_PRIOR_STEP, H_BASE, H_IDS, H_IDS_HASH,
-    H_FLAGS, H_BIRTH, H_GENERATION, H_PREVIOUS, H_KEPT, H_KEPT_BLOCKS, H_BLOCKS, H_BLOCKS_HASH, H_META_HASH, H_SAMPLER, _, _, _, H_SUM,
+    H_VERSION, H_ACCEPTED, H_STEP, H_PRIOR, H_PRIOR_STEP, H_BASE, H_IDS, H_IDS_HASH, H_BLOCKS, H_BLOCKS_HASH,
+    H_FLAGS, H_BIRTH, H_GENERATION, H_PREVIOUS, H_KEPT, H_KEPT_BLOCKS, H_META_HASH, H_SAMPLER, _, _, _, H_SUM,
 ) = range(22)  # fmt: skip
-HOT_WORDS = 8
+HOT_WORDS = 10
 HEAD_WORDS = 24  # three cache lines; two words spare, zero
 OPEN, META_SLOT = 1, 2  # flags; bits 8..15: bytes of sampler state
 
@@ -107,14 +107,14 @@ class Head(NamedTuple):
     base: int
     ids: int
     ids_hash: int
+    blocks: int
+    blocks_hash: int
     is_open: bool
     birth: int
     generation: int
     previous: int
     kept: int
     kept_blocks: int
-    blocks: int
-    blocks_hash: int
     meta_hash: int
     sampler: bytes = b""
     meta_slot: int = 0
@@ -286,7 +286,7 @@ def _standing(before: Row, after: Row) -> tuple[int, int]:
     return min(len(before.ids), after.head.kept), min(len(before.blocks), after.head.kept_blocks)
 
 
-CLOSED = Row(Head(0, 0, 0, 0, 0, 0, 0, 0, False, 0, 0, 0, 0, 0, 0, 0, 0), None, (), (), ())
+CLOSED = Row(Head(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, False, 0, 0, 0, 0, 0, 0), None, (), (), ())
 
 
 # ---- decoding -------------------------------------------------------------------------------------------------------------------

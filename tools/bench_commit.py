@@ -1,0 +1,102 @@
+"""What a commit costs the engine: `python tools/bench_commit.py [--sequences 64] [--steps 300] [-o json|table]`.
+
+Knows: the engine API and a clock. Must not know: the table's inside.
+Two loops: *real* steps at about --hertz, with a matrix product between commits that pushes everything out of the caches, and *hot*, back to back.
+`step` is all that `with guard.step()` adds to a step; `commit` is that without the doorbell (one eventfd write, measured apart).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+
+import numpy as np
+
+from kvguard import engine
+from kvguard.format.layout import Layout
+
+BLOCK_TOKENS = 16
+
+
+def percentiles(samples_ns: list[int]) -> dict[str, float]:
+    ordered = sorted(samples_ns)
+    return {"p50_us": statistics.median(ordered) / 1e3, "p99_us": ordered[int(0.99 * (len(ordered) - 1))] / 1e3, "min_us": ordered[0] / 1e3}
+
+
+def open_sequences(sequences: int, positions: int) -> tuple[engine.Guard, object, np.ndarray]:
+    per_row = -(-positions // BLOCK_TOKENS)
+    layout = Layout.paged("bench", "float16", 1, sequences * per_row, BLOCK_TOKENS, 1, 8)
+    pool = engine.allocate(layout)
+    guard = engine.attach("bench", engine.Rank(0, 0, 0), pool, layout, socket="/nonexistent/kvguard.sock", positions_max=positions)
+    with guard.step(sequences) as step:
+        for n in range(sequences):
+            step.commit(f"request-{n}", 16, range(n * per_row, n * per_row + 1), range(17), request=b"{}")
+    return guard, pool, np.array([guard.row(f"request-{n}") for n in range(sequences)])
+
+
+def run(sequences: int, steps: int, hertz: float) -> dict:
+    """The samples of one loop; hertz 0: back to back. Every 16th step a row gets its next block, as in a real decode loop (spread over the steps)."""
+    per_row = -(-(steps + 64) // BLOCK_TOKENS)
+    guard, pool, rows = open_sequences(sequences, per_row * BLOCK_TOKENS)
+    random = np.random.default_rng(0)
+    matrix = random.random((1024, 1024), dtype=np.float32)
+    commits, bells, whole = [], [], []
+    clock = time.perf_counter_ns
+    bell = os.eventfd(0, os.EFD_NONBLOCK)
+    listed = np.ones(sequences, np.int64)
+    offsets = np.arange(sequences) % BLOCK_TOKENS  # sequences cross block borders at different steps
+    lengths = np.full(sequences, 16)
+    for n in range(steps):
+        due = clock() + int(1e9 / hertz) if hertz else 0
+        tokens = random.integers(0, 50000, sequences)
+        lengths = lengths + 1
+        needed = -(-(lengths + offsets) // BLOCK_TOKENS)
+        fresh = {int(row): [int(row) * per_row + int(listed[row])] for row in np.flatnonzero((needed > listed) & (listed < per_row))}
+        listed[list(fresh)] += 1
+        if hertz:
+            matrix @ matrix
+        entered = clock()
+        with guard.step(sequences) as step:
+            step.commit_batch(rows, lengths, tokens, fresh)
+        left = clock()
+        os.eventfd_write(bell, 1)
+        rung = clock()
+        bells.append(rung - left)
+        whole.append(left - entered)
+        commits.append(left - entered - (rung - left))
+        if hertz and (rest := due - clock()) > 0:
+            time.sleep(rest / 1e9)
+    os.close(bell)
+    guard.detach()
+    pool.close()
+    return {"commit": percentiles(commits), "doorbell": percentiles(bells), "step": percentiles(whole)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--hertz", type=float, default=20.0)
+    parser.add_argument("-o", dest="output", choices=("table", "json"), default="table")
+    arguments = parser.parse_args()
+    result = {
+        "schema": "kvguard.bench_commit/1", "sequences": arguments.sequences, "steps": arguments.steps, "hertz": arguments.hertz, "machine": platform.machine(),
+        "cores": os.cpu_count(), "load_1m": os.getloadavg()[0], "python": platform.python_version(),
+        "real": run(arguments.sequences, arguments.steps, arguments.hertz), "hot": run(arguments.sequences, arguments.steps * 4, 0.0),
+    }  # fmt: skip
+    if arguments.output == "json":
+        print(json.dumps(result, indent=1))
+        return
+    print(f"{arguments.sequences} sequences, {arguments.steps} steps at {arguments.hertz:g} Hz, {os.cpu_count()} cores, load {result['load_1m']:.2f}")
+    print(f"{'loop':6} {'what':9} {'p50 us':>8} {'p99 us':>8} {'min us':>8}")
+    for loop in ("real", "hot"):
+        for what, numbers in result[loop].items():
+            print(f"{loop:6} {what:9} {numbers['p50_us']:8.1f} {numbers['p99_us']:8.1f} {numbers['min_us']:8.1f}")
+
+
+if __name__ == "__main__":
+    main()
