@@ -1,9 +1,9 @@
 """The driver's state machine: which sequences run, what the next step says to the ranks, what its results mean, where a resumption goes on.
 
 Knows: tracks, block tables, chunks, sampling. Must not know: sockets, clocks, processes, torch.
-Invariants: one step in flight at a time; an id is handed out (its event returned) once, and the step that tells it to the ranks is planned before its event is
-written; what a step says of a sequence is a delta to what the ranks were told; whoever is admitted can run to its end with the blocks reserved for it; logits of
-a position computed again are compared with those of the first time, never adopted silently.
+Invariants: one step in flight at a time; an id is handed out (its event returned) once, and the step that tells it to the ranks is planned before that event
+is written; what a step says of a sequence is a delta to what the ranks were told; whoever is admitted can run to its end with the blocks reserved for it;
+logits of a position computed again are compared with those of the first time, never adopted silently.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ import pytest
 from tests.pipeline.guarded_ranks import GuardedInstance
 from tests.pipeline.test_stage_driver_scheduler import BOUNDS, LENGTHS, of, outcome, prompts, requests, started
 
+NAMES = [f"r-{n}" for n in range(len(LENGTHS))]
+
 
 @pytest.fixture(scope="module")
 def expected() -> tuple[list, dict]:
@@ -31,7 +33,7 @@ def test_real_tables_through_fences_and_plans(seed, tmp_path, expected) -> None:
             else:
                 instance.step(reach=draw.randint(0, 2))
             tables = [rank.guard.table for rank in instance.ranks]
-            known = [max((len(table.ids(row)) for table in tables if (row := table.sequences().get(f"r-{n}")) is not None), default=0) for n in range(len(LENGTHS))]
+            known = [max(len(table.ids(table.row(name))) if name in table.sequences() else 0 for table in tables) for name in NAMES]
             fresh = draw.random() < 0.4 and all(count >= length for count, length in zip(known, LENGTHS, strict=True))
             instance.recover(lambda name, longest: max(0, longest - draw.choice((0, 0, 1, 9))), draw.choice((0, 1, -1)), fresh)
         instance.finish()
