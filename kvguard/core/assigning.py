@@ -23,7 +23,7 @@ def assign(known: Known) -> None:
             continue
         for rank, member in places.items():
             if not member.lost:
-                seats.append(Seat(instance, rank, member.node, member.holders))
+                seats.append(Seat(instance, rank, member.node, member.holders if member.worked else ()))  # before the first work, moving costs nothing
                 text = str(rank)
                 fits[instance, rank] = tuple(node for node, standby in spares if standby.instance == instance and text in standby.fingerprints)
     addresses = known.addresses()

@@ -141,6 +141,8 @@ class Coordinator:
         for instance, epoch in message.promises:
             self._floor(instance, epoch)
         promised = dict(message.promises)
+        for current in known.rounds.values():
+            current.asked.pop(message.node, None)  # whatever was said before this hello may not have arrived
         for instance in list(known.epochs):
             self._bring_up_to_date(message.node, instance, promised.get(instance))
 

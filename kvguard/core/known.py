@@ -42,7 +42,7 @@ class Round:
     """One round of a recovery: the durable record and what may be learnt again. Times are fair, except `mark_ns` (real: phases are measured from it)."""
 
     __slots__ = (
-        "asked", "changed", "dones", "mark_ns", "not_before_ns", "ordered", "plan_open", "record", "reports", "sent_resume", "since_ns", "tried", "waiting",
+        "asked", "changed", "dones", "mark_ns", "not_before_ns", "ordered", "plan_open", "record", "reports", "since_ns", "tried", "waiting",
     )  # fmt: skip
 
     def __init__(self, record: RecoveryRecord, fair_ns: int, now_ns: int):
@@ -52,7 +52,7 @@ class Round:
         self.ordered: dict[Rank, bool] = {}
         self.asked: dict[NodeId, str] = {}  # the link on which this phase was last said
         self.waiting, self.tried = "", None
-        self.plan_open = self.sent_resume = self.changed = False
+        self.plan_open = self.changed = False
 
 
 class Known:
@@ -67,6 +67,7 @@ class Known:
         self.forks: dict[str, dict[SequenceId, Lineage]] = {}
         self.rounds: dict[str, Round] = {}
         self.resumes: dict[str, Resume] = {}
+        self.unheard: dict[str, bool] = {}  # instances whose pending Resume certainly reached nobody
         self.history: list[HistoryRecord] = []
         self.emitters: dict[str, int] = {}
         self.delivered: dict[str, dict[SequenceId, bool]] = {}

@@ -53,8 +53,7 @@ def _load_round(known: Known, record: ledger.RecoveryRecord, start_ns: int) -> N
     """The same recovery goes on with the same epoch; its deadlines start anew, its orders are said when nodes say hello."""
     instance = record.instance
     known.floor(instance, record.epoch)
-    current = known.rounds[instance] = Round(record, known.fair_ns, known.now_ns)
-    current.sent_resume = True  # whether the former life had sent it can't be known
+    known.rounds[instance] = Round(record, known.fair_ns, known.now_ns)
     if record.phase == ledger.RESUMED:
         return
     known.resumes.pop(instance, None)

@@ -65,9 +65,12 @@ class Node:
 
 
 class Member:
-    """A rank where it lives. `absent_ns`: since when its living node doesn't list it; `lost`: the verdict is spoken, a recovery has it."""
+    """A rank where it lives. `absent_ns`: since when its living node doesn't list it; `lost`: the verdict is spoken, a recovery has it.
 
-    __slots__ = ("absent_ns", "beat", "endpoint", "former", "holders", "incarnation", "lost", "node", "progress", "rose_ns", "stream")
+    `worked`: it has (or may have) had sequences, so that its holders have something to keep.
+    """
+
+    __slots__ = ("absent_ns", "beat", "endpoint", "former", "holders", "incarnation", "lost", "node", "progress", "rose_ns", "stream", "worked")
 
     def __init__(self, node: NodeId, stream: StreamId, incarnation: int, endpoint: str):
         self.node, self.stream, self.incarnation, self.endpoint = node, stream, incarnation, endpoint
@@ -76,7 +79,7 @@ class Member:
         self.beat: RankBeat | None = None
         self.progress, self.rose_ns = -1, -1
         self.absent_ns: int | None = None
-        self.lost = False
+        self.lost, self.worked = False, True
 
 
 class Session:
@@ -155,6 +158,7 @@ class Membership:
         """The rank lives there from now on."""
         member = Member(node, rank_beat.stream, rank_beat.incarnation, rank_beat.endpoint)
         self.members.setdefault(rank_beat.stream.instance, {})[rank_beat.stream.rank] = member
+        member.worked = False
         self._sighted(member, rank_beat, fair_ns)
         return member
 
@@ -187,6 +191,7 @@ class Membership:
         if member.progress >= 0 and rank_beat.progress > member.progress:
             member.rose_ns = fair_ns
         member.progress = max(member.progress, rank_beat.progress)
+        member.worked = member.worked or rank_beat.sequences > 0
         member.beat, member.absent_ns, member.endpoint, member.incarnation = rank_beat, None, rank_beat.endpoint, rank_beat.incarnation
 
     def _on(self, node: NodeId):

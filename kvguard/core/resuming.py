@@ -151,7 +151,7 @@ def _resume(known: Known, instance: str) -> None:
     known.keep_round(instance, record)
     known.membership.recovering.pop(instance, None)
     current.asked, current.waiting, current.changed = {}, "", True
-    current.sent_resume = known.tell_emitter(instance, resume)
+    _say_resume(known, instance, resume)
     say_resumed(known, instance)
     known.note("resumed", instance, record.reason, epoch=record.epoch.counter, sequences=len(sequences), lost=len(lost), total_ms=round(timing["total"], 3))
 
@@ -161,6 +161,12 @@ def _keep_resume(known: Known, instance: str, resume: Resume) -> None:
     if instance in known.emitters:
         known.resumes[instance] = resume
         known.persist(f"resume/{instance}", resume)
+
+
+def _say_resume(known: Known, instance: str, resume: Resume) -> None:
+    known.unheard.pop(instance, None)
+    if not known.tell_emitter(instance, resume) and instance in known.resumes:
+        known.unheard[instance] = True
 
 
 def say_resumed(known: Known, instance: str) -> None:
@@ -205,5 +211,5 @@ def fail(known: Known, instance: str, error: str) -> None:
     known.keep_round(instance, None)
     known.membership.recovering.pop(instance, None)
     known.failed[instance] = error
-    known.tell_emitter(instance, resume)
+    _say_resume(known, instance, resume)
     known.note("failed", instance, error, epoch=record.epoch.counter)

@@ -139,14 +139,17 @@ def advance(known: Known, instance: str) -> None:
 
 
 def _unsealed(known: Known, current: Round) -> str:
-    """Whose silence still matters: "" when no lost rank's old writer can be acknowledged or heard by the emitter any more."""
+    """Whose silence still matters: "" when no old writer can be acknowledged or heard by the emitter any more.
+
+    Old writers are the lost ranks and every rank on a node that didn't answer: a node that answered has promised, and fenced its own ranks.
+    """
     record = current.record
     session = known.membership.sessions.get(record.instance)
     if session is not None and not session.ended and session.fenced >= record.epoch.counter:
         return ""
-    for rank in record.lost:
-        member = record.members.get(str(rank))
-        if rank in record.dead_writers or member is None or member.node in current.reports:
+    for text, member in record.members.items():
+        rank = Rank.parse(text)
+        if rank in record.dead_writers or member.node in current.reports:
             continue
         open_ = [node for node in dict.fromkeys((*member.holders, *member.former)) if node not in current.reports]
         if open_:

@@ -25,10 +25,10 @@ def on_hello(known: Known, link: str, message: EmitterHello, start) -> None:
         session.progress, session.rose_ns, session.scheduled, session.busy_ns = old.progress, old.rose_ns, old.scheduled, old.busy_ns
         session.fenced = max(session.fenced, old.fenced)
     known.membership.sessions[instance] = session
-    pending, current, phase = known.resumes.get(instance), known.rounds.get(instance), known.phase(instance)
-    unheard = pending is not None and not pending.error and current is not None and not current.sent_resume
+    pending = known.resumes.get(instance)
+    unheard = pending is not None and not pending.error and instance in known.unheard
     raised = False
-    if not phase and not unheard and _must_raise(known, message, before, again):
+    if not known.phase(instance) and not unheard and _must_raise(known, message, before, again):
         why = "a new emitter" if not again else f"the emitter is in epoch {message.epoch.counter}, the instance in {known.epoch(instance).counter}"
         lost = tuple(rank for rank, place in sorted(known.membership.members.get(instance, {}).items()) if place.lost)
         start(known, instance, lost, why)
@@ -39,8 +39,7 @@ def on_hello(known: Known, link: str, message: EmitterHello, start) -> None:
     welcome(known, instance)
     pending = known.resumes.get(instance)
     if not known.phase(instance) and pending is not None and not raised:
-        if current is not None:
-            current.sent_resume = True
+        known.unheard.pop(instance, None)
         known.tell_emitter(instance, pending)
 
 
@@ -112,8 +111,7 @@ def on_silence(known: Known, instance: str, reason: str, silent_ms: float, start
     session = known.membership.sessions[instance]
     if known.phase(instance) or not known.membership.members.get(instance) or (not session.scheduled and not known.sequences(instance)):
         return
-    current = known.rounds.get(instance)
-    if instance in known.resumes and current is not None and not current.sent_resume:
+    if instance in known.unheard:
         return
     lost = tuple(rank for rank, place in sorted(known.membership.members[instance].items()) if place.lost)
     start(known, instance, lost, reason, silent_ms)
