@@ -75,7 +75,7 @@ class Shared:
 
     def refused(self, address: str, what: str, reason: str) -> None:
         """A caller was turned away before it was anybody."""
-        host = address.rpartition(":")[0] or address
+        host = address.rpartition(":")[0] or address.removesuffix(":0") or "?"  # ":0": gone before it could be asked who it was
         if host not in self.refusals and len(self.refusals) >= ADDRESSES_MAX:
             host = "others"
         self.refusals[host] = self.refusals.get(host, 0) + 1
