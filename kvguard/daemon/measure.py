@@ -15,6 +15,7 @@ from kvguard.types import StreamId
 
 WAITS_MAX = 1024
 OPEN_MAX = 65536
+FORGET_NS = 10_000_000_000
 
 
 class Measures:
@@ -29,10 +30,8 @@ class Measures:
 
     def looked(self, event: events.Looked) -> None:
         local = self._core.outbound.streams.get(event.stream)
-        if local is None:
-            return
         waiting = self._opened
-        for row in event.rows:
+        for row in event.rows if local is not None else ():
             known = local.ledger.rows.get(row)
             if known is not None and known.committed and not (waiting and (event.stream, row) in waiting):
                 self._lags[known.committed - min(local.best(row), known.committed)] += 1
@@ -49,8 +48,10 @@ class Measures:
         for (stream, row), since in list(self._opened.items()):
             local = self._core.outbound.streams.get(stream)
             known = local.ledger.rows.get(row) if local is not None else None
-            if known is None:
+            if known is None and now - since > FORGET_NS:  # gone, or its Looked is still on the way to the core
                 del self._opened[stream, row]
+            elif known is None:
+                continue
             elif known.committed and local.best(row) >= known.committed:
                 self._waits_ms.append((now - since) / 1e6)
                 del self._opened[stream, row]

@@ -4,48 +4,37 @@ from __future__ import annotations
 
 import json
 
-import pytest
 
-from kvguard.cli import main
-
-
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    said = capsys.readouterr()
-    return ended.value.code, said.out, said.err
-
-
-def test_init_validates(tmp_path, capsys):
-    code, out, _ = run(capsys, "config", "init", "node", "--name", "a")
+def test_init_validates(tmp_path, cli):
+    code, out, _ = cli("config", "init", "node", "--name", "a")
     assert code == 0
     (tmp_path / "node.toml").write_text(out)
-    code, out, _ = run(capsys, "config", "validate", str(tmp_path / "node.toml"))
+    code, out, _ = cli("config", "validate", str(tmp_path / "node.toml"))
     assert (code, out) == (0, f"{tmp_path}/node.toml: [node] is good\n")
 
 
-def test_validate_names_everything(tmp_path, capsys):
+def test_validate_names_everything(tmp_path, cli):
     file = tmp_path / "both.toml"
     file.write_text('[node]\nname = 3\n[coordinator]\ndead_ms = "soon"\n')
-    code, _, err = run(capsys, "config", "validate", str(file))
+    code, _, err = cli("config", "validate", str(file))
     assert code == 78
     assert f"{file}:2: name: " in err and f"{file}:4: dead_ms: " in err
 
 
-def test_show_effective(tmp_path, capsys, monkeypatch):
+def test_show_effective(tmp_path, cli, monkeypatch):
     file = tmp_path / "node.toml"
     file.write_text('[node]\nname = "a"\n')
     monkeypatch.setenv("KVGUARD_NODE_POLL_MS", "7")
-    code, out, _ = run(capsys, "config", "show", "--config", str(file), "--effective", "-o", "json")
+    code, out, _ = cli("config", "show", "--config", str(file), "--effective", "-o", "json")
     shown = json.loads(out)["sections"]["node"]
     assert code == 0
     assert shown["name"] == {"value": "a", "origin": f"{file}:2"}
     assert shown["poll_ms"] == {"value": 7, "origin": "environment KVGUARD_NODE_POLL_MS"}
     assert shown["device"]["origin"] == "default"
-    code, out, _ = run(capsys, "config", "show", "--config", str(file))
+    code, out, _ = cli("config", "show", "--config", str(file))
     assert out == '[node]\nname = "a"\npoll_ms = 7\n'
 
 
-def test_usage_is_exit_2(capsys):
-    assert run(capsys, "config", "init", "gpu")[0] == 2
-    assert run(capsys, "nonsense")[0] == 2
+def test_usage_is_exit_2(cli):
+    assert cli("config", "init", "gpu")[0] == 2
+    assert cli("nonsense")[0] == 2

@@ -1,0 +1,153 @@
+"""A serving engine without a model: it writes pseudo-random KV, commits it, and does what it is told on stdin, one JSON object a line.
+
+Knows: the engine API. Must not know: daemons. Bytes of a slot are a function of (sequence, position, rank), so that any copy can be checked anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+
+import numpy as np
+import xxhash
+
+from kvguard.engine import Layout, Rank, allocate, attach, attach_standby
+from kvguard.errors import Fenced
+
+BLOCKS, TOKENS = 256, 16
+
+
+def layout_of(rank: str) -> Layout:
+    return Layout.paged(f"numpy {rank}", "float32", 3, BLOCKS, TOKENS, 2, 16)
+
+
+def slot_bytes(sequence: str, position: int, rank: str, size: int) -> bytes:
+    return hashlib.shake_128(f"{sequence}/{position}/{rank}".encode()).digest(size)
+
+
+class Engine:
+    """One rank. `free`: blocks that no sequence holds."""
+
+    def __init__(self, rank: str, guard, pool) -> None:
+        self.rank, self.guard, self.pool = rank, guard, pool
+        self.lengths: dict[str, int] = {}
+        self.blocks: dict[str, list[int]] = {}
+        self.free = list(range(BLOCKS))
+
+    def step(self, commits: list) -> dict:
+        """[[sequence, new positions], ...] in one step."""
+        try:
+            with self.guard.step(sum(count for _, count in commits)) as step:
+                for sequence, count in commits:
+                    self._write(step, sequence, count)
+        except Fenced as error:
+            return {"fenced": str(error)}
+        return {"lengths": self.lengths}
+
+    def _write(self, step, sequence: str, count: int) -> None:
+        start, fresh = self.lengths.get(sequence, 0), sequence not in self.lengths
+        blocks, new = self.blocks.setdefault(sequence, []), []
+        while len(blocks) * TOKENS < start + count:
+            new.append(self.free.pop(0))
+            blocks.append(new[-1])
+        width = self.pool.layout.token_bytes
+        for position in range(start, start + count):
+            data = memoryview(slot_bytes(sequence, position, self.rank, width))
+            self.pool.scatter([blocks[position // TOKENS]], [position % TOKENS], [1], data)
+        step.commit(sequence, start + count, blocks=new, tokens=list(range(start, start + count)), request=b"request" if fresh else None)
+        self.lengths[sequence] = start + count
+
+    def release(self, sequence: str) -> dict:
+        with self.guard.step(0) as step:
+            step.release(sequence)
+        self.free += self.blocks.pop(sequence)
+        del self.lengths[sequence]
+        return {"lengths": self.lengths}
+
+    def truncate(self, sequence: str, position: int) -> dict:
+        with self.guard.step(0) as step:
+            step.truncate(sequence, position)
+        keep = -(-position // TOKENS)
+        self.free += self.blocks[sequence][keep:]
+        del self.blocks[sequence][keep:]
+        self.lengths[sequence] = position
+        return {"lengths": self.lengths}
+
+    def sums(self) -> dict:
+        """By sequence, xxh3_64 of each position's canonical bytes, read from the pool."""
+        width, found = self.pool.layout.token_bytes, {}
+        for sequence, length in self.lengths.items():
+            out = memoryview(bytearray(length * width))
+            blocks = self.blocks[sequence]
+            counts = [min(TOKENS, length - index * TOKENS) for index in range(len(blocks))]
+            self.pool.capture(blocks, [0] * len(blocks), counts, out)
+            found[sequence] = [xxhash.xxh3_64_intdigest(out[n * width : (n + 1) * width]) for n in range(length)]
+        return {"sums": found}
+
+    def intact(self) -> dict:
+        """Whether every committed position still holds what was written there, wherever it was written."""
+        width, wrong = self.pool.layout.token_bytes, []
+        for sequence, sums in self.sums()["sums"].items():
+            wanted = [xxhash.xxh3_64_intdigest(slot_bytes(sequence, n, self.rank, width)) for n in range(len(sums))]
+            wrong += [[sequence, n] for n, pair in enumerate(zip(sums, wanted, strict=True)) if pair[0] != pair[1]]
+        return {"wrong": wrong, "lengths": self.lengths}
+
+    def restore(self, timeout_s: float) -> dict:
+        """Survivor: truncate to the plan and go on."""
+        restored = self.guard.restore(timeout_s)
+        self.take(restored)
+        return {"epoch": self.guard.epoch.counter, "lengths": self.lengths}
+
+    def take(self, restored) -> None:
+        """The sequences as they are after a plan."""
+        sequences = restored.pull()  # what was adopted, or merely truncated, is there already
+        self.lengths = {one.name: one.position for one in sequences}
+        self.blocks = {one.name: list(one.blocks) for one in sequences}
+        used = {block for blocks in self.blocks.values() for block in blocks}
+        self.free = [block for block in range(BLOCKS) if block not in used]
+        restored.done()
+
+    def status(self) -> dict:
+        return {"connected": self.guard.connected, "refused": self.guard.refused, "fenced": self.guard.fenced, "epoch": self.guard.epoch.counter}
+
+
+def serve(engine: Engine) -> None:
+    for line in sys.stdin:
+        command = json.loads(line)
+        verb = command.pop("do")
+        if verb == "detach":
+            engine.guard.detach()
+            say({"detached": True})
+            return
+        say(getattr(engine, verb)(**command))
+
+
+def say(document: dict) -> None:
+    print(json.dumps(document), flush=True)
+
+
+def main(role: str, instance: str, rank: str, socket: str) -> None:
+    if role == "standby":
+        spare = attach_standby(instance, {rank: layout_of(rank)}, endpoint=f"spare of {rank}", socket=socket)
+        say({"standby": True})
+        claim = None
+        while claim is None:
+            claim = spare.wait(1.0)
+        pool = claim.adopt[1] if claim.adopt is not None else allocate(layout_of(rank))
+        guard = attach(instance, Rank.parse(rank), pool, claim=claim, endpoint=f"engine of {rank}")
+        engine = Engine(rank, guard, pool)
+        adopted = claim.adopt is not None
+        engine.take(guard.restore(10.0))
+        say({"claimed": True, "adopted": adopted, "lengths": engine.lengths})
+    else:
+        pool = allocate(layout_of(rank))
+        np.frombuffer(pool.memory, np.uint8)[:] = 0xA5  # what nobody wrote is no zero
+        guard = attach(instance, Rank.parse(rank), pool, endpoint=f"engine of {rank}", socket=socket, positions_max=1024)
+        engine = Engine(rank, guard, pool)
+        say({"attached": True})
+    serve(engine)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
