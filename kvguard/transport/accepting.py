@@ -57,6 +57,7 @@ class Acceptor:
             self._socket.bind(address)
         except zmq.ZMQError as error:
             raise BadConfig(f"can't listen at {address!r}: {error.strerror}. Try: tcp://127.0.0.1:0, or stop whoever holds the port") from error
+        self._shared.wakeup.again(self._on_messages)
         real = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
         if self._port is None and self._shared.settings.bulk and real.startswith("tcp://"):
             host = real.removeprefix("tcp://").rpartition(":")[0].strip("[]")

@@ -162,17 +162,19 @@ class Link:
                 raise
             self.fail("not connected any more")
             return False
-        if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # the call may have swallowed the edge
-            self._shared.wakeup.again(self._touched)
         return True
 
     def _transmit(self, parts: list) -> None:
         """Copies: ZeroMQ's zero-copy needs a thread of its own in the process, and large payloads have the bulk channel."""
-        if self._routing is not None:
-            self._socket.send(self._routing, zmq.NOBLOCK | zmq.SNDMORE)
-        if len(parts) == 2:
-            self._socket.send(parts[0], zmq.NOBLOCK | zmq.SNDMORE)
-        self._socket.send(parts[-1], zmq.NOBLOCK)
+        try:
+            if self._routing is not None:
+                self._socket.send(self._routing, zmq.NOBLOCK | zmq.SNDMORE)
+            if len(parts) == 2:
+                self._socket.send(parts[0], zmq.NOBLOCK | zmq.SNDMORE)
+            self._socket.send(parts[-1], zmq.NOBLOCK)
+        finally:
+            if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # the call may have swallowed the edge, also when it failed
+                self._shared.wakeup.again(self._touched)
 
     def last_word(self, reason: str) -> None:
         """Bye, after the link went down here: worth nothing when nobody is there or there is no room, because then silence says the same."""

@@ -23,7 +23,7 @@ class PayloadMemory:
 
     def __init__(self) -> None:
         self._kept: dict[int, deque[np.ndarray]] = {}  # by size class, those seen busy at the back
-        self._kept_bytes = 0
+        self.kept_bytes = 0
 
     def take(self, size: int) -> memoryview:
         """`size` writable bytes of any content."""
@@ -36,17 +36,17 @@ class PayloadMemory:
             if sys.getrefcount(block) == 3:  # the deque's, ours, the call's
                 return memoryview(block)[:size]  # it stays in front: what was touched last is still in the cache
             kept.rotate(-1)
-        if self._kept_bytes + whole > KEPT_BYTES_MAX:
+        if self.kept_bytes + whole > KEPT_BYTES_MAX:
             self._drop_idle()
         block = np.empty(whole, np.uint8)
-        if self._kept_bytes + whole <= KEPT_BYTES_MAX:
+        if self.kept_bytes + whole <= KEPT_BYTES_MAX:
             self._kept[whole].appendleft(block)
-            self._kept_bytes += whole
+            self.kept_bytes += whole
         return memoryview(block)[:size]
 
     def _drop_idle(self) -> None:
         """Sizes change over time: make room for those that are asked for now."""
         for whole, kept in self._kept.items():
             busy = deque(block for block in list(kept) if sys.getrefcount(block) > 4)
-            self._kept_bytes -= whole * (len(kept) - len(busy))
+            self.kept_bytes -= whole * (len(kept) - len(busy))
             self._kept[whole] = busy
