@@ -39,6 +39,8 @@ def sums_per_page(shape: StreamShape) -> int:
 def sums_of(data: memoryview, token_bytes: int) -> tuple[int, ...]:
     """xxh3_64 of each run of `token_bytes` in `data`: what travels in KvFrame.sums (there packed little-endian)."""
     digest = xxhash.xxh3_64_intdigest
+    if len(data) == token_bytes:
+        return (digest(data),)
     return tuple(digest(data[start : start + token_bytes]) for start in range(0, len(data), token_bytes))
 
 

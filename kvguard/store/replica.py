@@ -175,7 +175,7 @@ class Replica:
         elif flag == PIECE_BLOCK:
             self._write_block(sequence, block, slot + count, data, sums[0])
         elif arena.fill[block] < slot + count:
-            raise BadFrame(f"sequence {sequence.name}: refers to {slot + count} slots of block {block}, held are {int(arena.fill[block])}")
+            raise BadFrame(f"sequence {sequence.name}: refers to {slot + count} slots of block {block}, held are {arena.fill[block]}")
         if end > sequence.position:
             sequence.position = end
 
@@ -221,7 +221,7 @@ class Replica:
         own = max(0, sequence.position - index * self.shape.block_tokens - slot)  # leading tokens that are held: a duplicate changes nothing
         if own:
             slot, count, data, sums = slot + own, count - own, data[own * width :], sums[own:]
-        fill = int(arena.fill[block])
+        fill = arena.fill[block]
         if slot > fill:
             raise BadFrame(f"sequence {sequence.name}: slot {slot} of block {block} would leave a hole behind {fill}")
         overlap = min(fill - slot, count)
@@ -236,7 +236,7 @@ class Replica:
 
     def _write_block(self, sequence: Sequence, block: int, filled: int, data: memoryview, total: int) -> None:
         arena = self.arena
-        fill = int(arena.fill[block])
+        fill = arena.fill[block]
         if fill >= filled and arena.sums(block, 0, 1) == (total,):
             return
         if fill >= filled and arena.refs[block] > 1:
@@ -323,4 +323,4 @@ class Replica:
             for index, block in enumerate(sequence.blocks):
                 refs[block] = refs.get(block, 0) + 1
                 assert self.arena.fill[block] >= min(self.shape.block_tokens, sequence.position - index * self.shape.block_tokens), sequence.name
-        assert {int(block): int(self.arena.refs[block]) for block in self.arena.refs.nonzero()[0]} == refs
+        assert len(refs) == self.arena.pages_live() and all(self.arena.refs[block] == count for block, count in refs.items())

@@ -262,7 +262,7 @@ class ReplicaStore:
     def beat(self) -> tuple[tuple[StreamId, int, int], ...]:
         """Beat.replicas: (stream, live sequences, bytes of pages)."""
         return tuple(
-            (stream, len(replica.live()), int(replica.arena.refs.astype(bool).sum()) * replica.arena.page_bytes) for stream, replica in self._replicas.items()
+            (stream, len(replica.live()), replica.arena.pages_live() * replica.arena.page_bytes) for stream, replica in self._replicas.items()
         )
 
     def damage(self, stream: StreamId, sequence: SequenceId, position: int) -> None:
@@ -278,7 +278,7 @@ class ReplicaStore:
         used = 0
         for replica in self._replicas.values():
             replica.check()
-            used += int(replica.arena.refs.astype(bool).sum()) * replica.arena.page_bytes
+            used += replica.arena.pages_live() * replica.arena.page_bytes
             used += sum(len(s.ids) + len(s.request) for s in replica.sequences.values())
         assert used == self.budget.used and self.budget.used + self.budget.promised <= self.budget.bytes_max
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 
@@ -339,7 +340,7 @@ def test_the_puller_sees_the_same_bytes_and_refuses_others(make):
 
 
 def test_freed_memory_goes_back_when_the_budget_needs_it(make):
-    big = StreamShape(1, 4, 4096, 16384, 64, True)
+    big = StreamShape(1, 4, 16384, 65536, 64, True)  # large pages get their memory token by token
     size = pages.page_bytes(big)
     store = make(budget=8 * size + 1000)
     sent = Sent(store, shape=big)
@@ -349,12 +350,36 @@ def test_freed_memory_goes_back_when_the_budget_needs_it(make):
         no = next(rounds)
         assert sent.open(no, f"s{no}", 32) == ((), "")
         for n in range(8):
-            data = bytes(16384)
-            sums = pages.pack_sums(pages.sums_of(memoryview(data), 4096))
+            data = token(f"s{no}", n, 65536)
+            sums = pages.pack_sums(pages.sums_of(memoryview(data), 16384))
             assert sent.kv(((no, n * 4, 4, base + n, 1, 0), data, sums)) == ((), "")
+        assert store.read(STREAM, f"s{no}", Span(0, 32)) == b"".join(token(f"s{no}", n, 65536) for n in range(8))
+        assert store.verify(STREAM) == {f"s{no}": 32}
         on_disk = os.fstat(arena._descriptor).st_blocks * 512
         assert on_disk <= 10 * (size + 8192), on_disk
         sent.release(no)
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
+def test_a_full_tmpfs_refuses_the_sequence_whole(make, monkeypatch, call):
+    big = StreamShape(1, 4, 16384, 65536, 64, True)
+    store = make(budget=1 << 30)
+    sent = Sent(store, shape=big)
+    data = token("a", 0, 65536)
+    sums = pages.pack_sums(pages.sums_of(memoryview(data), 16384))
+    sent.open(1, "a", 8)
+    sent.open(2, "b", 4)
+    assert sent.kv(((1, 0, 4, 5, 1, 0), data, sums)) == ((), "")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"kvguard.store.arena.os.{call}", full)
+        refused, gap = sent.kv(((1, 4, 4, 6, 1, 0), data, sums))
+    assert gap == "" and [no for no, _ in refused] == [1] and "Try: a larger tmpfs" in refused[0][1]
+    assert sent.kv(((2, 0, 4, 6, 1, 0), data, sums)) == ((), "")
+    assert positions(store) == {"b": 4} and store.beat()[0][2] == pages.page_bytes(big)
 
 
 def test_a_restarted_store_starts_empty_and_says_so(tmp_path):
