@@ -403,13 +403,18 @@ class Welcome(Message, frozen=True):
 
 
 class EmitterBeat(Message, frozen=True):
-    """`scheduled`: sequences with work in flight; `progress`: rises with every result that reached the emitter. Also says that the emitter lives."""
+    """`scheduled`: sequences with work in flight; `progress`: rises with every result that reached the emitter. Also says that the emitter lives.
+
+    `fenced`: the counter of the newest epoch announced to it: nothing of an older one reaches a client any more. Said at once after Fenced, because a round
+    may wait for it (house rule: "or the emitter has adopted the new epoch").
+    """
 
     instance: str
     incarnation: int
     epoch: Epoch
     scheduled: int
     progress: int
+    fenced: int = 0
 
 
 class Fenced(Message, frozen=True):
