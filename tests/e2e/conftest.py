@@ -134,7 +134,10 @@ class Cluster:
             found = self.rank(rank)
             return found if found and found["state"] == "protected" and found["committed"] == found["acked"] == positions else None
 
-        return self.until(f"rank {rank} protected at {positions}", whole)
+        try:
+            return self.until(f"rank {rank} protected at {positions}", whole)
+        except AssertionError as error:
+            raise AssertionError(f"{self.rank(rank)}\n{error}") from error
 
     def stop(self) -> None:
         for engine in self.engines:

@@ -55,7 +55,8 @@ class Engine:
         for position in range(start, start + count):
             data = memoryview(slot_bytes(sequence, position, self.rank, width))
             self.pool.scatter([blocks[position // TOKENS]], [position % TOKENS], [1], data)
-        step.commit(sequence, start + count, blocks=new, tokens=list(range(start, start + count)), request=b"request" if fresh else None)
+        known = 0 if fresh else start + 1  # ids run one ahead: the next step's input is known
+        step.commit(sequence, start + count, blocks=new, tokens=list(range(known, start + count + 1)), request=b"request" if fresh else None)
         self.lengths[sequence] = start + count
 
     def release(self, sequence: str) -> dict:
