@@ -190,38 +190,28 @@ class Flow:
         """Ids frames while there are ops or extensions. Frames that cut or release wait at the holder for the kv frames that were sent before them."""
         while len(self.ids_flight) < IDS_FRAMES_MAX:
             ops, after_kv, size = self._take_ops()
-            rows: list[int] = []
-            row_generations: list[int] = []
-            nos: list[int] = []
-            starts: list[int] = []
-            counts: list[int] = []
+            items: list[tuple[int, ...]] = []
             copies: list[Copy] = []
-            ends: list[int] = []
             for copy in self.dirty.values() if not self.ops else ():
                 row, start = copy.row, copy.sent_ids
-                count = row.ids - start
-                if count <= 0:
+                end = row.ids
+                if end <= start:
                     continue
-                if size + 4 * count > IDS_BYTES_TARGET:
-                    count = (IDS_BYTES_TARGET - size) // 4
-                    if count <= 0:
+                size += 4 * (end - start) + 8
+                if size > IDS_BYTES_TARGET:
+                    end -= (size - IDS_BYTES_TARGET + 3) // 4
+                    if end <= start:
                         break
-                size += 4 * count + 8
-                rows.append(copy.number)
-                row_generations.append(row.generation)
-                nos.append(copy.no)
-                starts.append(start)
-                counts.append(count)
+                items.append((copy.number, row.generation, copy.no, start, end - start, end))
                 copies.append(copy)
-                start += count
-                ends.append(start)
-                copy.sent_ids = start
-            if not ops and not nos:
+                copy.sent_ids = end
+            if not ops and not items:
                 return
+            rows, row_generations, nos, starts, counts, ends = zip(*items, strict=True) if items else ((),) * 6
             self.ids_number += 1
-            message = IdsFrame(self.session, self.epoch, self.ids_number, ops, tuple(nos), tuple(starts), tuple(counts), b"", (), b"", after_kv)
-            self.out.append(SendIds(self.link, message, self.stream, tuple(rows), tuple(row_generations)))
-            self.ids_flight.append((self.ids_number, copies, ends))
+            message = IdsFrame(self.session, self.epoch, self.ids_number, ops, nos, starts, counts, b"", (), b"", after_kv)
+            self.out.append(SendIds(self.link, message, self.stream, rows, row_generations))
+            self.ids_flight.append((self.ids_number, copies, list(ends)))
             self._unsure.append((copies, starts))
             if size < IDS_BYTES_TARGET // 2:
                 return
@@ -247,26 +237,24 @@ class Flow:
     def _capture(self, now: int) -> bool:
         """One capture: small backlogs first, then the smallest. Half of the window, at most a frame, is kept for the small."""
         bound = self.ledger.shape.block_tokens
-        small, large = [], []
-        for copy in self.dirty.values():
-            if not copy.stuck:
-                (small if copy.row.committed - copy.sent <= bound else large).append(copy)
         room = self._window_bytes - self.flight_bytes
-        pieces = Pieces(self.session, now)
-        lone = not self.flight_bytes
-        left = self.fills.gather(small, pieces, min(FRAME_BYTES_TARGET, room), lone) if room > 0 else small
+        if room <= 0:
+            return False
+        pieces, lone = Pieces(self.session, now), not self.flight_bytes
+        left, large = self.fills.gather(self.dirty.values(), pieces, min(FRAME_BYTES_TARGET, room), lone, bound)
         room -= min(FRAME_BYTES_TARGET, self._window_bytes // 2)
         if large and room > 0 and not left:
             large.sort(key=lambda copy: (copy.row.committed - copy.sent, copy.no))
-            self.fills.gather(large, pieces, min(FRAME_BYTES_TARGET, room), lone)
+            self.fills.gather(large, pieces, min(FRAME_BYTES_TARGET, room), lone, UNBOUNDED)
         self.dirty = {number: copy for number, copy in self.dirty.items() if copy.sent < copy.row.committed or copy.sent_ids < copy.row.ids}
-        if not pieces.nos:
+        if not pieces.items:
             return False
+        pieces.close()
         pieces.id = next(self._capture_ids)
         self.captures[pieces.id] = pieces
         self.flight_bytes += pieces.bytes
         columns = (pieces.rows, pieces.row_generations, pieces.starts, pieces.counts, pieces.blocks, pieces.generations, pieces.flags)
-        self.out.append(Capture(pieces.id, self.stream, self.epoch, *map(tuple, columns)))
+        self.out.append(Capture(pieces.id, self.stream, self.epoch, *columns))
         return True
 
     def captured(self, event: Captured) -> None:
@@ -281,10 +269,8 @@ class Flow:
             self._leave(first, first.done)
 
     def _leave(self, pieces: Pieces, event: Captured) -> None:
-        keep = list(range(len(pieces.nos)))
-        if event.stale and not pieces.spoiled:
-            keep = self._unstale(pieces, event.stale)
-        if pieces.spoiled or not keep:
+        keep = self._unstale(pieces, event.stale) if event.stale and not pieces.spoiled else None
+        if pieces.spoiled or keep == []:
             if event.buffer:
                 self.out.append(FreeBuffer(event.buffer))
             if pieces.session == self.session and self.live:
@@ -293,9 +279,9 @@ class Flow:
             return
         self.kv_number += 1
         columns = (pieces.nos, pieces.starts, pieces.counts, pieces.blocks, pieces.generations, pieces.flags)
-        if len(keep) < len(pieces.nos):
-            columns = tuple([column[index] for index in keep] for column in columns)
-        message = KvFrame(self.session, self.epoch, self.kv_number, self.ids_number, *map(tuple, columns), event.sums)
+        if keep is not None:
+            columns = tuple(tuple([column[index] for index in keep]) for column in columns)
+        message = KvFrame(self.session, self.epoch, self.kv_number, self.ids_number, *columns, event.sums)
         self.out.append(SendKv(self.link, message, event.buffer))
         self.kv_flight.append((self.kv_number, event.payload_bytes, pieces.copies, pieces.ends, pieces.at_ns))
         self.flight_bytes += event.payload_bytes

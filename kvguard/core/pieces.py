@@ -36,31 +36,25 @@ class Copy:
 
 
 class Pieces:
-    """Columns of one capture, and by copy where it began and ends. `spoiled`: what it holds must not be sent any more."""
+    """One capture. `items` while it is gathered: (row, row generation, no, start, count, block, generation, flag); `moves`: (copy, begin, end).
 
-    __slots__ = (
-        "blocks", "bytes", "copies", "counts", "done", "ends", "flags", "generations", "id", "nos", "row_generations", "rows", "session", "spoiled", "starts",
-        "begins", "at_ns",
-    )  # fmt: skip
+    `close` turns both into columns. `spoiled`: what it holds must not be sent any more.
+    """
 
     def __init__(self, session: int, at_ns: int) -> None:
         self.id = 0
         self.session = session
         self.at_ns = at_ns
-        self.rows: list[int] = []
-        self.row_generations: list[int] = []
-        self.nos: list[int] = []
-        self.starts: list[int] = []
-        self.counts: list[int] = []
-        self.blocks: list[int] = []
-        self.generations: list[int] = []
-        self.flags: list[int] = []
-        self.copies: list[Copy] = []
-        self.begins: list[int] = []
-        self.ends: list[int] = []
+        self.items: list[tuple[int, ...]] = []
+        self.moves: list[tuple[Copy, int, int]] = []
         self.bytes = 0
         self.spoiled = False
         self.done = None
+
+    def close(self) -> None:
+        self.rows, self.row_generations, self.nos, self.starts, self.counts, self.blocks, self.generations, self.flags = zip(*self.items, strict=True)
+        copies, begins, ends = zip(*self.moves, strict=True)
+        self.copies, self.begins, self.ends = copies, list(begins), list(ends)
 
 
 class Fills:
@@ -107,52 +101,52 @@ class Fills:
                 shared = shared or entry[USES] > 1
         return shared
 
-    def gather(self, copies: list[Copy], pieces: Pieces, budget: int, lone: bool = False) -> list[Copy]:
-        """Pieces for as many of `copies`, in order, as `budget` bytes allow; `sent` moves. Returns the copies that have more to send.
+    def gather(self, copies, pieces: Pieces, budget: int, lone: bool, bound: int) -> tuple[list[Copy], list[Copy]]:
+        """Pieces for as many of `copies`, in order, as `budget` bytes allow; `sent` moves. Returns those left behind, and those whose backlog is over `bound`.
 
         `lone`: nothing is in flight, so one piece goes however wide it is."""
         shape, table = self.shape, self.table
         tokens, width, plain = shape.block_tokens, shape.token_bytes, shape.addressable
         left: list[Copy] = []
-        total, room = pieces.bytes, PIECES_PER_FRAME_MAX - len(pieces.nos)
-        rows, row_generations, nos, starts = pieces.rows.append, pieces.row_generations.append, pieces.nos.append, pieces.starts.append
-        counts, blocks, generations, flags = pieces.counts.append, pieces.blocks.append, pieces.generations.append, pieces.flags.append
-        out, begins, ends = pieces.copies.append, pieces.begins.append, pieces.ends.append
+        large: list[Copy] = []
+        item, move = pieces.items.append, pieces.moves.append
+        room = PIECES_PER_FRAME_MAX - len(pieces.items)
         for copy in copies:
             row, start = copy.row, copy.sent
             end = row.committed
             if end > copy.sent_ids:
                 end = copy.sent_ids
             count = end - start
-            if count <= 0:
+            if count <= 0 or copy.stuck:
+                continue
+            if count > bound:
+                large.append(copy)
                 continue
             slot = start % tokens
-            size = count * width
-            if slot and plain and slot + count <= tokens and total + size <= budget and room > 0:
-                block, generation = row.blocks[start // tokens], row.generations[start // tokens]
+            if slot and plain and slot + count <= tokens and room > 0:
+                size = pieces.bytes + count * width
+                index = start // tokens
+                block, generation = row.blocks[index], row.generations[index]
                 entry = table.get(block)
-                if entry is not None and entry[FILLED] == slot and entry[GENERATION] == generation:
-                    rows(copy.number), row_generations(row.generation), nos(copy.no), starts(start)
-                    counts(count), blocks(block), generations(generation), flags(PIECE_TOKENS)
-                    out(copy), begins(start), ends(end)
+                if size <= budget and entry is not None and entry[FILLED] == slot and entry[GENERATION] == generation:
+                    item((copy.number, row.generation, copy.no, start, count, block, generation, PIECE_TOKENS))
+                    move((copy, start, end))
                     entry[FILLED] = slot + count
                     copy.sent = end
-                    total += size
+                    pieces.bytes = size
                     room -= 1
                     continue
-            pieces.bytes = total
             self._walk(copy, end, pieces, budget, lone)
-            total, room = pieces.bytes, PIECES_PER_FRAME_MAX - len(pieces.nos)
+            room = PIECES_PER_FRAME_MAX - len(pieces.items)
             if copy.sent < end:
                 left.append(copy)
-        pieces.bytes = total
-        return left
+        return left, large
 
     def _walk(self, copy: Copy, end: int, pieces: Pieces, budget: int, lone: bool) -> None:
         """The general case: block by block, referring to what the holder already has."""
         shape, row, start = self.shape, copy.row, copy.sent
         tokens, begin = shape.block_tokens, start
-        while start < end and len(pieces.nos) < PIECES_PER_FRAME_MAX:
+        while start < end and len(pieces.items) < PIECES_PER_FRAME_MAX:
             index, slot = divmod(start, tokens)
             block, generation = row.blocks[index], row.generations[index]
             count = min(tokens - slot, end - start)
@@ -172,18 +166,9 @@ class Fills:
                     break
             entry = self._enter(copy, index, block, generation)
             entry[FILLED] = max(entry[FILLED], slot + count)
-            pieces.rows.append(copy.number)
-            pieces.row_generations.append(row.generation)
-            pieces.nos.append(copy.no)
-            pieces.starts.append(start)
-            pieces.counts.append(count)
-            pieces.blocks.append(block)
-            pieces.generations.append(generation)
-            pieces.flags.append(flag)
+            pieces.items.append((copy.number, row.generation, copy.no, start, count, block, generation, flag))
             pieces.bytes += size
             start += count
         if start > begin:
             copy.sent = start
-            pieces.copies.append(copy)
-            pieces.begins.append(begin)
-            pieces.ends.append(start)
+            pieces.moves.append((copy, begin, start))

@@ -321,6 +321,7 @@ class World:
             position, ids = held.get(copy.row.sequence, (0, 0))
             assert copy.acked <= position, f"{copy.row.sequence}: {copy.acked} acknowledged, {position} held"
             if copy.row is self.row_now(copy.number):
+                assert self.kept(copy.row.sequence, copy.acked) == self.slots(self.engine.rows[copy.number])[: copy.acked], f"{copy.row.sequence}: bytes"
                 assert copy.acked_ids <= ids, f"{copy.row.sequence}: {copy.acked_ids} ids acknowledged, {ids} held"
 
     def row_now(self, number: int):
@@ -333,6 +334,14 @@ class World:
             return {}
         holding = self.store.holding(STREAM)
         return {name: (position, ids) for name, position, ids in zip(holding.sequences, holding.positions, holding.ids, strict=True)}
+
+    def kept(self, name: str, position: int) -> list[int]:
+        """What the holder would give back for [0, position)."""
+        data = self.store.read(STREAM, name, Span(0, position)) if position else b""
+        return [int.from_bytes(data[at : at + TOKEN_BYTES], "little") for at in range(0, len(data), TOKEN_BYTES)][:position]
+
+    def slots(self, sequence: Sequence) -> list[int]:
+        return [self.engine.pool[block][slot] for block in sequence.blocks for slot in range(TOKENS)]
 
     def drain(self) -> None:
         """Faults stop; everything that is committed must arrive."""
@@ -360,10 +369,7 @@ class World:
         held = self.held()
         assert {name: (s.committed, len(s.ids)) for name, s in rows.items()} == held
         for name, s in rows.items():
-            data = self.store.read(STREAM, name, Span(0, s.committed))
-            slots = [self.engine.pool[block][slot] for block in s.blocks for slot in range(TOKENS)]
-            kept = [int.from_bytes(data[at : at + TOKEN_BYTES], "little") for at in range(0, len(data), TOKEN_BYTES)]
-            assert kept[: s.committed] == slots[: s.committed], name
+            assert self.kept(name, s.committed) == self.slots(s)[: s.committed], name
             assert self.store.verify(STREAM, name)[name] == s.committed
         _, pages = self.store.pages(STREAM)
         for name, ids in zip(pages.sequences, pages.ids, strict=True):

@@ -8,9 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamworld import World
+from streamworld import MS, World
 
-DEEDS = ("open", "grow", "grow", "cut", "release", "look", "look", "capture", "ids", "kv", "back", "lose_ids", "lose_kv", "damage", "twice", "down", "up", "wait")
+from kvguard.core.events import Tick
+
+DEEDS = (
+    "open", "open", "grow", "grow", "grow", "cut", "cut", "release", "look", "look", "look", "capture", "capture", "ids", "ids", "kv", "kv", "back", "back", "turn", "turn",
+    "lose_ids", "lose_kv", "damage", "twice", "down", "up", "wait",
+)  # fmt: skip
 
 
 def act(world: World, deed: str, a: int, b: int) -> None:
@@ -28,6 +33,13 @@ def act(world: World, deed: str, a: int, b: int) -> None:
             world.look()
         case "capture":
             world.capture(a)
+        case "turn":
+            world.up()
+            world.look()
+            for _ in range(a):
+                world.capture(b)
+                for pipe in (world.ids, world.kv, world.back) if b % 2 else (world.kv, world.ids, world.back):
+                    world.deliver(pipe)
         case "ids" | "kv" | "back":
             world.deliver(getattr(world, deed))
         case "lose_ids" | "lose_kv":
@@ -43,13 +55,11 @@ def act(world: World, deed: str, a: int, b: int) -> None:
         case "up":
             world.up()
         case "wait":
-            from kvguard.core.events import Tick
-
-            world.now += b * 20_000_000
+            world.now += b * 5 * MS
             world.tell(Tick())
 
 
-script = st.lists(st.tuples(st.sampled_from(DEEDS), st.integers(0, 7), st.integers(1, 14)), max_size=120)
+script = st.lists(st.tuples(st.sampled_from(DEEDS), st.integers(0, 7), st.integers(1, 14)), max_size=150)
 
 
 @pytest.mark.parametrize("addressable", [True, False])
