@@ -211,6 +211,9 @@ class Coordinator:
         member = known.membership.members[instance][rank]
         if member.lost or rank_beat.state == "lost":
             return  # a recovery has it: its replacement counts when Done says so
+        if rank_beat.epoch.counter < known.epoch(instance).counter:
+            known.note_once("stale_rank", f"{instance}/{rank}", f"a former life on {node} still is in epoch {rank_beat.epoch.counter}", node, rank_beat.stream)
+            return
         home = known.membership.nodes.get(member.node)
         idle = member.beat is None or not member.beat.sequences
         if member.node == node or (idle and (home is None or home.state == DEAD or member.absent_ns is not None)):

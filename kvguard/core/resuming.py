@@ -180,12 +180,15 @@ def say_resumed(known: Known, instance: str) -> None:
 
 
 def _unpin(known: Known, instance: str) -> None:
-    record = known.rounds[instance].record
+    record, session = known.rounds[instance].record, known.membership.sessions.get(instance)
+    busy = session is not None and session.scheduled > 0
     for rank in record.lost:
         place = known.membership.members.get(instance, {}).get(rank)
         beat = place.beat if place is not None else None
         if record.former and (beat is None or beat.stream != place.stream or beat.state != "protected" or beat.epoch.counter < record.epoch.counter):
             return
+        if record.former and not beat.acked and (busy or known.sequences(instance)):
+            return  # a pool whose table nobody has looked at yet has nothing unprotected, and nothing protected either
     if record.former:
         for node in known.linked():
             known.tell_node(node, Resumed(instance, record.epoch, record.former))

@@ -25,6 +25,8 @@ def on_hello(known: Known, link: str, message: EmitterHello, start) -> None:
         session.progress, session.rose_ns, session.scheduled, session.busy_ns = old.progress, old.rose_ns, old.scheduled, old.busy_ns
         session.fenced = max(session.fenced, old.fenced)
     known.membership.sessions[instance] = session
+    if again:
+        _adopted(known, instance, message.epoch.counter)
     pending = known.resumes.get(instance)
     unheard = pending is not None and not pending.error and instance in known.unheard
     raised = False
@@ -71,12 +73,11 @@ def _mine(known: Known, link: str, message) -> Session | None:
 
 
 def on_beat(known: Known, link: str, message: EmitterBeat) -> None:
-    """Its epoch tells that the emitter stopped in it, not that it adopted: a fenced emitter states the new epoch while it waits for its Resume."""
     session = _mine(known, link, message)
     if session is None:
         return
     known.membership.emitter_beat(known.fair_ns, session, message)
-    session.fenced = max(session.fenced, message.epoch.counter)
+    session.fenced = max(session.fenced, message.epoch.counter, message.fenced)
     if session.ended:
         session.ended = False
         known.note("emitter", message.instance, "the emitter that was called silent is heard again")
@@ -89,10 +90,15 @@ def on_adopted(known: Known, link: str, message: Adopted) -> None:
     session = _mine(known, link, message)
     if session is not None:
         session.seen_ns, session.fenced = known.fair_ns, max(session.fenced, message.epoch.counter)
-        pending = known.resumes.get(message.instance)
-        if pending is not None and message.epoch.counter >= pending.epoch.counter:
-            del known.resumes[message.instance]
-            known.persist(f"resume/{message.instance}", None)
+        _adopted(known, message.instance, message.epoch.counter)
+
+
+def _adopted(known: Known, instance: str, counter: int) -> None:
+    """The emitter goes on in that epoch: its Resume needs no saying again."""
+    pending = known.resumes.get(instance)
+    if pending is not None and counter >= pending.epoch.counter:
+        del known.resumes[instance]
+        known.persist(f"resume/{instance}", None)
 
 
 def on_delivered(known: Known, message: Delivered) -> None:

@@ -33,7 +33,7 @@ class Daemon:
 
     def host(self, rank: Rank, rows: dict, life: int = 1) -> StreamId:
         stream = StreamId(INSTANCE, rank, life)
-        self.ranks[rank] = {"stream": stream, "rows": rows, "alive": True, "incarnation": 10 * rank.pp + life, "progress": 1, "epoch": NO_EPOCH, "state": "protected"}
+        self.ranks[rank] = {"stream": stream, "rows": rows, "alive": True, "incarnation": 10 * rank.pp + life, "progress": 1, "epoch": NO_EPOCH, "state": "protected", "looked": True}
         return stream
 
     def hello(self) -> m.NodeHello:
@@ -47,7 +47,8 @@ class Daemon:
 
     def _rank_beat(self, has: dict) -> m.RankBeat:
         state = has["state"] if has["alive"] else "lost"
-        numbers = (len(has["rows"]), 0, 0, 0, 0, 0, 0.0)
+        committed = sum(position for position, _ in has["rows"].values())
+        numbers = (len(has["rows"]), 0, committed, committed if has["looked"] else 0, 0, 0, 0.0)
         return m.RankBeat(has["stream"], has["epoch"], has["incarnation"], f"engine of {has['stream'].rank}", state, "", (), *numbers, has["progress"])
 
     def kill_rank(self, rank: Rank) -> m.Fault:
@@ -71,7 +72,7 @@ class Daemon:
             return self._rebuild(message)
         if isinstance(message, m.Resumed):
             for has in self.ranks.values():
-                has["epoch"] = message.epoch
+                has["epoch"] = message.epoch if not has.get("fenced") else has["epoch"]
             self.dropped += message.unpinned
         return []
 
@@ -132,7 +133,7 @@ class Emitter:
         return m.EmitterHello(INSTANCE, self.incarnation, self.epoch)
 
     def beat(self) -> m.EmitterBeat:
-        return m.EmitterBeat(INSTANCE, self.incarnation, max(self.epoch, self.fenced), self.scheduled, self.progress)
+        return m.EmitterBeat(INSTANCE, self.incarnation, self.epoch, self.scheduled, self.progress, self.fenced.counter)
 
     def hears(self, message) -> list:
         if isinstance(message, m.Welcome):

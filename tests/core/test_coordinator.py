@@ -296,6 +296,45 @@ def test_failover_on_order():
     assert states(cast)["0.1.0"][0] == "c" and cast.emitter.resumes[-1].sequences[0].rung == "replica"
 
 
+def test_a_former_life_that_is_fenced_on_the_same_node_is_no_new_loss():
+    cast = three_stages()
+    for name in "ac":
+        cast.daemons[name].standbys = []
+    cast.run(200)
+    old = {**cast.daemons["b"].ranks[R1], "fenced": True}
+    cast.ask("failover", instance=INSTANCE, rank="0.1.0")
+    cast.drain()
+    b = cast.daemons["b"]
+    fresh = b.ranks[R1]
+    b.ranks = {Rank(0, 1, 0): fresh, Rank(9, 9, 9): old}  # the fenced process still is there, under its old stream
+    cast.run(1000)
+    assert cast.epoch() == 1 and states(cast)["0.1.0"][0] == "b" and len(cast.noted("stale_rank")) == 1
+
+
+def test_former_lives_stay_until_the_new_one_has_something_acknowledged():
+    cast = three_stages()
+    cast.kill(cast.daemons["b"])
+    while not cast.emitter.resumes:
+        cast.run(50)
+    cast.daemons["c"].ranks[R1]["looked"] = False
+    cast.run(500)
+    assert not cast.daemons["c"].dropped, "nothing unprotected, because nobody has looked yet"
+    cast.daemons["c"].ranks[R1]["looked"] = True
+    cast.run(300)
+    assert cast.daemons["c"].dropped == [StreamId(INSTANCE, R1, 1)]
+
+
+def test_rank_and_holder_together_need_the_emitters_word_and_fall_to_the_tokens():
+    cast = three_stages()
+    cast.daemons["a"].standbys = [5001, 5002]
+    cast.run(100)
+    cast.kill(cast.daemons["b"])
+    cast.kill(cast.daemons["c"])
+    cast.run(2500)
+    (resume,) = [resume for resume in cast.emitter.resumes if resume.sequences]
+    assert {e.sequence: (e.position, e.rung) for e in resume.sequences} == {"s": (0, "tokens"), "t": (0, "tokens")} and not resume.error
+
+
 def test_nobody_speaks_for_another_node():
     cast = three_stages()
     cast.queue.append(Arrived(cast.daemons["a"].link, cast.daemons["b"].kill_rank(R1)))
