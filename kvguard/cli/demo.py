@@ -27,4 +27,4 @@ def demo(**options) -> None:
     """Kill something in mid-generation and watch the text go on, identical."""
     if options["corrupt"] == "replica" and options["kill"] != "node":
         raise click.UsageError("--corrupt replica goes with --kill node only: no other kill restores from a replica")
-    sys.exit(importlib.import_module("kvguard.pipeline.demo").run(**options))
+    sys.exit(importlib.import_module("kvguard.pipeline.demo").main(**options))

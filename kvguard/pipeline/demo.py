@@ -62,7 +62,7 @@ class Options:
             faults.append(f"--corrupt {self.corrupt} is neither replica nor frame")
         if self.corrupt == "replica" and self.kill != "node":
             faults.append("--corrupt replica is the negative control of a restored replica. Try: --kill node")
-        if not 0 <= self.at_token < self.max_tokens:
+        if self.kill != "none" and not 0 <= self.at_token < self.max_tokens:
             faults.append(f"--at-token {self.at_token} is outside 0..{self.max_tokens - 1}")
         if not 1 <= self.sequences <= 16:
             faults.append(f"--sequences {self.sequences} is outside 1..16")
@@ -300,7 +300,7 @@ class Demo:
                     continue
                 arguments = {"instance": INSTANCE, "rank": rank["rank"], "sequences": [f"after-{i}" for i in range(self.options.sequences)]}
                 sums = self.world.query(self.world.node_named(rank["holders"][0]), "sums", arguments)["sums"]
-                found[rank["rank"]] = {str(i): sums.get(f"after-{i}", []) for i in range(self.options.sequences)}
+                found[rank["rank"]] = {str(i): [f"{one:016x}" for one in sums.get(f"after-{i}", [])] for i in range(self.options.sequences)}
             return all(len(found.get(rank, {}).get(i, [])) >= len(sums) for rank, one in digests.items() for i, sums in one.items())
 
         self.world.wait_until("the replicas complete", complete, 15.0)
@@ -379,6 +379,22 @@ def prompts_of(options: Options, model: Path) -> list:
         return [[(7 * i + 3 * j) % 50 + 1 for j in range(24 + 5 * i)] for i in range(options.sequences)]
     chosen = [PROMPTS[i % len(PROMPTS)] for i in range(options.sequences)]
     return [options.prompt, *chosen[1:]] if options.prompt else chosen
+
+
+def main(output: str, **given) -> int:
+    """What the command line calls: runs, prints the document or the table, returns the exit code."""
+    import json
+
+    from rich.console import Console
+
+    out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+    document = run(Options(**given), say=lambda line: err.print(f"[dim]{line}[/dim]"))
+    if output == "json":
+        print(json.dumps(document, ensure_ascii=False, indent=1))
+    else:
+        out.print(document["text"], style="italic")
+        report.render(document, out)
+    return 0 if report.passed(document) else 1
 
 
 def run(options: Options, say=lambda line: None) -> dict:
