@@ -108,6 +108,7 @@ _HEAD = multipliers(np.arange(fmt.HEAD_WORDS, dtype=U64) + U64(fmt.HEAD_SALT))
 _HEAD_FOLD = np.where(np.arange(fmt.HEAD_WORDS) == fmt.H_SUM, U64(0), U64(fmt.FOLD))
 _HOT, _COLD, _ALL = slice(0, fmt.HOT_WORDS), slice(fmt.HOT_WORDS, fmt.HEAD_WORDS), slice(0, fmt.HEAD_WORDS)
 _HALF = U64(32)
+HOT_COLUMN = np.ascontiguousarray(_HEAD[_HOT])[:, None]  # for heads by word
 _META = multipliers(np.arange(fmt.META_WORDS, dtype=U64) + U64(fmt.META_SALT))
 
 

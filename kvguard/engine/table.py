@@ -17,6 +17,7 @@ from collections import deque
 import numpy as np
 
 from kvguard.engine import memory
+from kvguard.engine.batch import DecodeBatch
 from kvguard.engine.memory import U64
 from kvguard.format import rows as fmt
 from kvguard.format.rows import Geometry
@@ -39,7 +40,7 @@ class TableWriter:
         self._cold_sums = np.zeros(rows, U64)  # of each row's head: the share of its checksum that a decoding commit doesn't change
         self._slots = np.full(rows, -1, np.int64)  # positions that the row's blocks can take; -1 where no sequence is
         self._checked = b""  # the last batch's rows, known to be distinct rows of this table
-        self._batch: tuple[np.ndarray, np.ndarray] | None = None  # rows and heads of the one batch that is all of this step
+        self._batch: DecodeBatch | None = None  # the rows of the last batch, while nothing else touches them
         self._references = np.zeros(self.geometry.blocks, np.int32)
         self._names: dict[str, int] = {}
         self._metas: dict[int, fmt.Meta] = {}
@@ -94,14 +95,17 @@ class TableWriter:
         return self._metas[row]
 
     def accepted(self, row: int) -> int:
+        self._settle()
         return int(self._heads[row, fmt.H_ACCEPTED])
 
     def blocks(self, row: int) -> list[int]:
         """The row's block list, staged appends included."""
+        self._settle()
         return self.views.row_blocks[row, : int(self._heads[row, fmt.H_BLOCKS])].tolist()
 
     def ids(self, row: int) -> np.ndarray:
         """The row's ids, u32, staged appends included; a copy."""
+        self._settle()
         return self.views.ids[row, : int(self._heads[row, fmt.H_IDS])].copy()
 
     # ---- staging ----------------------------------------------------------------------------------------------------------------
@@ -114,6 +118,7 @@ class TableWriter:
             raise ValueError(f"all {self.geometry.rows} rows of the commit table are taken. Try: attach with rows= for more sequences at once")
         meta = fmt.Meta(sequence, lineage, request)
         words = np.array(fmt.meta_words(meta), U64)  # raises ValueError before anything changes
+        self._settle()
         row = self._free.popleft()
         slot = int(self._heads[row, fmt.H_FLAGS]) & fmt.META_SLOT ^ fmt.META_SLOT  # the other one: a reader may still be in the last
         head = [0] * fmt.HEAD_WORDS
@@ -131,6 +136,7 @@ class TableWriter:
 
     def commit(self, row: int, length: int, ids=(), blocks=_NO_BLOCKS, sampler: bytes | None = None) -> None:
         """Stage: `ids` and `blocks` are appended, and `length` positions are accepted once the present step is complete. Raises ValueError."""
+        self._settle()
         head = self._heads[row].tolist()
         if not head[fmt.H_FLAGS] & fmt.OPEN:
             raise ValueError(f"row {row} holds no sequence: released?")
@@ -170,6 +176,15 @@ class TableWriter:
         if not len(rows):
             return
         key = rows.tobytes()
+        if ids is not None and not self._any_staged and self._latest < self.step and self._written[0] >= self._latest:
+            if self._batch is not None and self._batch.key != key:
+                self._settle()
+            if self._batch is None and key == self._checked:  # the second time: it pays
+                self._batch = DecodeBatch(self, rows, key)
+            if self._batch is not None and self._batch.stage(self.step, lengths, as_ids(ids), blocks):
+                self._latest, self._any_staged = self.step, True
+                return
+        self._settle()
         if key != self._checked:
             self._check_rows(rows)
             self._checked = key
@@ -202,9 +217,16 @@ class TableWriter:
         self._shift(heads)
         signed[:, fmt.H_ACCEPTED] = lengths
         self._heads[rows] = heads
-        self._batch = None if self._any_staged else (rows, heads)
         self._any_staged = True
         self._staged[rows] = True
+
+    def _settle(self) -> None:
+        """From here on the private heads alone are what next versions are made from."""
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            batch.write_back()
+            if batch.staged:
+                self._staged[batch.rows] = True
 
     def _count_blocks(self, blocks: dict, heads: np.ndarray, slots: np.ndarray) -> None:
         """Add what a batch appends to `slots` [n]. Raises ValueError."""
@@ -303,14 +325,13 @@ class TableWriter:
         """Make all staged rows visible; returns how many."""
         if not self._any_staged:
             return 0
-        if self._batch is None:
-            rows = np.flatnonzero(self._staged)
-            heads = self._heads.take(rows, 0)
-        else:
-            rows, heads = self._batch
-        self._publish(rows, heads)
+        self._any_staged = False
+        if self._batch is not None and self._batch.staged:
+            self._batch.publish()
+            return len(self._batch.rows)
+        rows = np.flatnonzero(self._staged)
+        self._publish(rows, self._heads.take(rows, 0))
         self._staged[rows] = False
-        self._batch, self._any_staged = None, False
         return len(rows)
 
     def _publish(self, rows: np.ndarray, heads: np.ndarray) -> None:
@@ -331,7 +352,6 @@ class TableWriter:
         head = self._heads[row]
         self._cold_sums[row] = memory.cold_sums(head[None])[0]
         self._slots[row] = int(head[fmt.H_BLOCKS]) * self.geometry.block_tokens if int(head[fmt.H_FLAGS]) & fmt.OPEN else -1
-        self._batch = None
 
     def _publish_one(self, row: int) -> None:
         rows = np.array([row])
@@ -340,12 +360,14 @@ class TableWriter:
 
     def roll_back(self) -> None:
         """Forget all staged commits: the step failed, or its epoch is over. Blocks that only they referenced get new generations."""
+        self._settle()
         for row in np.flatnonzero(self._staged).tolist():
             self.unstage(row)
-        self._batch, self._any_staged = None, False
+        self._any_staged = False
 
     def unstage(self, row: int) -> None:
         """Forget the staged commits of one row; a sequence opened in this step is not known any more."""
+        self._settle()
         staged = self._heads[row].copy()
         seen = self.views.heads[row, int(self._versions[row]) & 1].copy()
         same = bool(seen[fmt.H_FLAGS] & U64(fmt.OPEN)) and seen[fmt.H_BIRTH] == staged[fmt.H_BIRTH]
@@ -368,6 +390,7 @@ class TableWriter:
 
         `lineage`: the sequence's after a plan; unchanged without.
         """
+        self._settle()
         head = self._heads[row].tolist()
         if not head[fmt.H_FLAGS] & fmt.OPEN:
             raise ValueError(f"row {row} holds no sequence: released?")
@@ -397,6 +420,7 @@ class TableWriter:
 
     def release(self, row: int) -> None:
         """The sequence is over, at once; blocks that no row references any more get new generations. Raises ValueError for a row that holds none."""
+        self._settle()
         head = self._heads[row].tolist()
         if not head[fmt.H_FLAGS] & fmt.OPEN:
             raise ValueError(f"row {row} holds no sequence: released twice?")

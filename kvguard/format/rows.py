@@ -48,7 +48,7 @@ COUNTER_AT = 9 * LINE  # the last generation given out
 # Words of a head. The first HOT_WORDS are what decoding changes; the rest changes with samplers, generations and lineage.
 (
     H_VERSION, H_ACCEPTED, H_STEP, H_PRIOR, H_PRIOR_STEP, H_BASE, H_IDS, H_IDS_HASH, H_BLOCKS, H_BLOCKS_HASH,
-    H_FLAGS, H_BIRTH, H_GENERATION, H_PREVIOUS, H_KEPT, H_KEPT_BLOCKS, H_META_HASH, H_SAMPLER, _, _, _, H_SUM,
+    H_SUM, H_FLAGS, H_BIRTH, H_GENERATION, H_PREVIOUS, H_KEPT, H_KEPT_BLOCKS, H_META_HASH, H_SAMPLER, _, _, _,
 ) = range(22)  # fmt: skip
 HOT_WORDS = 10
 HEAD_WORDS = 24  # three cache lines; two words spare, zero
@@ -230,7 +230,7 @@ def head_words(head: Head) -> tuple[int, ...]:
     """The HEAD_WORDS words of a version, checksum included."""
     flags = (OPEN if head.is_open else 0) | (META_SLOT if head.meta_slot else 0) | len(head.sampler) << 8
     sampler = struct.unpack("<4Q", head.sampler.ljust(SAMPLER_BYTES_MAX, b"\0"))
-    words = [*head[:H_FLAGS], flags, *head[H_BIRTH:H_SAMPLER], *sampler, 0, 0, 0]
+    words = [*head[:H_SUM], 0, flags, *head[H_SUM + 1 : H_SUM + 7], *sampler, 0, 0]
     words[H_SUM] = head_sum(words)
     return tuple(words)
 
@@ -299,7 +299,7 @@ def decode_head(words, version: int, geometry: Geometry) -> Head | None:
     if words[H_VERSION] != version or words[H_SUM] != head_sum(words) or sampler_bytes > SAMPLER_BYTES_MAX:
         return None
     sampler = struct.pack("<4Q", *words[H_SAMPLER : H_SAMPLER + 4])[:sampler_bytes]
-    head = Head(*words[:H_FLAGS], bool(flags & OPEN), *words[H_BIRTH:H_SAMPLER], sampler, int(bool(flags & META_SLOT)))
+    head = Head(*words[:H_SUM], bool(flags & OPEN), *words[H_BIRTH:H_SAMPLER], sampler, int(bool(flags & META_SLOT)))
     return head if in_bounds(head, geometry) else None
 
 

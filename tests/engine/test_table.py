@@ -46,6 +46,63 @@ def perform(writer: TableWriter, operation: tuple) -> None:
     writer.publish()
 
 
+@SLOW
+@given(st.data())
+def test_rows_that_decode_together_make_the_same_bytes(data) -> None:
+    """The same batch again and again, with blocks, lagging completion, rolled back steps and other operations in between."""
+    table, memory, writer = PureTable(), new_memory(), TableWriter.create(GEOMETRY)
+    reader, mirror = TableReader(os.dup(writer.fd)), Mirror()
+    for row in range(3):
+        operation = ("open", row, f"s{row}", 0, b"request", 1, 2, (1, 2, 3), (4 * row,), b"")
+        apply(memory, getattr(table, operation[0])(*operation[1:]))
+        perform(writer, operation)
+    rows = np.array(data.draw(st.sampled_from([(0, 1, 2), (2, 0)])))
+    for step in range(2, data.draw(st.integers(4, 16))):
+        writer.step = step
+        room = all(len(table.rows[row].ids) < GEOMETRY.ids_per_row for row in rows)
+        blocks = {}
+        for index, row in enumerate(rows.tolist()):
+            listed = len(table.rows[row].blocks)
+            if listed < 4 and data.draw(st.integers(0, 3)) == 0:
+                blocks[index] = [4 * row + listed]
+        slots = [4 * (len(table.rows[row].blocks) + (index in blocks)) for index, row in enumerate(rows.tolist())]
+        lengths = [min(slot, len(table.rows[row].ids) + 1) for slot, row in zip(slots, rows.tolist(), strict=True)]
+        ids = data.draw(st.lists(st.integers(0, 2**32 - 1), min_size=len(rows), max_size=len(rows)))
+        if not room:
+            with pytest.raises(ValueError, match="over the table's"):
+                writer.commit_batch(rows, lengths, ids)
+            break
+        if data.draw(st.integers(0, 5)) == 0:
+            writer.commit_batch(rows, lengths, ids, blocks)
+            writer.roll_back()
+            for block in sorted(block for listed in blocks.values() for block in listed):  # the pure table never staged them
+                table.counter += 1
+                table.block_generations[block] = table.counter
+            return_to = bytes(writer.views.body)
+            assert all(fmt.read_row(return_to, GEOMETRY, row) == table.rows[row] for row in range(3))
+            memory[:] = return_to  # what was appended but never visible stays
+            continue
+        writer.commit_batch(rows, lengths, ids, blocks)
+        writer.publish()
+        for index, row in enumerate(rows.tolist()):
+            apply(memory, table.commit(row, step, lengths[index], (ids[index],), blocks.get(index, ()), None))
+        done = data.draw(st.sampled_from([step, step, step - 1, None]))
+        if done is not None and done > table.written:
+            apply(memory, table.complete(done))
+            perform(writer, ("complete", done))
+        if data.draw(st.integers(0, 5)) == 0:
+            operation = ("truncate", data.draw(st.integers(0, 2)), 2, None)
+            apply(memory, table.truncate(*operation[1:]))
+            perform(writer, operation)
+        assert bytes(writer.views.body[64:]) == memory[64:]
+        if data.draw(st.booleans()):
+            mirror.take(reader.look())
+            assert mirror.rows == expected(table)
+    mirror.take(reader.look())
+    assert mirror.rows == expected(table)
+    writer.close()
+
+
 class Mirror:
     """What a core would know from looks alone."""
 
