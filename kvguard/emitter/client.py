@@ -245,7 +245,7 @@ class Emitter:
                 self._say_pending()
                 if time.monotonic() >= next_beat:
                     next_beat = time.monotonic() + self._beat_s
-                    self._say(messages.EmitterBeat(self.instance, self.incarnation, self._adopted, self._scheduled, self._progress))
+                    self._beat()
                 self._changed.notify_all()
 
     def _take(self, event) -> None:
@@ -296,6 +296,11 @@ class Emitter:
             if self.fenced is None:
                 os.eventfd_write(self._bell, 1)
             self._announced = messages.Fenced(self.instance, epoch, reason)
+            self._beat()  # at once: a round may wait for the word that nothing older reaches a client any more
+
+    def _beat(self) -> None:
+        fenced = max(self._announced.epoch.counter, self._adopted.counter)
+        self._say(messages.EmitterBeat(self.instance, self.incarnation, self._adopted, self._scheduled, self._progress, fenced))
 
     def _on_answer(self, link: str, answer: messages.Answer) -> None:
         question = self._questions.get(answer.id)
