@@ -158,16 +158,19 @@ class Acceptor:
         fd = part.get(zmq.SRCFD)
         if fd not in self._callers:
             return  # gone again
-        if self._shared.settings.keys is not None and part.get("User-Id") != greet.node:
-            raise BadFrame(f"claims to be {greet.node!r} with the key of {part.get('User-Id')!r}")
+        keys, node = self._shared.settings.keys, greet.node
+        if keys is not None:
+            node = part.get("User-Id")  # who doesn't know under which name it is listed may call itself anything that is nobody else's
+            if greet.node != node and greet.node in keys.allowed:
+                raise BadFrame(f"claims to be {greet.node!r} with the key of {node!r}")
         if not routing.startswith(f"{greet.node}#{greet.incarnation:016x}.".encode()):
             raise BadFrame("routing id and greeting differ")
         if len(self.links) >= LINKS_MAX:
             raise BadFrame(f"more than {LINKS_MAX} links")
-        for former in [link for link in self.links.values() if link.dialled_as == (greet.node, greet.link)]:
+        for former in [link for link in self.links.values() if link.dialled_as == (node, greet.link)]:
             self._end(former, "replaced by a newer link of the same node")
         link = Accepted(self._shared, f"in:{routing.decode(errors='replace')}", self._socket, routing, self._on_messages, self._end)
-        link.routing, link.fd, link.node, link.dialled_as = routing, fd, greet.node, (greet.node, greet.link)
+        link.routing, link.fd, link.node, link.dialled_as = routing, fd, node, (node, greet.link)
         self.links[link.name] = self._by_routing[routing] = self._by_fd[fd] = link
         self._callers[fd] = ""
         wants = greet.bulk and self._port is not None

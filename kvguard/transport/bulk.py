@@ -16,6 +16,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 from kvguard.errors import BadFrame
 from kvguard.format import wire
@@ -30,7 +31,7 @@ STRANGERS_MAX = 64
 STRANGER_WAIT_NS = 2_000_000_000
 SCRATCH_BYTES = 64 * 1024  # one read brings in many small frames, or a large frame's header
 READ_BYTES_MAX = 2 * 1024 * 1024  # per turn: other links wait meanwhile, and more would leave the processor's cache before it is looked at
-PARTS_MAX = 64
+PARTS_MAX = 16
 KERNEL_BYTES = 2 * 1024 * 1024  # more under way than the processor's cache holds is slower (measured), and bounds what a slow peer holds back
 STUCK_MS = 10_000  # unacknowledged by the peer's kernel for so long: the connection is broken
 
@@ -51,6 +52,7 @@ class BulkChannel:
         self._queue: deque[memoryview] = deque()
         self.queued_bytes = 0
         self._reading = False
+        self._wanted = 0  # what the descriptor is watched for
         self._memory = PayloadMemory()
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._start = self._end = 0  # of what is unread in the scratch
@@ -87,12 +89,15 @@ class BulkChannel:
 
     def flush(self) -> None:
         """Send what the kernel takes now."""
-        while self._queue:
+        full = False
+        while self._queue and not full:
+            parts = list(islice(self._queue, PARTS_MAX))
             try:
-                sent = self._socket.sendmsg([self._queue[i] for i in range(min(len(self._queue), PARTS_MAX))])
+                sent = self._socket.sendmsg(parts)
             except BlockingIOError:
                 break
             self.queued_bytes -= sent
+            full = sent < sum(map(len, parts))
             while sent and sent >= len(self._queue[0]):
                 sent -= len(self._queue.popleft())
             if sent:
@@ -100,7 +105,10 @@ class BulkChannel:
         self._interest()
 
     def _interest(self) -> None:
-        self._wakeup.change(self._socket.fileno(), (IN if self._reading else 0) | (OUT if self._queue else 0))
+        wanted = (IN if self._reading else 0) | (OUT if self._queue else 0)
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self._wakeup.change(self._socket.fileno(), wanted)
 
     def read(self) -> list[tuple[bytes, memoryview | None]]:
         """The frames that are complete, bounded per call. Raises BadFrame, or OSError when the peer closed."""

@@ -19,6 +19,7 @@ from kvguard import errors
 from kvguard.format import messages, wire
 from kvguard.transport.ask import ask
 from kvguard.transport.base import Down, Frame, Up
+from kvguard.transport.keys import Keys, generate
 from kvguard.transport.zeromq import ZeromqTransport
 from kvguard.types import NO_EPOCH, Epoch, Rank
 
@@ -37,8 +38,8 @@ def within(condition, what: str):
 class Standin:
     """A thread with a listening transport: keeps what it heard, says what it is told to, answers queries from a table."""
 
-    def __init__(self, address: str = "tcp://127.0.0.1:0", name: str = "coordinator"):
-        self.transport = ZeromqTransport(name, bulk=False)
+    def __init__(self, address: str = "tcp://127.0.0.1:0", name: str = "coordinator", keys: Keys | None = None):
+        self.transport = ZeromqTransport(name, keys, bulk=False)
         self.address = self.transport.listen(address)
         self.heard: list[messages.Message] = []
         self.answers: dict = {}
@@ -267,3 +268,24 @@ def test_ask(coordinator):
         ask(coordinator.address, "silence", timeout=0.2)
     with pytest.raises(errors.Unreachable):
         ask("tcp://127.0.0.1:1", "status", timeout=0.2)
+
+
+def test_ask_and_session_with_keys():
+    """The client's file lists the coordinator alone: it need not know under which name it is listed itself."""
+    theirs, ours, stranger = generate(), generate(), generate()
+    standin = Standin(keys=Keys(theirs.secret, theirs.public, {"gateway": ours.public}))
+    standin.welcome = messages.Welcome("llama", NO_EPOCH, (), False)
+    standin.answers = {"status": lambda arguments: {"ok": True}}
+    try:
+        listed = Keys(ours.secret, ours.public, {"coordinator": theirs.public})
+        assert ask(standin.address, "status", None, DEADLINE_S, listed) == {"ok": True}
+        with emitters.connect("llama", standin.address, listed) as client:
+            assert client.welcome(DEADLINE_S) == standin.welcome
+        with pytest.raises(errors.NotAuthorised):
+            ask(standin.address, "status", None, DEADLINE_S, Keys(stranger.secret, stranger.public, {"coordinator": theirs.public}))
+        with pytest.raises(errors.NotAuthorised):
+            ask(standin.address, "status", timeout=DEADLINE_S)
+        with pytest.raises(errors.BadConfig, match="no key is listed"):
+            ask(standin.address, "status", None, DEADLINE_S, listed, node="elsewhere")
+    finally:
+        standin.close()
