@@ -1,0 +1,333 @@
+"""The invariants of the house (section 4), each asserted by its name, over the whole world: what no single process could see.
+
+Knows: everything. Must not change anything.
+Invariants checked: I1 at every resumption and every applied piece, I3 at every promise, order and applied frame, I4 by content, I6 buffers and budgets, I7 by a
+bound on the time to drain, I8 at every heartbeat, I9 at rest.
+"""
+
+from __future__ import annotations
+
+from simulation.content import BLOCK_TOKENS, chain, read_slots, slot_bytes, token_in
+
+from kvguard.core import effects
+from kvguard.format import messages
+from kvguard.limits import HELD_FRAMES_MAX
+from kvguard.types import Rank
+
+MS = 1_000_000
+
+
+class Checks:
+    def __init__(self, world) -> None:
+        self.world = world
+        self._chains: dict[tuple, tuple[bytes, list[int]]] = {}
+        self._promised: dict[str, int] = {}  # by node: the highest promise that this machine ever wrote
+        self._fences: dict[tuple, tuple] = {}
+        self._plans: dict[tuple, bytes] = {}
+        self._raised = 0
+
+    # ---- around every effect ----
+
+    def before(self, life, effect) -> None:
+        kind = type(effect)
+        if kind is effects.Persist:
+            self._persist(life, effect)
+        elif kind is effects.Send:
+            message = effect.message
+            if type(message) is messages.Beat:
+                self._beat(life, message)
+            elif type(message) is messages.Fence and message.lost:
+                key = (message.instance, message.epoch)
+                assert self._fences.setdefault(key, message.lost) == message.lost, f"I3: epoch {key} means two things: {self._fences[key]} and {message.lost}"
+            elif type(message) is messages.PlanOrder:
+                key, packed = (message.instance, message.epoch), messages.pack(message)
+                assert self._plans.setdefault(key, packed) == packed, f"I3: two plans in epoch {key}"
+        elif kind is effects.Apply:
+            session = life.shell.store._sessions.get(effect.session)
+            if session is not None:
+                instance = session.replica.stream.instance
+                promise = life.core.promises.of(instance)
+                assert effect.message.epoch == promise, f"I3: a frame of {effect.message.epoch} is applied after the promise of {promise}"
+
+    def _persist(self, life, effect) -> None:
+        if effect.key.startswith("promise/"):
+            counter = int(effect.value.split(b" ")[0])
+            on_disk = life.shell.journal.values.get(effect.key)
+            assert on_disk is None or int(on_disk.split(b" ")[0]) < counter, f"I3: {life.name} promises {counter} after {on_disk}"
+        elif effect.key.startswith("epoch/"):
+            from kvguard.format import ledger
+
+            counter = ledger.unpack(effect.key, effect.value).counter
+            assert counter >= self._raised, f"I3: epoch {counter} is raised after {self._raised}"
+            self._raised = counter
+
+    def after(self, life, effect, told) -> None:
+        if type(effect) is effects.Apply and type(effect.message) is messages.KvFrame:
+            session = life.shell.store._sessions.get(effect.session)
+            if session is not None:
+                self.world.count("kv_frames_applied")
+                for no in dict.fromkeys(effect.message.nos):
+                    sequence = session._sequences.get(no)
+                    if sequence is not None:
+                        first = min(start for n, start in zip(effect.message.nos, effect.message.starts, strict=True) if n == no)
+                        self._content(life, session.replica, sequence, first)
+        elif type(effect) is effects.Capture:
+            stale = sum(len(event.stale) for event in told)
+            self.world.count("stale_pieces", stale)
+
+    def _content(self, life, replica, sequence, first: int = 0) -> None:
+        """I4, I9: what a replica holds at [first, position) is what these ids give, whatever came in whatever order."""
+        if sequence.position <= first:
+            return
+        assert sequence.known >= sequence.position, f"I6: {sequence.name}: {sequence.position} positions with {sequence.known} ids"
+        key = (life.name, str(replica.stream), sequence.name)
+        ids = bytes(sequence.ids)
+        cached = self._chains.get(key)
+        if cached is None or cached[0] != ids:
+            tokens = [int.from_bytes(ids[n : n + 4], "little") for n in range(0, len(ids), 4)]
+            cached = self._chains[key] = (ids, chain(tokens))
+        values, stage = cached[1], replica.stream.rank.pp
+        for position in range(first, sequence.position):
+            block = sequence.blocks[position // BLOCK_TOKENS]
+            slot = position % BLOCK_TOKENS
+            if self.world.addressable:
+                held = bytes(replica.arena.tokens(block, slot, 1))
+            else:
+                held = token_in(replica.arena.block(block), slot, False)
+            assert held == slot_bytes(values[position], stage), f"I1: {life.name} holds wrong bytes of {sequence.name} at {position} (stream {replica.stream}, block {block})"
+
+    def whole_store(self, life) -> None:
+        for replica in life.shell.store._replicas.values():
+            for sequence in replica.live():
+                self._content(life, replica, sequence)
+
+    # ---- after every turn of a node ----
+
+    def node_turn(self, life) -> None:
+        world, shell = self.world, life.shell
+        shell.store.check()
+        assert shell.buffers.total_bytes() <= 64 * world.window_bytes + (1 << 20), "I6: buffers grow"
+        for local in life.core.outbound.all():
+            for node, sender in local.senders.items():
+                if sender.state == "stream":
+                    self._acked(life, local, node, sender)
+        for receiver in life.core.inbound._streams.values():
+            assert len(receiver._ids_held) + len(receiver._kv_held) <= HELD_FRAMES_MAX, "I6: held frames"
+        for local in life.core.outbound.streams.values():
+            for copy in (copy for sender in local.senders.values() for copy in sender.flow.copies.values()):
+                assert copy.acked <= copy.row.committed or copy.row.generation not in copy.row.former, "I8: acknowledged beyond what is committed"
+
+    def _acked(self, life, local, node: str, sender) -> None:
+        """An acknowledged position is held, verified and of these very ids, by the holder's life that granted the session."""
+        holder = self.world.nodes[node].life
+        store = holder.shell.store if holder is not None else None
+        if store is None or store._current.get(local.stream) != sender.session:
+            return
+        replica = store._replicas[local.stream]
+        for copy in sender.flow.copies.values():
+            if copy.shed or not copy.acked:
+                continue
+            held = replica.sequences.get(copy.row.sequence)
+            position = held.position if held is not None and not held.released else 0
+            assert copy.acked <= position, f"I6: {life.name} counts {copy.acked} of {copy.row.sequence} as acknowledged, {node} holds {position}"
+
+    def _beat(self, life, beat) -> None:
+        """I8: a rank that is called protected is."""
+        for rank in beat.ranks:
+            if rank.state != "protected":
+                continue
+            self.world.count("beats_protected")
+            local = life.core.outbound.streams[rank.stream]
+            assert rank.epoch == life.core.promises.of(rank.stream.instance), "I8: protected in an epoch that is over"
+            assert any(node != life.name for node in local.senders), "I8: protected by nobody"
+            for row in local.ledger.rows.values():
+                best = max((copy.acked for sender in local.senders.values() for copy in sender.flow.copies.values() if copy.row is row), default=0)
+                assert best >= min(row.previous, row.committed), f"I8: {rank.stream} is called protected, {row.sequence}: {best} of {row.committed} ({row.previous} before)"
+
+    # ---- resumption ----
+
+    def _guard(self, endpoint: str):
+        process = self.world.processes.get(endpoint)
+        return process.guard if process is not None else None
+
+    def adopted(self, driver, resume) -> None:
+        """I1: after a resumption every rank's KV for [0, position) is byte for byte what the ids give."""
+        world = self.world
+        members = {member.rank: member for member in resume.members}
+        assert sorted(members) == [Rank(0, stage, 0) for stage in range(world.stages)], f"I7: resumed with {sorted(members)}"
+        for rank, member in members.items():
+            process = world.processes[member.endpoint]
+            guard = process.guard
+            if not process.alive or guard is None:
+                world.count("resumed_rank_died_meanwhile")
+                continue
+            assert guard.epoch.counter >= resume.epoch.counter, f"I1: {rank} lives in {guard.epoch}, resumed is {resume.epoch}"
+            live = guard.table.sequences()
+            for entry in resume.sequences:
+                self._resumed(driver, rank, guard, process.pool, live, entry)
+            named = {entry.sequence: True for entry in resume.sequences}
+            for name in live:
+                assert name in named, f"I1: {rank} goes on with {name}, which the plan doesn't name"
+        world.count("resumptions_checked")
+        world.count("resumed_sequences", len(resume.sequences))
+        for entry in resume.sequences:
+            world.count(f"rung_{entry.rung}")
+
+    def _resumed(self, driver, rank, guard, pool, live, entry) -> None:
+        ids = [int.from_bytes(entry.known.ids[n : n + 4], "little") for n in range(0, len(entry.known.ids), 4)]
+        position, name = entry.position, entry.sequence
+        assert len(ids) > position or not ids, f"I1: {name} resumes at {position} with {len(ids)} ids"
+        old = driver.sequences.get(name)
+        life = int(entry.known.request.split(b",")[2])
+        if old is not None and old.life == life:
+            common = min(len(ids), len(old.ids))
+            assert ids[:common] == old.ids[:common], f"I1: {name} comes back with other ids than were emitted"
+        if not position:
+            return
+        assert name in live, f"I1: {rank} doesn't know {name}, which resumes at {position}"
+        row = live[name]
+        assert guard.table.accepted(row) == position, f"I1: {rank} has {guard.table.accepted(row)} positions of {name}, resumed is {position}"
+        assert guard.table.ids(row).tolist() == ids[:position], f"I1: {rank} knows other ids of {name}"
+        blocks = guard.table.blocks(row)
+        pages, values = read_slots(pool, blocks), chain(ids)
+        for at in range(position):
+            held = token_in(pages[at // BLOCK_TOKENS], at % BLOCK_TOKENS, self.world.addressable)
+            assert held == slot_bytes(values[at], rank.pp), f"I1: {rank} has wrong bytes of {name} at {at}, resumed at {position} ({entry.rung})"
+        self.world.count("positions_resumed", position)
+
+    def is_open(self, driver, name: str) -> bool:
+        return any(name in guard.table.sequences() for guard in map(self._guard, driver.members.values()) if guard is not None)
+
+    def blocks_of(self, driver, name: str) -> list[int]:
+        lists = []
+        for endpoint in driver.members.values():
+            guard = self._guard(endpoint)
+            process = self.world.processes[endpoint]
+            if guard is not None and process.alive and name in guard.table.sequences():
+                lists.append(guard.table.blocks(guard.table.row(name)))
+        assert all(blocks == lists[0] for blocks in lists), f"I1: ranks disagree on the blocks of {name}: {lists}"
+        return lists[0] if lists else []
+
+    # ---- at rest ----
+
+    def wait_for(self, missing, bound_ns: int) -> None:
+        """I7: what must come comes within a bound of virtual time."""
+        world = self.world
+        until = world.now + bound_ns
+        while True:
+            left = missing()
+            if not left:
+                return
+            for _ in range(20):
+                if not world.advance(until):
+                    raise AssertionError(f"I7: {bound_ns // MS} ms after the faults had stopped: {missing()}")
+
+    def undrained(self) -> str:
+        world = self.world
+        if any(host.life is None for host in world.hosts()):
+            return "somebody is still down"
+        coordinator, driver = world.coordinator.life.core, world.driver
+        known = coordinator.known
+        if world.instance in known.failed:
+            world.count("failovers_ordered")
+            self._failover(known)
+            return "the instance has failed"
+        current = known.rounds.get(world.instance)
+        if known.phase(world.instance):
+            return f"a recovery: {current.record.phase}, {current.waiting}"
+        if driver.announced.counter > driver.adopted.counter or not driver.welcomed:
+            return f"the driver waits for {driver.announced}, adopted {driver.adopted}"
+        members = known.membership.members.get(world.instance, {})
+        if sorted(members) != [Rank(0, stage, 0) for stage in range(world.stages)] or any(member.lost for member in members.values()):
+            return f"ranks {sorted(members)} of {world.stages}"
+        if driver.waiting:
+            return f"a step of epoch {driver.adopted.counter} waits for {[str(rank) for rank in driver.waiting]}"
+        return self._unacked(members)
+
+    def _failover(self, known) -> None:
+        """What an operator would do once standbys are back."""
+        from kvguard.core.events import Asked
+
+        world = self.world
+        life = world.coordinator.life
+        members = known.membership.members.get(world.instance, {})
+        rank = next((rank for rank, member in sorted(members.items()) if member.lost), None)
+        if rank is None:
+            rank = next(iter(sorted(members)), None)
+        if rank is not None and world.now >= getattr(self, "_asked_ns", 0):
+            self._asked_ns = world.now + 500 * MS
+            life.loop.feed(Asked(1, "failover", {"instance": world.instance, "rank": str(rank)}))
+            world.wake("coordinator")
+
+    def _unacked(self, members) -> str:
+        world = self.world
+        for rank, member in members.items():
+            life = world.nodes[member.node].life
+            local = life.core.outbound.streams.get(member.stream)
+            if local is None or not local.alive:
+                return f"rank {rank} is not attached at {member.node}"
+            if local.fenced:
+                return f"rank {rank} is still fenced"
+            if not local.senders and len(world.nodes) > 1:
+                return f"rank {rank} has no holder"
+            for node, sender in local.senders.items():
+                shed = any(copy.shed for copy in sender.flow.copies.values())
+                if not sender.caught_up() and not shed:
+                    return f"rank {rank}: {node} has not acknowledged all ({sender.state}: {sender.reason})"
+            if local.ending:
+                return f"rank {rank}: {list(local.ending)} are still to end"
+        for host in world.nodes.values():
+            if len(host.life.shell.buffers):
+                return f"{host.name} has {len(host.life.shell.buffers)} buffers"
+        return ""
+
+    def drained(self) -> None:
+        """I9: at rest replica bytes = pool bytes for everything that is committed; I6: nothing is held for nobody."""
+        world = self.world
+        for rank, member in world.coordinator.life.core.known.membership.members[world.instance].items():
+            local = world.nodes[member.node].life.core.outbound.streams[member.stream]
+            guard = self._guard(member.endpoint)
+            assert guard is not None and guard.epoch == world.driver.adopted, f"I3: {rank} lives in {guard.epoch if guard else None}"
+            table = guard.table
+            live = table.sequences()
+            for sequence in world.driver.sequences.values():
+                if sequence.opened:
+                    assert table.accepted(live[sequence.name]) == sequence.kv
+            for node, sender in local.senders.items():
+                holder = world.nodes[node].life
+                replica = holder.shell.store._replicas[member.stream]
+                held = {one.name: one for one in replica.live()}
+                for copy in sender.flow.copies.values():
+                    if copy.shed:
+                        world.count("shed_at_rest")
+                        continue
+                    name = copy.row.sequence
+                    assert held[name].position == table.accepted(live[name]), f"I9: {node} holds {held[name].position} of {name}"
+                    assert bytes(held[name].ids) == b"".join(int(token).to_bytes(4, "little") for token in table.ids(live[name])), f"I9: ids of {name}"
+                assert len(held) <= len(live), f"I6: {node} holds {sorted(held)}, alive are {sorted(live)}"
+        for host in world.nodes.values():
+            self.whole_store(host.life)
+        world.count("drained")
+
+    def unfinished(self) -> str:
+        world = self.world
+        if world.driver.sequences or world.driver.over or world.driver.waiting:
+            return f"sequences {sorted(world.driver.sequences)} are not at their end, waiting {world.driver.waiting}"
+        left = self.undrained()
+        if left:
+            return left
+        for host in world.nodes.values():
+            for stream, sequences, used in host.life.shell.store.beat():
+                if sequences or used:
+                    return f"{host.name} still holds {sequences} sequences, {used} bytes of {stream}"
+        for host in world.nodes.values():
+            dead = [str(local.stream) for local in host.life.core.outbound.streams.values() if not local.alive]
+            if dead:
+                return f"{host.name} still maps the dead {dead}"
+        return ""
+
+    def finished(self) -> None:
+        """I6: with no sequence left nothing is held but ids that wait for their retention."""
+        for host in self.world.nodes.values():
+            assert not len(host.life.shell.buffers), "I6: buffers at the end"
+        self.world.count("finished")

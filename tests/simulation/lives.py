@@ -1,0 +1,272 @@
+"""Daemons and coordinator as lives of a process: the real core in the real loop with the real deeds; clock, network, journal and engines' sockets are simulated.
+
+Knows: how daemon/node.py and daemon/coordinator.py wire their parts. Must not know: faults, judgement beyond calling checks.
+Invariants: what a life has not persisted is gone with it; a life that crashed does nothing more, not even the rest of its effects.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+
+from simulation import checks
+
+from kvguard.core import effects, events
+from kvguard.core.coordinator import Coordinator
+from kvguard.core.node import COORDINATOR, Node, NodeSettings
+from kvguard.core.promises import decode_epoch
+from kvguard.daemon import perform, perform_node
+from kvguard.daemon.journal import NotDurable
+from kvguard.daemon.loop import Loop
+from kvguard.daemon.perform_node import PROMISE, NodeShell, promised
+from kvguard.daemon.ranks import Ranks
+from kvguard.device.host import HostDevice
+from kvguard.errors import KvguardError
+from kvguard.format import local, messages
+from kvguard.store.store import ReplicaStore
+
+MS = 1_000_000
+HEARTBEAT_NS = 50 * MS
+POLL_NS = 20 * MS
+
+
+class Crashed(Exception):
+    """This life ends here."""
+
+
+class Disk:
+    """A process's durable values. `fail`: how many of the next writes fail; `torn` of them reached the disk all the same."""
+
+    def __init__(self, world) -> None:
+        self.values: dict[str, bytes] = {}
+        self.incarnation = world.random.getrandbits(40)
+        self.fail = 0
+        self._world = world
+
+    def persist(self, key: str, value: bytes | None) -> None:
+        failing = self.fail > 0
+        if failing:
+            self.fail -= 1
+            self._world.count("journal_failures")
+        if not failing or self._world.random.random() < 0.5:
+            if value is None:
+                self.values.pop(key, None)
+            else:
+                self.values[key] = value
+        if failing:
+            raise NotDurable(f"{key}: the disk is full")
+
+
+class Life:
+    """One life of one process: transport, core, loop. `crash_in`: effects until it dies, for deaths between any two of them."""
+
+    def __init__(self, world, name: str, core, shell, deeds, failures) -> None:
+        self.world, self.name, self.core, self.shell = world, name, core, shell
+        self.dead = False
+        self.crash_in: int | None = None
+        self._deeds, self._failures = deeds, failures
+        self.loop = Loop(self, self._perform, clock=lambda: world.now)
+
+    # ---- the loop's core: the real one, checked and traced ----
+
+    def step(self, now_ns: int, event):
+        out = self.core.step(now_ns, event)
+        self.core.check()
+        self.world.trace(self.name, event, out)
+        return out
+
+    def next_deadline(self):
+        return self.core.next_deadline()
+
+    def check(self) -> None:
+        self.core.check()
+
+    def _perform(self, effect):
+        if self.crash_in is not None:
+            self.crash_in -= 1
+            if self.crash_in < 0:
+                raise Crashed(type(effect).__name__)
+        self.world.checks.before(self, effect)
+        try:
+            told = tuple(self._deeds[type(effect)](self.shell, effect))
+        except NotDurable:
+            raise Crashed("a value could not be made durable") from None
+        except KvguardError as error:
+            self.world.count(f"failed_{type(effect).__name__}")
+            self.world.note(f"{self.name}: {type(effect).__name__}: {error}")
+            complete = self._failures.get(type(effect))
+            told = tuple(complete(effect, str(error))) if complete else ()
+        self.world.checks.after(self, effect, told)
+        return told
+
+    def turn(self) -> None:
+        for incoming in self.world.mail(self):
+            event = perform.arrived(self.shell, incoming)
+            if type(event) is not events.Arrived or not self.intercept(event):
+                self.loop.feed(event)
+        self.loop.turn(0.0)
+
+    def intercept(self, event) -> bool:
+        return False
+
+    def due(self) -> int | None:
+        times = [self.core.next_deadline(), self.loop._timers[0][0] if self.loop._timers else None]
+        times += self.shell.transport._times()
+        return min((at for at in times if at is not None), default=None)
+
+    def end(self) -> None:
+        self.dead = True
+        self.world.network.leave(self.name)
+        self.release()
+        self.loop.close()
+
+    def release(self) -> None:
+        """What the process had open."""
+
+
+# ---- nodes ----------------------------------------------------------------------------------------------------------------------
+
+
+class SimulatedRanks(Ranks):
+    """The real one; only the kill goes to a simulated process."""
+
+    def __init__(self, world, *arguments) -> None:
+        super().__init__(*arguments)
+        self._world = world
+
+    def kill(self, incarnation: int) -> None:
+        for process in list(self._world.processes.values()):
+            if incarnation in (process.incarnation, process.guard.incarnation if process.guard is not None else None):
+                for one in [*self.ranks.values(), *self.spares.values()]:
+                    if (one.stream.incarnation if hasattr(one, "stream") else one.incarnation) == incarnation:
+                        one.killed = "killed: it hung"
+                self._world.count("hangs_killed")
+                process.kill("hung")
+
+
+class NodeLife(Life):
+    """daemon/node.NodeDaemon, wired for simulation."""
+
+    def __init__(self, world, name: str, disk: Disk, budget_bytes: int) -> None:
+        disk.incarnation += 1
+        transport = world.network.join(name)
+        address = transport.listen(f"inproc://{name}")
+        promises = {key.removeprefix(PROMISE): decode_epoch(value) for key, value in disk.values.items() if key.startswith(PROMISE)}
+        settings = NodeSettings(
+            name, disk.incarnation, address, "sim", HEARTBEAT_NS, world.window_bytes, hang_min_ns=400 * MS, hang_factor=10, retry_ns=300 * MS, answer_ns=250 * MS
+        )
+        store = ReplicaStore(None, budget_bytes, 200 * MS, clock=lambda: world.now)
+        shell = NodeShell(
+            transport=transport, journal=disk, clock=lambda: world.now, noted=lambda note: world.noted(name, note), node=name, store=store, engines=None
+        )
+        super().__init__(world, name, Node(settings, promises), shell, perform_node.DEEDS, perform_node.FAILURES)
+        self.ranks = SimulatedRanks(world, HostDevice(), store, self.loop, self._tell, shell.streams, shell.local, shell.epochs)
+        shell.engines = self.ranks
+        for instance, epoch in promises.items():
+            promised(shell, instance, epoch)
+        self._lines: dict[int, object] = {}
+        self._numbers = count(1)
+        self._every(HEARTBEAT_NS, lambda: (events.ReplicasSeen(store.beat(), store.budget.used, store.budget.bytes_max),))
+        self._every(POLL_NS, lambda: self.ranks.look_at_all())
+        self._every(500 * MS, self._expire)
+        transport.dial(COORDINATOR, f"inproc://{COORDINATOR}")
+
+    def _every(self, period_ns: int, ready) -> None:
+        def again():
+            self.loop.after(period_ns, again)
+            return ready()
+
+        self.loop.after(0, again)
+
+    def _expire(self):
+        self.world.count("ids_expired", self.shell.store.expire())
+        return ()
+
+    def intercept(self, event) -> bool:
+        if type(event.message) is messages.Delivered and event.link == COORDINATOR:
+            self.shell.store.delivered(event.message.instance, event.message.sequences)
+            return True
+        return False
+
+    def turn(self) -> None:
+        super().turn()
+        self.world.checks.node_turn(self)
+
+    # ---- lines of engines ----
+
+    def accept(self, line) -> int:
+        number = next(self._numbers)
+        self._lines[number] = line
+        return number
+
+    def said(self, line, message, descriptors: list[int]) -> None:
+        """An engine's message, handled in a turn of its own a little later, as from a socket."""
+        connection = line.connection
+        self.world.after(self.world.random.randrange(5_000, 100_000), lambda: self._hear(connection, message, descriptors))
+
+    def _hear(self, connection: int, message, descriptors: list[int]) -> None:
+        if self.dead:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            return
+        if self.world.nodes[self.name].paused:
+            self.world.after(10 * MS, lambda: self._hear(connection, message, descriptors))
+            return
+        self.loop.after(0, lambda: self._engine_said(connection, message, descriptors))
+        self.world.wake(self.name)
+
+    def _engine_said(self, connection: int, message, descriptors: list[int]):
+        if type(message) is local.Attach:
+            return self.ranks.attach(connection, 0, message, descriptors)
+        if type(message) is local.Restored:
+            return self.ranks.restored(connection, message)
+        if type(message) is local.Detach:
+            return self.ranks.detach(connection)
+        raise AssertionError(message)
+
+    def _tell(self, connection: int, message, descriptors=()) -> bool:
+        line = self._lines.get(connection)
+        if line is None or not line.process.alive or line.connection != connection:
+            return False
+        held = [os.dup(descriptor) for descriptor in descriptors]
+
+        def deliver() -> None:
+            if not line.process.alive:
+                for descriptor in held:
+                    os.close(descriptor)
+            elif line.process.paused:
+                line.process.backlog.append(lambda: line.deliver(connection, message, held))
+            else:
+                line.deliver(connection, message, held)
+
+        self.world.after(self.world.random.randrange(5_000, 100_000), deliver)
+        return True
+
+    def release(self) -> None:
+        for connection, line in self._lines.items():
+            if line.connection == connection:
+                line.lost()
+        self.ranks.close()
+        self.shell.store.close()
+
+
+# ---- the coordinator ------------------------------------------------------------------------------------------------------------
+
+
+class CoordinatorLife(Life):
+    """daemon/coordinator.CoordinatorDaemon, wired for simulation."""
+
+    def __init__(self, world, name: str, disk: Disk, settings) -> None:
+        disk.incarnation += 1
+        transport = world.network.join(name)
+        transport.listen(f"inproc://{name}")
+        shell = perform.Shell(transport, disk, lambda: world.now, lambda note: world.noted(name, note))
+        deeds = {**perform.SHARED, effects.AnswerAsked: lambda shell_, effect: ()}
+        super().__init__(world, name, Coordinator("sim", settings), shell, deeds, {})
+        self.loop.feed(events.Loaded(dict(disk.values)))
+
+    def due(self) -> int | None:
+        return self.world.now if self.loop._queue else super().due()
+
+
+__all__ = ["CoordinatorLife", "Crashed", "Disk", "NodeLife", "checks"]
