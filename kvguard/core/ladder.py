@@ -115,13 +115,18 @@ def _from_replicas(need: Need, node: NodeId, standby: int, size: int) -> Choice:
         stream, far = offer.copy.stream, offer.copy.node != node
         if far and stream in pushed:
             continue
-        gains = [i for i, (have, position) in enumerate(zip(best, offer.positions, strict=True)) if position > have]
-        if not gains:
-            continue
+        if not sources:
+            if not offer.total:
+                continue
+            best, source = list(offer.positions), [0 if position else -1 for position in offer.positions]
+        else:
+            gains = [i for i, (have, position) in enumerate(zip(best, offer.positions, strict=True)) if position > have]
+            if not gains:
+                continue
+            for i in gains:
+                best[i], source[i] = offer.positions[i], len(sources)
         if far:
             pushed[stream] = offer.copy.node
-        for i in gains:
-            best[i], source[i] = offer.positions[i], len(sources)
         sources.append(Source("replica", offer.copy.node, stream))
     used = dict.fromkeys(source)
     transfers = tuple((entry.node, entry.stream) for at, entry in enumerate(sources) if entry.node != node and at in used)

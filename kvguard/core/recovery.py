@@ -214,16 +214,10 @@ def _explanations(group: _Group, choices: list[ladder.Choice], positions: Ints, 
     limits = [0] * len(positions)  # 0 survivors or ids, k + 1 lost rank k
     for k, have in enumerate(group.reaches):
         limits = [old or (k + 1 if most < cap and most == at else 0) for old, most, cap, at in zip(limits, have, group.caps, positions, strict=True)]
-    sources = list(zip(*(choice.source for choice in choices), strict=True)) if choices else [()] * len(positions)
-    cases: dict[tuple, str] = {}
-    told = []
-    for i in kept:
-        case = (rungs[i], limits[i], sources[i], positions[i] > 0)
-        text = cases.get(case)
-        if text is None:
-            text = cases[case] = _sentence(group, choices, *case)
-        told.append(text)
-    return tuple(told)
+    cases = list(zip(rungs, limits, map(bool, positions), *(choice.source for choice in choices), strict=True))
+    told = {case: _sentence(group, choices, case[0], case[1], case[3:], case[2]) for case in dict.fromkeys(cases)}
+    texts = list(map(told.__getitem__, cases))
+    return tuple(texts) if len(kept) == len(texts) else tuple([texts[i] for i in kept])
 
 
 def _sentence(group: _Group, choices: list[ladder.Choice], rung: str, limit: int, source: Ints, some: bool) -> str:
