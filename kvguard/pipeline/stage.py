@@ -18,9 +18,11 @@ import msgspec
 import torch
 import zmq
 
-from kvguard.device import open_device
+from kvguard import engine
+from kvguard.engine.table import TableWriter
 from kvguard.errors import Fenced, KvguardError, Refused, TimedOut
 from kvguard.format.layout import Layout, Shard
+from kvguard.format.rows import Geometry
 from kvguard.pipeline import settings as settings_
 from kvguard.pipeline.batch import Batch, Share
 from kvguard.pipeline.links import Links
@@ -88,6 +90,23 @@ def warm_up(model: StageModel) -> None:
     kv = torch.zeros(model.pool_shape(4, 16))
     batch = Batch((Share("warm", Span(0, 1), False, (0,), int(model.last)),), 16)
     model.forward(torch.zeros(1, dtype=torch.int64) if model.first else torch.zeros((1, model.shape.hidden)), batch, kv)
+
+
+def rehearse() -> None:
+    """A sequence's whole life on a table and a pool of its own: what is imported at first use (numpy.ma alone: 150 ms) is there before it is needed."""
+    layout = Layout.paged("rehearsal", "float32", 1, 4, 16, 1, 1)
+    pool = engine.allocate(layout)
+    table = TableWriter.create(Geometry(4, 4, 4, 64, 16))
+    row = table.open("rehearsal", (), b"")
+    table.commit(row, 32, range(32), (0, 1))
+    table.publish()
+    table.truncate(row, 16)
+    table.release(row)
+    piece = memoryview(bytearray(2 * 16 * layout.token_bytes))
+    pool.capture((0, 1), (0, 0), (16, 16), piece)
+    pool.scatter((0, 1), (0, 0), (16, 16), piece)
+    table.close()
+    pool.close()
 
 
 class Stage:
@@ -191,15 +210,14 @@ def serve(settings: StageSettings) -> None:
     layout = layout_of(files, settings, settings.pp)
     model = model_of(files, settings, settings.pp)
     warm_up(model)
-    pool = open_device("host").allocate(layout)
+    rehearse()
+    pool = engine.allocate(layout)
     kv = view_of(pool, layout)
     prove(pool, layout, kv)
     links = Links(settings.listen)
     guard = NoGuard()
     try:
         if settings.guarded:
-            from kvguard import engine
-
             rank = Rank(0, settings.pp, 0)
             guard = engine.attach(settings.instance, rank, pool, layout, endpoint=settings.listen, socket=settings.socket, rows=SEQUENCES_KEPT_MAX)
         log.info("stage %d of %d ready on %s, layers %s", settings.pp, settings.stages, settings.listen, model.layers)
@@ -212,12 +230,11 @@ def serve(settings: StageSettings) -> None:
 
 def stand_by(settings: StageSettings) -> None:
     """A spare: every stage's weights mapped and touched, until a rank is given to it; ends with Stopped."""
-    from kvguard import engine
-
     files = open_model(settings.model)
     models = [model_of(files, settings, pp) for pp in range(settings.stages)]
     for model in models:
         warm_up(model)
+    rehearse()
     layouts = {str(Rank(0, pp, 0)): layout_of(files, settings, pp) for pp in range(settings.stages)}
     links = Links(settings.listen)
     spare = engine.attach_standby(settings.instance, layouts, endpoint=settings.listen, socket=settings.socket)
@@ -226,6 +243,7 @@ def stand_by(settings: StageSettings) -> None:
         log.info("standby for %d stages ready on %s", settings.stages, settings.listen)
         claim = wait_for_claim(spare)
         pp, layout = claim.rank.pp, layouts[str(claim.rank)]
+        log.info("claimed as %s for epoch %d, %s", claim.rank, claim.epoch.counter, "its pool is here" if claim.adopt else "to be pulled")
         pool = claim.adopt[1] if claim.adopt is not None else engine.allocate(layout)
         guard = engine.attach(settings.instance, claim.rank, pool, layout, endpoint=settings.listen, claim=claim, rows=SEQUENCES_KEPT_MAX)
         load = RankLoad(models[pp], view_of(pool, layout), guard)
