@@ -11,7 +11,7 @@ from kvguard import config
 
 
 @click.command()
-@click.option("--config", "file", required=True, type=click.Path(), help="The configuration file; conf.d/*.toml beside it and KVGUARD_COORDINATOR_* come on top.")
+@click.option("--config", "file", required=True, type=click.Path(), help="The file; conf.d/*.toml beside it and KVGUARD_COORDINATOR_* come on top.")
 @click.option("--log-level", help="Overrides [coordinator] log_level.")
 def coordinator(file: str, log_level: str | None) -> None:
     """Run the coordinator."""

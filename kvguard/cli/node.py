@@ -11,7 +11,7 @@ from kvguard import config
 
 
 @click.command()
-@click.option("--config", "file", required=True, type=click.Path(), help="The configuration file; conf.d/*.toml beside it and KVGUARD_NODE_* come on top.")
+@click.option("--config", "file", required=True, type=click.Path(), help="The file; conf.d/*.toml beside it and KVGUARD_NODE_* come on top.")
 @click.option("--name", help="Overrides [node] name.")
 @click.option("--log-level", help="Overrides [node] log_level.")
 def node(file: str, name: str | None, log_level: str | None) -> None:

@@ -11,7 +11,10 @@ import sys
 import click
 
 WIDTH_IN_PIPES = 200
-COLORS = {"protected": "green", "alive": "green", "standby": "cyan", "unprotected": "yellow", "suspect": "yellow", "recovering": "yellow", "lost": "red", "dead": "red"}
+COLORS = {
+    **dict.fromkeys(("protected", "alive"), "green"), "standby": "cyan", **dict.fromkeys(("unprotected", "suspect", "recovering"), "yellow"),
+    **dict.fromkeys(("lost", "dead"), "red"),
+}  # fmt: skip
 
 output_option = click.option("-o", "output", type=click.Choice(["table", "json"]), default="table", help="Form of the output.")
 

@@ -1,8 +1,8 @@
 """What leaves a pool: bytes with their sums, token ids, facts. Each read between two looks at the generations, so that nothing reused is ever sent.
 
 Knows: the protocols of pools and tables (here: Table). Must not know: links, sessions, files, processes.
-Invariants: a piece whose row or block generation differs before or after the copy contributes no byte, no sum and no id; sums are taken from the very copy that is
-sent; a capture completes before this returns (host pools; a device pool that completes later feeds the same event itself).
+Invariants: a piece whose row or block generation differs before or after the copy contributes no byte, no sum and no id; sums are taken from the very copy
+that is sent; a capture completes before this returns (host pools; a device pool that completes later feeds the same event itself).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a node measures of its own streams: lag, and how long a sequence waits for its first whole replica.
 
 Knows: the core's streams, read only. Must not know: how it is published.
-Invariants: lag is committed - acked just before the next commit is taken in (house: names of numbers), of sequences that have caught up once; memory is bounded.
+Invariants: lag is committed - acked just before the next commit is taken in (house: names of numbers), of sequences that have caught up once; memory is
+bounded.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A node's daemon: the core, its loop, and everything around them, put together.
 
 Knows: which part is made of what. Must not know: decisions (core), deeds (perform_node.py), engines (ranks.py).
-Invariants: what was promised binds the store before anything is heard; a daemon that starts on a live one's runtime directory refuses; SIGTERM leaves nothing behind
-but the journal.
+Invariants: what was promised binds the store before anything is heard; a daemon that starts on a live one's runtime directory refuses; SIGTERM leaves nothing
+behind but the journal.
 """
 
 from __future__ import annotations

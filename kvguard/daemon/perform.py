@@ -1,7 +1,7 @@
 """Deeds of both cores: one function per effect, and frames turned into events.
 
-Knows: the protocols Transport and Journal, wire framing, buffers of payload bytes. Must not know: decisions, streams (perform_node.py), real sockets, real time:
-the simulation runs this very code over an in-process transport.
+Knows: the protocols Transport and Journal, wire framing, buffers of payload bytes. Must not know: decisions, streams (perform_node.py), real sockets, real
+time: the simulation runs this very code over an in-process transport.
 Invariants: a deed that fails is counted and logged and completes its effect as failed; only what can't be made durable, and bugs, go through.
 """
 

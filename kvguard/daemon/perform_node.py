@@ -1,7 +1,7 @@
 """Deeds of a node: captures, frames, replicas, epoch words, orders to engines.
 
-Knows: the protocols of pools, tables, the store and the engines' side of the control socket. Must not know: decisions, sockets, files; the simulation performs with
-this code, over an in-process transport and memory of its own.
+Knows: the protocols of pools, tables, the store and the engines' side of the control socket. Must not know: decisions, sockets, files; the simulation performs
+with this code, over an in-process transport and memory of its own.
 Invariants: every deed that completes its effect does so exactly once, also where it fails; a buffer is freed exactly once.
 """
 

@@ -1,8 +1,8 @@
 """A replica held here as the source of a stream towards another node: it stands in for a pool and its commit table.
 
 Knows: store/replica.py's sequences and pages. Must not know: links, plans.
-Invariants: a row is one sequence's life here; it and its pages keep their generations while the replica holds them, and read as generation 0 afterwards, so that a
-capture of what was dropped or cut meanwhile is stale, as it would be in a pool.
+Invariants: a row is one sequence's life here; it and its pages keep their generations while the replica holds them, and read as generation 0 afterwards, so
+that a capture of what was dropped or cut meanwhile is stale, as it would be in a pool.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The engines of this node: ranks and standbys that attached, their memories as mapped here, their deaths.
 
 Knows: local messages, descriptors, pools, tables, pidfds. Must not know: decisions, the socket itself (control.py), peers.
-Invariants: an engine is answered or refused, never believed: sizes, layout, owner of the pidfd are checked before anything is mapped; of one (instance, rank) one
-process lives at a time; a death is told after a last look, so that facts committed just before it count; what was mapped goes with forget, once.
+Invariants: an engine is answered or refused, never believed: sizes, layout, owner of the pidfd are checked before anything is mapped; of one (instance, rank)
+one process lives at a time; a death is told after a last look, so that facts committed just before it count; what was mapped goes with forget, once.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ class Ranks:
             raise Refused(f"instance {message.instance!r} or endpoint is empty or too long. Try: at most {NAME_BYTES_MAX} bytes")
         if message.role == "standby":
             return self._attach_spare(connection, message, descriptors, taken)
-        if message.role != "rank" or message.stream is None or message.stream.instance != message.instance or len(message.layouts) != 1 or len(descriptors) <= POOL:
+        named = message.stream is not None and message.stream.instance == message.instance
+        if message.role != "rank" or not named or len(message.layouts) != 1 or len(descriptors) <= POOL:
             raise Refused(f"{message.role!r} can't be attached as it was described. Try: kvguard.engine.attach, or attach_standby")
         self._refuse_second(message)
         known = self.ranks.get(message.stream)
@@ -145,9 +146,9 @@ class Ranks:
     def _refuse_second(self, message: local.Attach) -> None:
         """Two live processes as one rank would both write its sequences."""
         for stream, rank in self.ranks.items():
-            if (stream.instance, stream.rank) == (message.instance, message.stream.rank) and rank.stream.alive and rank.stream.incarnation != message.incarnation:
-                if not _readable(rank.pidfd):
-                    raise Refused(f"rank {stream.rank} of {stream.instance!r} is held by a process that lives. Try: end it first, or attach as another rank")
+            same = (stream.instance, stream.rank) == (message.instance, message.stream.rank)
+            if same and rank.stream.alive and rank.stream.incarnation != message.incarnation and not _readable(rank.pidfd):
+                raise Refused(f"rank {stream.rank} of {stream.instance!r} is held by a process that lives. Try: end it first, or attach as another rank")
 
     def _attach_again(self, known: LocalRank, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
         """The same process over a new connection, or another one that goes on with a dead one's pool and table."""
