@@ -109,6 +109,8 @@ def on_delivered(known: Known, message: Delivered) -> None:
         forks.pop(sequence, None)
     while len(names) > DELIVERED_MAX:
         del names[next(iter(names))]
+    for node in known.membership.nodes:  # whoever holds their ids may let them go
+        known.tell_node(node, message)
 
 
 def on_silence(known: Known, instance: str, reason: str, silent_ms: float, start) -> None:

@@ -455,7 +455,7 @@ class Adopted(Message, frozen=True):
 
 
 class Delivered(Message, frozen=True):
-    """These sequences' answers have reached their clients: their ids may go after ids_retention_s."""
+    """These sequences' answers have reached their clients: their ids may go after ids_retention_s. Passed on by the coordinator to all nodes."""
 
     instance: str
     sequences: tuple[SequenceId, ...]
