@@ -269,5 +269,6 @@ class Asked(Event):
 
 __all__ = [
     "Applied", "Arrived", "Asked", "Broken", "Captured", "Cut", "EngineRestored", "Event", "Grown", "LinkDown", "LinkUp", "Loaded", "Looked", "Opened",
-    "PlanCarried", "PlanOrder", "Probed", "ProcessDied", "Rebuild", "ReplicasSeen", "StandbyAttached", "StepsSeen", "StreamAttached", "StreamDetached", "Tick", "TurnEnded",
+    "PlanCarried", "PlanOrder", "Probed", "ProcessDied", "Rebuild", "ReplicasSeen", "StandbyAttached", "StepsSeen", "StreamAttached", "StreamDetached", "Tick",
+    "TurnEnded",
 ]  # fmt: skip

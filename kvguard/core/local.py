@@ -93,8 +93,8 @@ class LocalStream:
         state, reason = self._state(promised, bool(answering), unprotected)
         steps = self.progress.progress if self.progress is not None else 0
         return RankBeat(
-            self.stream, self.epoch, self.incarnation, self.endpoint, state, reason, tuple(self.senders), len(self.ledger.rows), unprotected, committed, acked, lag,
-            (committed - acked) * self.shape.token_bytes, lag_ms, steps + self.looks,
+            self.stream, self.epoch, self.incarnation, self.endpoint, state, reason, tuple(self.senders), len(self.ledger.rows), unprotected, committed, acked,
+            lag, (committed - acked) * self.shape.token_bytes, lag_ms, steps + self.looks,
         )  # fmt: skip
 
     def _state(self, promised: Epoch, answering: bool, unprotected: int) -> tuple[str, str]:

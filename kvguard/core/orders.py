@@ -67,8 +67,9 @@ class Orders:
         return ()
 
     def restored(self, event: EngineRestored) -> tuple[Effect, ...]:
+        moved = dict(event.bytes_by_rung)
         return self._answer(
-            f"rank {event.rank}", error=event.error, endpoint=event.endpoint, stream=event.stream, bytes_by_rung=dict(event.bytes_by_rung), restore_ms=event.restore_ms
+            f"rank {event.rank}", error=event.error, endpoint=event.endpoint, stream=event.stream, bytes_by_rung=moved, restore_ms=event.restore_ms
         )
 
     def _answer(self, part: str, **fields) -> tuple[Effect, ...]:

@@ -34,10 +34,18 @@ class SenderSettings(NamedTuple):
 
 
 class Sender:
-    """`ledger` is shared by the senders of a stream, and has seen a Looked before they do. `sessions`, `captures`: the node's counters, so numbers never repeat."""
+    """`ledger` is shared by the senders of a stream, and has seen a Looked before they do. `sessions`, `captures`: the node's counters: no number comes twice."""
 
     def __init__(
-        self, stream: StreamId, ledger: Ledger, holder: NodeId, link: str, epoch: Epoch, sessions: Iterator[int], captures: Iterator[int], settings: SenderSettings
+        self,
+        stream: StreamId,
+        ledger: Ledger,
+        holder: NodeId,
+        link: str,
+        epoch: Epoch,
+        sessions: Iterator[int],
+        captures: Iterator[int],
+        settings: SenderSettings,
     ) -> None:
         self.stream, self.ledger, self.holder, self.link, self.epoch = stream, ledger, holder, link, epoch
         self._sessions, self._settings = sessions, settings

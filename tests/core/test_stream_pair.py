@@ -85,3 +85,23 @@ def test_a_full_store_sheds_whole_sequences_and_takes_them_later(script: list) -
         world.store.budget.bytes_max = 1 << 20
         world.drain()
         world.compare()
+
+
+def test_pieces_captured_before_a_cut_never_land_after_it() -> None:
+    """The lanes overtake each other: old bytes of a tail block must not pass for those written after the cut."""
+    with closing(World(window_bytes=1000)) as world:
+        world.up()
+        world.deliver(world.ids)
+        world.deliver(world.back)
+        world.engine.open(0, "s", 9)
+        world.engine.grow(0, 7)
+        world.look()
+        world.capture()
+        assert len(world.kv) == 1, "seven positions are on their way"
+        world.engine.cut(0, 5)
+        world.engine.grow(0, 1)
+        world.look()
+        while world.ids:
+            world.deliver(world.ids)
+        world.drain()
+        world.compare()
