@@ -44,7 +44,9 @@ class DecodeBatch:
         self._sums = np.zeros(count, U64)
 
     def stage(self, step: int, lengths: np.ndarray, ids: np.ndarray, blocks: dict | None) -> bool:
-        """One id per row (u64 [n], overwritten here), int64 [n] lengths, appended blocks. False: not plain, nothing has changed. Raises ValueError for blocks."""
+        """One id per row (u64 [n], overwritten here), int64 [n] lengths, appended blocks. False: not plain, nothing has changed.
+
+        Raises ValueError for blocks that can't be."""
         words, known = self.words, self._known
         slots = self.slots
         if blocks:

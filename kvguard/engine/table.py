@@ -42,6 +42,8 @@ class TableWriter:
         self._checked = b""  # the last batch's rows, known to be distinct rows of this table
         self._batch: DecodeBatch | None = None  # the rows of the last batch, while nothing else touches them
         self._references = np.zeros(self.geometry.blocks, np.int32)
+        blocks = (views.block_generations, views.row_blocks, views.row_block_generations, self._references)
+        self._block_words = tuple(memoryview(array) for array in blocks)  # single words are cheaper to reach so
         self._names: dict[str, int] = {}
         self._metas: dict[int, fmt.Meta] = {}
         self._free = deque(range(rows))
@@ -69,7 +71,8 @@ class TableWriter:
     def close(self) -> None:
         """Unmap and close: the table can't be used any more. Idempotent."""
         if self.fd >= 0:
-            del self.views, self._written
+            self._batch = None
+            del self.views, self._written, self._block_words
             os.close(self.fd)
             self.fd = -1
 
@@ -231,8 +234,9 @@ class TableWriter:
     def _count_blocks(self, blocks: dict, heads: np.ndarray, slots: np.ndarray) -> None:
         """Add what a batch appends to `slots` [n]. Raises ValueError."""
         for index, appended in blocks.items():
-            if min(appended, default=0) < 0 or max(appended, default=0) >= self.geometry.blocks:
-                raise ValueError(f"blocks {list(appended)} are not all of the pool's {self.geometry.blocks}")
+            for block in appended:
+                if not 0 <= block < self.geometry.blocks:
+                    raise ValueError(f"block {block} is not one of the pool's {self.geometry.blocks}")
             if int(heads[index, fmt.H_BLOCKS]) + len(appended) > self.geometry.blocks_per_row:
                 raise ValueError(f"over {self.geometry.blocks_per_row} blocks in one row. Try: attach with positions_max= as long as the longest sequence")
             if slots[index] >= 0:
@@ -240,14 +244,15 @@ class TableWriter:
 
     def _list_blocks(self, rows: np.ndarray, blocks: dict, heads: np.ndarray) -> None:
         """Append a batch's few blocks one by one: cheaper than arrays of four."""
-        views, multiplier = self.views, self._block_multipliers
+        generations, row_blocks, row_block_generations, references = self._block_words
+        multiplier = self._block_multipliers
         for index, appended in blocks.items():
-            row, listed, total = rows[index], int(heads[index, fmt.H_BLOCKS]), int(heads[index, fmt.H_BLOCKS_HASH])
-            for block in appended:
-                generation = int(views.block_generations[block])
-                views.row_blocks[row, listed] = block
-                views.row_block_generations[row, listed] = generation
-                self._references[block] += 1
+            row, listed, total = int(rows[index]), int(heads[index, fmt.H_BLOCKS]), int(heads[index, fmt.H_BLOCKS_HASH])
+            for block in map(int, appended):
+                generation = generations[block]
+                row_blocks[row, listed] = block
+                row_block_generations[row, listed] = generation
+                references[block] += 1
                 by_block, by_generation = multiplier(listed)
                 total += (block + 1) * by_block + (generation + 1) * by_generation
                 listed += 1

@@ -69,7 +69,7 @@ def test_a_step_becomes_facts_in_the_daemon(daemon, guard) -> None:
     with guard.step(2) as step:
         step.commit_batch([guard.row("a"), guard.row("b")], [7, 4], [70, 40])
     with guard.step(2) as step:
-        step.commit_batch(["a", "b"], [8, 5], [80, 50], blocks={1: [9]})
+        step.commit_batch(["a", "b"], [8, 5], [80, 50], blocks={1: np.array([9])})
         daemon.turn()
         assert daemon.committed[connection] == {0: 7, 1: 4}  # not before the step's end
     daemon.turn()
