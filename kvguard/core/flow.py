@@ -53,6 +53,7 @@ class Flow:
         self.ids_number = self.kv_number = self.ids_acked = self.kv_acked = 0
         self.ids_flight: deque[tuple[int, list[Copy], list[int]]] = deque()
         self.kv_flight: deque[tuple[int, int, list[Copy], list[int], int]] = deque()
+        self._ids_whole = False
         self._unsure: list[tuple[list[Copy], list[int]]] = []  # ids sent since the last look: rows that moved meanwhile were left out
         self.hazard = ""
         self._next_no = 0
@@ -188,6 +189,7 @@ class Flow:
 
     def _ids(self, now: int) -> None:
         """Ids frames while there are ops or extensions. Frames that cut or release wait at the holder for the kv frames that were sent before them."""
+        self._ids_whole = False
         while len(self.ids_flight) < IDS_FRAMES_MAX:
             ops, after_kv, size = self._take_ops()
             items: list[tuple[int, ...]] = []
@@ -206,6 +208,7 @@ class Flow:
                 copies.append(copy)
                 copy.sent_ids = end
             if not ops and not items:
+                self._ids_whole = True
                 return
             rows, row_generations, nos, starts, counts, ends = zip(*items, strict=True) if items else ((),) * 6
             self.ids_number += 1
@@ -214,6 +217,7 @@ class Flow:
             self.ids_flight.append((self.ids_number, copies, list(ends)))
             self._unsure.append((copies, starts))
             if size < IDS_BYTES_TARGET // 2:
+                self._ids_whole = True
                 return
 
     def _take_ops(self) -> tuple[tuple[Op, ...], int, int]:
@@ -246,7 +250,10 @@ class Flow:
         if large and room > 0 and not left:
             large.sort(key=lambda copy: (copy.row.committed - copy.sent, copy.no))
             self.fills.gather(large, pieces, min(FRAME_BYTES_TARGET, room), lone, UNBOUNDED)
-        self.dirty = {number: copy for number, copy in self.dirty.items() if copy.sent < copy.row.committed or copy.sent_ids < copy.row.ids}
+        if self._ids_whole and not left and not large and len(pieces.moves) == len(self.dirty):
+            self.dirty.clear()  # the usual step: every row that moved goes, wholly
+        else:
+            self.dirty = {number: copy for number, copy in self.dirty.items() if copy.sent < copy.row.committed or copy.sent_ids < copy.row.ids}
         if not pieces.items:
             return False
         pieces.close()

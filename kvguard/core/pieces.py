@@ -110,7 +110,7 @@ class Fills:
         left: list[Copy] = []
         large: list[Copy] = []
         item, move = pieces.items.append, pieces.moves.append
-        room = PIECES_PER_FRAME_MAX - len(pieces.items)
+        room, total = PIECES_PER_FRAME_MAX - len(pieces.items), pieces.bytes
         for copy in copies:
             row, start = copy.row, copy.sent
             end = row.committed
@@ -124,7 +124,7 @@ class Fills:
                 continue
             slot = start % tokens
             if slot and plain and slot + count <= tokens and room > 0:
-                size = pieces.bytes + count * width
+                size = total + count * width
                 index = start // tokens
                 block, generation = row.blocks[index], row.generations[index]
                 entry = table.get(block)
@@ -133,13 +133,15 @@ class Fills:
                     move((copy, start, end))
                     entry[FILLED] = slot + count
                     copy.sent = end
-                    pieces.bytes = size
+                    total = size
                     room -= 1
                     continue
+            pieces.bytes = total
             self._walk(copy, end, pieces, budget, lone)
-            room = PIECES_PER_FRAME_MAX - len(pieces.items)
+            room, total = PIECES_PER_FRAME_MAX - len(pieces.items), pieces.bytes
             if copy.sent < end:
                 left.append(copy)
+        pieces.bytes = total
         return left, large
 
     def _walk(self, copy: Copy, end: int, pieces: Pieces, budget: int, lone: bool) -> None:

@@ -34,7 +34,7 @@ class SenderSettings(NamedTuple):
 
 
 class Sender:
-    """`ledger` is shared by the senders of a stream, and has seen a Looked before they do. `sessions`, `captures`: the node's counters: no number comes twice."""
+    """`ledger` is shared by a stream's senders, and has seen a Looked before they do. `sessions`, `captures`: the node's counters, so no number comes twice."""
 
     def __init__(
         self,

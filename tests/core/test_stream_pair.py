@@ -1,4 +1,4 @@
-"""Sender and receiver back to back over a bad wire: the holder ends with exactly what was committed, and no acknowledgement ever lies (I4, I6, faults 11-14)."""
+"""Both halves over a bad wire: the holder ends with exactly what was committed, and no acknowledgement ever lies (I4, I6, faults 11-14)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from streamworld import MS, World
 from kvguard.core.events import Tick
 
 DEEDS = (
-    "open", "open", "grow", "grow", "grow", "cut", "cut", "release", "look", "look", "look", "capture", "capture", "ids", "ids", "kv", "kv", "back", "back", "turn", "turn",
-    "lose_ids", "lose_kv", "damage", "twice", "down", "up", "wait",
+    "open", "open", "grow", "grow", "grow", "cut", "cut", "release", "look", "look", "look", "capture", "capture", "ids", "ids", "kv", "kv", "back", "back",
+    "turn", "turn", "lose_ids", "lose_kv", "damage", "twice", "down", "up", "wait",
 )  # fmt: skip
 
 
