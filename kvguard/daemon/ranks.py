@@ -103,7 +103,7 @@ class Ranks:
                 raise Refused("the first descriptor is not this process's own pidfd. Try: kvguard.engine.attach")
             told = self._attach(connection, message, descriptors, taken)
         except Refused as error:
-            log.warning("attach of %s refused: %s", message.stream or message.instance, error)
+            log.warning("attach of %s refused: %s", message.stream or message.instance, str(error))
             self._tell(connection, local.AttachRefused(str(error), True))
             return ()
         finally:

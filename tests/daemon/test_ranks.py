@@ -1,0 +1,209 @@
+"""Attachments: what is refused before it is mapped, who may come back, and what a death tells. The engine is this process, or a child that can die."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kvguard.core import events
+from kvguard.daemon import ranks as attaching
+from kvguard.daemon.perform_node import NodeShell
+from kvguard.daemon.ranks import Ranks
+from kvguard.device.host import HostDevice
+from kvguard.engine.table import TableWriter
+from kvguard.format import local
+from kvguard.format.layout import Layout
+from kvguard.format.messages import PlanOrder, Rebuild, Source
+from kvguard.format.rows import WRITTEN_AT, Geometry
+from kvguard.store.store import ReplicaStore
+from kvguard.types import NO_EPOCH, Epoch, Fork, Rank, StreamId
+
+LAYOUT = Layout.paged("m", "float32", 1, 8, 4, 1, 4)
+ID = StreamId("llama", Rank(0, 0, 0), 7)
+
+
+class Desk:
+    """Ranks with everything around it: what was watched, what engines were told."""
+
+    def __init__(self):
+        self.watched = {}
+        self.told = []
+        self.store = ReplicaStore(None, 1 << 20, 0)
+        self.shell = NodeShell(transport=None, journal=None, clock=lambda: 0, node="a", store=self.store, engines=None)
+        self.ranks = Ranks(HostDevice(), self.store, self, self.tell, self.shell.streams, self.shell.local, self.shell.epochs)
+
+    def watch(self, descriptor, ready):
+        self.watched[descriptor] = ready
+
+    def forget(self, descriptor):
+        del self.watched[descriptor]
+
+    def tell(self, connection, message, descriptors=()):
+        self.told.append((connection, message, len(descriptors)))
+        return True
+
+
+class Life:
+    """An engine's memories, attached for a process."""
+
+    made: list[Life] = []
+
+    def __init__(self, pid=0, layout=LAYOUT, geometry=None):
+        self.pid = pid or os.getpid()
+        self.pool = HostDevice().allocate(layout)
+        self.writer = TableWriter.create(geometry or Geometry(4, layout.blocks, 8, 64, layout.block_tokens))
+        self.bell = os.eventfd(0, os.EFD_NONBLOCK)
+        self.made.append(self)
+
+    def close(self):
+        self.pool.close()
+        self.writer.close()
+        os.close(self.bell)
+        self.pool = self.writer = None
+
+    def descriptors(self, pidfd=None):
+        return [os.pidfd_open(pidfd or self.pid), os.dup(self.bell), os.dup(self.writer.fd), *self.pool.export()]
+
+    def commit(self, sequence, count):
+        self.writer.step += 1
+        row = self.writer.open(sequence, (Fork(0, 0),), b"r")
+        self.writer.commit(row, count, range(count), [0])
+        self.writer.publish()
+        self.writer.views.words[WRITTEN_AT // 8] = self.writer.step
+
+
+def message(role="rank", incarnation=1, stream=ID, layouts=None, **changed):
+    return local.Attach(role, "llama", incarnation, NO_EPOCH, "endpoint", stream, {"0.0.0": LAYOUT} if layouts is None else layouts, **changed)
+
+
+@pytest.fixture
+def desk():
+    """Whatever an engine does, nothing of it stays open when its ranks are forgotten."""
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    made = Desk()
+    yield made
+    made.ranks.close()
+    assert not made.watched
+    made.shell.streams.clear()
+    made.shell.local.clear()
+    for life in Life.made:
+        life.close()
+    Life.made.clear()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+    made.store.close()
+
+
+def attach(desk, life, said=None, **keywords):
+    return list(desk.ranks.attach(1, life.pid, said or message(), life.descriptors(**keywords)))
+
+
+def test_attach_look_and_detach(desk):
+    life = Life()
+    life.commit("one", 3)
+    [attached, looked, steps] = attach(desk, life)
+    assert (type(attached), attached.stream, attached.endpoint) == (events.StreamAttached, ID, "endpoint")
+    assert (looked.opened[0].sequence, looked.committed) == ("one", (3,))
+    assert type(steps) is events.StepsSeen
+    assert desk.told == [(1, local.Attached(NO_EPOCH), 0)]
+    life.commit("two", 2)
+    os.eventfd_write(life.bell, 1)
+    [looked] = desk.watched[desk.ranks.ranks[ID].bell]()
+    assert looked.opened[0].sequence == "two"
+    assert list(desk.ranks.detach(1)) == [events.StreamDetached(ID, 1)]
+    desk.ranks.forget(ID)
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [
+        (message(version=2), "protocol version 2"),
+        (message(role="gpu"), "can't be attached"),
+        (message(stream=None), "can't be attached"),
+        (message(stream=ID._replace(instance="other")), "can't be attached"),
+        (message(layouts={}), "can't be attached"),
+        (message(layouts={"0.0.0": Layout.paged("m", "float32", 1, 9, 4, 1, 4)}), "doesn't fit"),
+        (message(layouts={"0.0.0": Layout.paged("m", "float32", 1, 4, 4, 1, 4)}), "the layout says otherwise"),
+    ],
+)
+def test_refused_before_it_counts(desk, said, word):
+    life = Life()
+    assert attach(desk, life, said) == []
+    [(_, refused, _)] = desk.told
+    assert type(refused) is local.AttachRefused and refused.final and word in refused.reason
+    assert not desk.ranks.ranks and not desk.shell.streams
+
+
+def test_a_pidfd_of_somebody_else(desk):
+    life = Life()
+    assert attach(desk, life, pidfd=os.getppid()) == []
+    assert "own pidfd" in desk.told[0][1].reason
+
+
+def test_death_is_told_after_a_last_look_and_a_second_life_adopts(desk):
+    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    life = Life(child.pid)
+    attach(desk, life)
+    other = Life()
+    assert attach(desk, other, message(incarnation=2, stream=ID._replace(pool=8))) == []
+    assert "held by a process that lives" in desk.told[-1][1].reason
+    life.commit("one", 3)
+    child.kill()
+    child.wait()
+    child.stdin.close()
+    [looked, _steps_or_died, *rest] = list(desk.watched[desk.ranks.ranks[ID].pidfd]())
+    died = rest[-1] if rest else _steps_or_died
+    assert looked.committed == (3,) and (type(died), died.stream, died.salvageable) == (events.ProcessDied, ID, True)
+    assert desk.ranks.holding(ID).positions == (3,) and desk.ranks.holding(ID).alive is False
+    life.pid = os.getpid()
+    again = attach(desk, life, message(incarnation=3))
+    assert again[0].incarnation == 3 and desk.ranks.ranks[ID].stream.alive
+    desk.ranks.forget(ID)
+
+
+def test_a_stream_with_another_table_is_refused(desk):
+    life, other = Life(), Life()
+    attach(desk, life)
+    assert attach(desk, other) == []
+    assert "another table" in desk.told[-1][1].reason
+
+
+def plan(rebuild):
+    return PlanOrder("llama", Epoch(1, "c"), ("one",), (3,), ("pool",), ((Fork(0, 0),),), (3,), ("a",), (ID,), (rebuild,), (), ("",))
+
+
+def test_a_claim_brings_the_dead_pool(desk):
+    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    life = Life(child.pid)
+    attach(desk, life)
+    assert list(desk.ranks.attach(2, os.getpid(), message("standby", 5, None), [os.pidfd_open(os.getpid())])) == [
+        events.StandbyAttached("llama", 5, "endpoint", {"0.0.0": LAYOUT.fingerprint})
+    ]
+    child.kill()
+    child.wait()
+    child.stdin.close()
+    list(desk.watched[desk.ranks.ranks[ID].pidfd]())
+    rebuild = Rebuild(ID.rank, "a", 5, (Source("pool", "a", ID),), (0,))
+    desk.ranks.claim(plan(rebuild), rebuild)
+    connection, order, count = desk.told[-1]
+    assert (connection, count, order.adopt, order.stream, order.layout) == (2, 2, True, ID, LAYOUT)
+    with pytest.raises(attaching.Refused, match="not attached here"):
+        desk.ranks.claim(plan(rebuild), Rebuild(ID.rank, "a", 99, (), ()))
+    [restored] = desk.ranks.restored(2, local.Restored("llama", ID.rank, Epoch(1, "c"), "no room"))
+    assert (type(restored), restored.error) == (events.EngineRestored, "no room")
+
+
+def test_who_never_committed_lives_in_the_epoch_that_it_finds(desk):
+    desk.shell.epochs["llama"] = Epoch(4, "c")
+    fresh, late = Life(), Life()
+    late.commit("one", 3)
+    assert attach(desk, fresh)[0].epoch == Epoch(4, "c")
+    assert desk.told[-1][1] == local.Attached(Epoch(4, "c"))
+    other = ID._replace(rank=Rank(0, 1, 0))
+    assert attach(desk, late, message(stream=other))[0].epoch == NO_EPOCH
+    assert desk.ranks.ranks[other].reader.epoch() == 4  # its next step is fenced
