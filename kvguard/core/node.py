@@ -21,7 +21,7 @@ from kvguard.core.promises import NEWER, SAME, Promises
 from kvguard.core.sender import SenderSettings
 from kvguard.format import messages
 from kvguard.limits import WINDOW_BYTES_DEFAULT
-from kvguard.types import Epoch, NodeId, SequenceId, StreamId
+from kvguard.types import Epoch, NodeId, Rank, SequenceId, StreamId
 
 COORDINATOR = "coordinator"
 FROM_COORDINATOR = (messages.NodeWelcome, messages.Assign, messages.Fence, messages.PlanOrder, messages.RebuildOrder, messages.Resumed)
@@ -254,7 +254,9 @@ class Node:
             return (Note("stale_death", str(event.stream), event.reason),)
         kind, reason, since = ("hung", *local.hung) if local.hung is not None else ("died", event.reason, now)
         local.alive, local.death, local.salvageable = False, f"{kind}: {reason}", event.salvageable
-        return self._fault(now, local, kind, reason, event.salvageable, since)
+        out = self._fault(now, local, kind, reason, event.salvageable, since)
+        instance = local.stream.instance
+        return (*out, SendReport(COORDINATOR, instance, self._fences[instance])) if instance in self._fences else out
 
     def _fault(self, now: int, local: LocalStream, kind: str, reason: str, salvageable: bool, since_ns: int) -> Effects:
         fault = messages.Fault(self.settings.node, local.stream, local.incarnation, kind, reason, salvageable, 0.0)
@@ -304,7 +306,15 @@ class Node:
             out += (Note("fenced", fence.instance, fence.reason, (("epoch", fence.epoch.counter),)),)
         if fence.instance not in self.orders:
             self._fences[fence.instance] = fence.epoch
-        return (*out, SendReport(COORDINATOR, fence.instance, fence.epoch))
+        doomed = self._doomed(fence.instance, fence.lost, fence.reason)
+        if doomed and fence.instance in self._fences:  # its pool may be salvaged once it is dead: the report waits for that, the coordinator not for ever
+            return out + doomed
+        return (*out, *doomed, SendReport(COORDINATOR, fence.instance, fence.epoch))
+
+    def _doomed(self, instance: str, lost: tuple[Rank, ...], reason: str) -> Effects:
+        """Processes that live here as a rank which is given to another: two must never both be that rank, and only a dead one leaves its seat."""
+        ranks = [local for local in self.outbound.of(instance) if local.alive and local.fenced and local.stream.rank in lost]
+        return tuple(KillProcess(local.incarnation, local.stream, f"its rank is given away: {reason}") for local in ranks)
 
     def _plan(self, now: int, event: events.Arrived) -> Effects:
         plan = event.message
@@ -320,7 +330,7 @@ class Node:
             out += self.outbound.dial(target, address)
         rebuilt = [rebuild.rank for rebuild in plan.rebuilds]
         survivors = [local.stream for local in self.outbound.of(plan.instance) if local.alive and local.fenced and local.stream.rank not in rebuilt]
-        return out + orders.start(survivors)
+        return out + self._doomed(plan.instance, tuple(rebuilt), f"plan of epoch {plan.epoch.counter}") + orders.start(survivors)
 
     def _carried(self, now: int, event: events.PlanCarried) -> Effects:
         orders = self._current(event.instance, event.epoch)

@@ -93,7 +93,10 @@ class Driver:
             self._act()
 
     def due(self) -> int:
-        return min([self.beat_ns, self.due_ns, *self.transport._times()])
+        return min(self.beat_ns, self.due_ns)
+
+    def ways(self) -> list[int]:
+        return self.transport._times()
 
     def _heard(self, message) -> None:
         if type(message) is messages.Welcome:
@@ -151,6 +154,7 @@ class Driver:
             if old is not None and old.life != life:
                 world.count("names_reused_in_recovery")
                 self.over.append(entry.sequence)
+                former[entry.sequence] = old
                 continue
             if old is not None:
                 sequence.ids = old.ids if len(old.ids) > len(ids) else ids
@@ -209,7 +213,7 @@ class Driver:
             free = [block for block in blocks if not self.refs[block] and block not in self.free]
             self.free += free
             freed += free
-        self.over = []
+        over, self.over = dict.fromkeys(self.over), []
         for sequence in list(self.sequences.values()):
             if len(sequence.ids) >= sequence.target or (sequence.opened and random.random() < world.cancels):
                 acts.append(("release", sequence.name))
@@ -236,7 +240,8 @@ class Driver:
             if sequence.paused_steps:
                 sequence.paused_steps -= 1
                 continue
-            self._extend(sequence, commits, slots, grown)
+            if sequence.name not in over:
+                self._extend(sequence, commits, slots, grown)
         used = {block for block, _, _ in slots}
         if not acts and not commits:
             return
@@ -309,6 +314,7 @@ class Driver:
             if end == len(sequence.ids):
                 sequence.ids.append(token_of(sequence.name, end, self.adopted.counter if self.world.sampled else 0))
         self.pending = []
-        self.due_ns = min(self.due_ns, self.world.now + self.world.random.randrange(100_000, 8 * MS))
+        self.due_ns = self.world.now + self.world.random.randrange(100_000, 8 * MS)
+        self.world.wake("driver")
 
 

@@ -51,6 +51,7 @@ class Faults:
         """Nothing breaks from now on."""
         world = self.world
         self.calmed, self.rude = True, 0.0
+        world.ways += 1
         world.note("CALM")
         for direction in world.network._directions.values():
             direction.cut = False
@@ -166,11 +167,13 @@ class Faults:
         world = self.world
         for source, target in pairs:
             world.network.between(source, target).cut = True
+            world.ways += 1
             world.note(f"cut {source} -> {target}")
 
         def heal() -> None:
             for source, target in pairs:
                 world.network.between(source, target).cut = False
+            world.ways += 1
             world.note(f"healed {pairs}")
 
         world.after(world.random.randrange(low, high) * MS, heal)
@@ -209,8 +212,15 @@ class Faults:
                     way.duplicate, way.corrupt_head, way.corrupt_payload, way.reset = rates
                     way.jitter_ns = random.choice((0, 2 * MS))
 
+        def over() -> None:
+            for way in world.network._directions.values():
+                way.duplicate = way.corrupt_head = way.corrupt_payload = way.reset = 0.0
+
+        world.after(random.randrange(200, 900) * MS, over)
+
     def _rude(self):
-        self.rude = 0.05
+        self.rude = 0.04
+        self.world.after(self.world.random.randrange(200, 900) * MS, lambda: setattr(self, "rude", 0.0))
 
     def spoil(self, life, incoming: list) -> list:
         """A way without order: frames of streams are lost, overtaken, repeated late. Everything else keeps the transport's promise."""

@@ -111,8 +111,11 @@ class Life:
 
     def due(self) -> int | None:
         times = [self.core.next_deadline(), self.loop._timers[0][0] if self.loop._timers else None]
-        times += self.shell.transport._times()
         return min((at for at in times if at is not None), default=None)
+
+    def ways(self) -> list[int]:
+        """When this life's transport has something to say."""
+        return self.shell.transport._times()
 
     def end(self) -> None:
         self.dead = True

@@ -38,6 +38,9 @@ class Host:
         self.life = None
         self.paused = False
         self.wake_ns: int | None = None
+        self.known: tuple = ()  # what `ways_ns` and `own_ns` were computed from
+        self.ways_ns: int | None = None  # when its transport has something
+        self.own_ns: int | None = None  # when its core or loop wants to be woken
 
 
 class World:
@@ -76,6 +79,8 @@ class World:
         self.nodes = {f"n{number}": Host(f"n{number}", Disk(self)) for number in range(count)}
         self.coordinator = Host(COORDINATOR, Disk(self))
         self.driver_host = Host(DRIVER, None)
+        self._hosts = self.hosts()
+        self.ways = 0  # rises with every cut and heal
         self.budgets = {name: random.choice((1 << 20, 1 << 20, 1 << 20, 20_000)) for name in self.nodes}
         self._start_all()
 
@@ -101,6 +106,7 @@ class World:
             host.life = Driver(self)
         else:
             host.life = NodeLife(self, host.name, host.disk, self.budgets[host.name])
+        host.known, host.own_ns = (), self.now
         self.wake(host.name)
 
     def stop(self, host: Host, reason: str) -> None:
@@ -176,13 +182,19 @@ class World:
     def _due(self, host: Host) -> int | None:
         if host.life is None or host.paused:
             return None
-        times = [at for at in (host.wake_ns, host.life.due()) if at is not None]
-        return min(times, default=None)
+        key = (host.life, self.network._order, self.ways, self.now // (20 * MS))
+        if host.known != key:
+            host.known, host.ways_ns = key, min(host.life.ways(), default=None)
+        best = host.own_ns
+        for at in (host.wake_ns, host.ways_ns):
+            if at is not None and (best is None or at < best):
+                best = at
+        return best
 
     def advance(self, until_ns: int) -> bool:
         """To the next moment at which anything is due. False when that lies beyond `until_ns`."""
         times = [self._heap[0][0]] if self._heap else []
-        times += [at for host in self.hosts() if (at := self._due(host)) is not None]
+        times += [at for host in self._hosts if (at := self._due(host)) is not None]
         at = max(self.now + 20_000, min(times)) if times else until_ns
         if at >= until_ns:
             self.now = until_ns
@@ -192,7 +204,7 @@ class World:
         self.network.advance(at)
         while self._heap and self._heap[0][0] <= at:
             heapq.heappop(self._heap)[2]()
-        for host in self.hosts():
+        for host in self._hosts:
             due = self._due(host)
             if due is not None and due <= at:
                 host.wake_ns = None
@@ -200,8 +212,10 @@ class World:
         return True
 
     def _turn(self, host: Host) -> None:
+        host.known = ()
         try:
             host.life.turn()
+            host.own_ns = host.life.due()
         except Crashed as crash:
             self.count("crashed_between_effects")
             self.stop(host, f"in the middle of its effects: {crash}")
