@@ -2,64 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import struct
 
-import numpy as np
 import pytest
 import xxhash
 
 from kvguard.core import effects, events
 from kvguard.daemon import capture as capturing
-from kvguard.device.host import HostDevice
-from kvguard.engine.look import TableReader
-from kvguard.engine.table import TableWriter
 from kvguard.format.layout import Layout
 from kvguard.format.messages import PIECE_BLOCK, PIECE_REFERENCE, PIECE_TOKENS, IdsFrame
-from kvguard.format.rows import WRITTEN_AT, Geometry
-from kvguard.types import Epoch, Fork, Rank, StreamId
+from kvguard.types import Epoch, Rank, StreamId
 
 ID = StreamId("llama", Rank(0, 1, 0), 7)
 BLOCKS, TOKENS = 8, 4
 
 
-class Life:
-    """An engine's two memories and the daemon's view of them."""
-
-    def __init__(self, layout):
-        self.pool = HostDevice().allocate(layout)
-        np.frombuffer(self.pool.memory, np.uint8)[:] = np.random.default_rng(1).integers(0, 256, layout.pool_bytes, np.uint8)
-        self.writer = TableWriter.create(Geometry(4, BLOCKS, BLOCKS, 64, TOKENS))
-        view = HostDevice().open(layout, self.pool.export(), writable=False)
-        self.stream = capturing.Stream(ID, layout.shape(), view, TableReader(os.dup(self.writer.fd)), 1)
-        self.facts = capturing.Facts()
-
-    def commit(self, sequence, length, ids, blocks, sampler=None):
-        self.writer.step += 1
-        row = self.writer.sequences().get(sequence)
-        if row is None:
-            row = self.writer.open(sequence, (Fork(0, 0),), b"request")
-        self.writer.commit(row, length, ids, blocks, sampler)
-        self.writer.publish()
-        self.writer.views.words[WRITTEN_AT // 8] = self.writer.step
-        return row
-
-    def look(self):
-        found = capturing.as_event(ID, self.stream.table.look())
-        self.facts.take(found)
-        return found
-
-    def order(self, pieces):
-        """A Capture of (row, position, count, block, flag) with today's generations."""
-        table = self.stream.table
-        rows, starts, counts, blocks, flags = zip(*pieces, strict=True)
-        of_rows, of_blocks = table.generations(rows, blocks)
-        return effects.Capture(1, ID, Epoch(1, "c"), rows, tuple(of_rows.tolist()), starts, counts, blocks, tuple(of_blocks.tolist()), flags)
-
-
 @pytest.fixture
-def life():
-    return Life(Layout.paged("m", "float32", 2, BLOCKS, TOKENS, 2, 4))
+def life(make_life):
+    return make_life(Layout.paged("m", "float32", 2, BLOCKS, TOKENS, 2, 4))
 
 
 def canonical(life, block, slot):
@@ -104,8 +64,8 @@ def test_reused_while_it_is_copied(life):
     assert len(sums) == 4 * 8
 
 
-def test_whole_blocks_where_tokens_are_not_addressable():
-    life = Life(Layout.opaque("m", "packed", 2, BLOCKS, TOKENS, 96))
+def test_whole_blocks_where_tokens_are_not_addressable(make_life):
+    life = make_life(Layout.opaque("m", "packed", 2, BLOCKS, TOKENS, 96))
     row = life.commit("a", 6, range(6), [5, 2])
     data, stale, sums = capturing.capture(life.stream, life.order([(row, 4, 2, 2, PIECE_BLOCK)]))
     assert bytes(data) == canonical(life, 2, 0)
