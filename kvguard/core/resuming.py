@@ -145,7 +145,7 @@ def _resume(known: Known, instance: str) -> None:
     targets = {str(rebuild.rank): rebuild.node for rebuild in order.rebuilds}
     known.keep_history(HistoryRecord(
         instance, record.epoch, record.reason, record.lost, targets, timing, dict(zip(order.sequences, order.positions, strict=True)),
-        dict(zip(order.sequences, order.rungs, strict=True)), lost, moved, record.attempt,
+        dict(zip(order.sequences, order.rungs, strict=True)), lost, moved, record.attempt, verdict_ns=record.verdict_ns,
     ))  # fmt: skip
     _keep_resume(known, instance, resume)
     known.keep_round(instance, record)
@@ -206,7 +206,7 @@ def fail(known: Known, instance: str, error: str) -> None:
     record = current.record
     timing = {**record.timing_ms, "total": sum(record.timing_ms.values()) + (known.now_ns - current.mark_ns) / MS}
     lost = dict(record.lost_sequences)
-    known.keep_history(HistoryRecord(instance, record.epoch, record.reason, record.lost, {}, timing, {}, {}, lost, {}, record.attempt, error))
+    known.keep_history(HistoryRecord(instance, record.epoch, record.reason, record.lost, {}, timing, {}, {}, lost, {}, record.attempt, error, record.verdict_ns))
     resume = Resume(instance, record.epoch, known.directory(instance), (), timing, {}, error)
     _keep_resume(known, instance, resume)
     for rank in record.lost:

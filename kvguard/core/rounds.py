@@ -50,6 +50,7 @@ def start(
     record = RecoveryRecord(
         instance, epoch, FENCING, reason, tuple(sorted(dict.fromkeys(ranks))), {str(rank): member_record(place) for rank, place in sorted(places.items())},
         tuple(dict.fromkeys(excluded)), tuple(sorted(dict.fromkeys(dead_writers))), attempt, tuple(dict.fromkeys(refused)), timing_ms=timing,
+        verdict_ns=known.now_ns,
     )  # fmt: skip
     current = known.rounds[instance] = Round(record, known.fair_ns, known.now_ns)
     known.epochs[instance] = epoch

@@ -49,6 +49,7 @@ class RecoveryRecord(msgspec.Struct, frozen=True, array_like=True):
     lost_sequences: tuple[tuple[SequenceId, str], ...] = ()
     former: tuple[StreamId, ...] = ()
     timing_ms: dict[str, float] = {}
+    verdict_ns: int = 0
 
 
 class HistoryRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -66,6 +67,7 @@ class HistoryRecord(msgspec.Struct, frozen=True, array_like=True):
     bytes_by_rung: dict[str, int]
     attempt: int
     error: str = ""
+    verdict_ns: int = 0  # the coordinator's monotonic clock when the loss was told; comparable on its machine alone
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,27 +1,27 @@
 """`kvguard demo`: one run undisturbed, one with a fault in it, on the same processes; then everything is compared.
 
-Knows: which fault means what to the cluster, what must be seen afterwards. Must not know: torch, how recovery works.
-Invariants: a fault is fired at a stated moment and its effect on the process is verified; nothing waits without a deadline and a condition.
+Knows: what must be seen of each fault, and the document. Must not know: torch, how recovery works, how faults are fired (faults.py).
+Invariants: a fault is fired at a stated moment and proved; nothing waits without a deadline and a condition; what is not compared is said.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import selectors
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvguard.errors import BadConfig, KvguardError, TimedOut
-from kvguard.pipeline import report
-from kvguard.pipeline.report import Transcript
-from kvguard.pipeline.world import INSTANCE, Conversation, Node, World, WorldSettings
+from kvguard.errors import BadConfig, KvguardError
+from kvguard.pipeline import faults, report
+from kvguard.pipeline.client import Client
+from kvguard.pipeline.faults import KILLS, Fault
+from kvguard.pipeline.world import INSTANCE, World, WorldSettings
+from kvguard.transport.ask import ask
 
-KILLS = ("rank", "node", "daemon", "coordinator", "driver", "none")
 PROMPTS = (
     "Tell me a short story about a robot who keeps a lighthouse.",
     "Explain why the sky is blue to a child.",
@@ -32,7 +32,10 @@ PROMPTS = (
     "Describe a market square in the early morning.",
     "What is the difference between a lake and a pond?",
 )
-OUTAGE_TOKENS = 3  # an outage lasts until at least so many tokens came without the one that is away
+
+
+class UsageFault(KvguardError):
+    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -47,31 +50,27 @@ class Options:
     prompt: str | None = None
     model: str | None = None
     corrupt: str | None = None
-    timeout_s: float = 300.0
+    timeout_s: float = 600.0
 
     def check(self) -> None:
         """Raises UsageFault naming every fault."""
-        faults = []
+        found = []
         if not 1 <= self.stages <= 8:
-            faults.append(f"--stages {self.stages} is outside 1..8")
+            found.append(f"--stages {self.stages} is outside 1..8")
         if self.tp != 1:
-            faults.append(f"--tp {self.tp}: the reference engine has no tensor parallelism yet. Try: --tp 1")
+            found.append(f"--tp {self.tp}: the reference engine has no tensor parallelism. Try: --tp 1")
         if self.kill not in KILLS:
-            faults.append(f"--kill {self.kill} is none of {', '.join(KILLS)}")
+            found.append(f"--kill {self.kill} is none of {', '.join(KILLS)}")
         if self.corrupt not in (None, "replica", "frame"):
-            faults.append(f"--corrupt {self.corrupt} is neither replica nor frame")
-        if self.corrupt == "replica" and self.kill != "node":
-            faults.append("--corrupt replica is the negative control of a restored replica. Try: --kill node")
+            found.append(f"--corrupt {self.corrupt} is neither replica nor frame")
+        if self.corrupt == "replica" and (self.kill != "node" or self.at_token == 0):
+            found.append("--corrupt replica damages what a node's death restores. Try: --kill node --at-token 20")
         if self.kill != "none" and not 0 <= self.at_token < self.max_tokens:
-            faults.append(f"--at-token {self.at_token} is outside 0..{self.max_tokens - 1}")
+            found.append(f"--at-token {self.at_token} is outside 0..{self.max_tokens - 1}")
         if not 1 <= self.sequences <= 16:
-            faults.append(f"--sequences {self.sequences} is outside 1..16")
-        if faults:
-            raise UsageFault("; ".join(faults))
-
-
-class UsageFault(KvguardError):
-    exit_code = 2
+            found.append(f"--sequences {self.sequences} is outside 1..16")
+        if found:
+            raise UsageFault("; ".join(found))
 
 
 def model_directory(options: Options) -> Path:
@@ -87,292 +86,6 @@ def model_directory(options: Options) -> Path:
     return Path(found.stdout.strip().splitlines()[-1])
 
 
-class Demo:
-    """One demo: a world, two runs, a fault, a document."""
-
-    def __init__(self, options: Options, world: World, say):
-        self.options, self.world, self.say = options, world, say
-        self.conversation: Conversation | None = None
-        self.transcripts = {name: Transcript(options.sequences) for name in ("before", "after")}
-        self.marks: dict[str, list[dict]] = {}  # events other than tokens, by kind
-        self.arrivals: list[tuple[int, str]] = []  # (t_ns, run) of tokens that were new to the client
-        self.struck_ns = 0
-        self.fault: dict | None = None
-        self.corruption: dict | None = None
-        self.outage: dict | None = None
-        self.prefilled = 0
-
-    # ---- the driver's events
-
-    def start_driver(self) -> None:
-        self.conversation = Conversation(self.world.start_driver())
-        self.await_event("ready", 120.0)
-
-    def pump(self, timeout_s: float) -> list[dict]:
-        """Events that arrive within the timeout, already entered in transcripts and marks."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.conversation, selectors.EVENT_READ)
-            selector.select(timeout_s)
-        events = self.conversation.read()
-        for event in events:
-            if event["event"] == "token":
-                if self.transcripts[event["run"]].add(event):
-                    self.arrivals.append((event["t_ns"], event["run"]))
-            else:
-                self.marks.setdefault(event["event"], []).append(event)
-            if event["event"] == "error":
-                raise KvguardError(f"the driver says: {event['message']}. Try: the logs in {self.world.root / 'logs'}")
-        if self.conversation.closed and not events and not self.driver_expected_dead:
-            raise KvguardError(f"the driver ended unasked:\n{self.world.driver.last_words()}")
-        return events
-
-    driver_expected_dead = False
-
-    def await_event(self, kind: str, timeout_s: float, run: str | None = None) -> dict:
-        self.await_condition(f"the driver's event {kind}", lambda: self.last(kind, run), timeout_s)
-        return self.last(kind, run)
-
-    def await_condition(self, what: str, condition, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            if time.monotonic() > deadline:
-                raise TimedOut(f"{what} did not come within {timeout_s:g} s. Try: the logs in {self.world.root / 'logs'}")
-            self.pump(0.05)
-
-    def last(self, kind: str, run: str | None = None) -> dict | None:
-        found = [mark for mark in self.marks.get(kind, []) if run is None or mark.get("run") == run]
-        return found[-1] if found else None
-
-    # ---- runs
-
-    def begin(self, run: str, prompts: list) -> None:
-        options = self.options
-        sampling = {} if options.seed is None else {"temperature": 0.8, "top_k": 50, "seed": options.seed}
-        self.conversation.say(do="run", run=run, prompts=prompts, max_tokens=options.max_tokens, ignore_eos=True, chat=True, **sampling)
-
-    def digest(self, run: str) -> dict:
-        self.conversation.say(do="digest", run=run)
-        return self.await_event("digest", 60.0, run)["digests"]
-
-    def release(self, run: str) -> None:
-        self.conversation.say(do="release", run=run)
-        self.await_event("released", 30.0, run)
-
-    def strike_point(self) -> bool:
-        """Whether the run has come to where the fault is wanted."""
-        if self.options.at_token == 0:
-            return any(mark["run"] == "after" for mark in self.marks.get("prefill", []))
-        return min(self.transcripts["after"].emitted()) >= self.options.at_token
-
-    # ---- faults
-
-    def target(self) -> int:
-        """The stage that faults are aimed at: the middle one."""
-        return self.options.stages // 2
-
-    def strike(self) -> None:
-        """Fires the fault and verifies that it did what it should to the process."""
-        options, world = self.options, self.world
-        stage = self.target()
-        node = world.nodes[stage]
-        positions = [mark["position"] for mark in self.marks.get("prefill", []) if mark["run"] == "after" and mark["sequence"] == 0]
-        emitted = self.transcripts["after"].emitted()[0]
-        prompt = self.last("prefill", "after")
-        at_position = (positions[-1] if positions else 0) + max(0, emitted - 1) if prompt else 0
-        target = {"rank": f"0.{stage}.0", "node": node.name, "daemon": node.name, "coordinator": "coordinator", "driver": "driver"}[options.kill]
-        if options.corrupt == "replica":
-            self.corrupt_replica(node, stage)
-        process = {
-            "rank": lambda: next(engine for engine in node.engines if engine.name == f"stage-{stage}"),
-            "node": lambda: node.daemon,
-            "daemon": lambda: node.daemon,
-            "coordinator": lambda: world.coordinator,
-            "driver": lambda: world.driver,
-        }[options.kill]()
-        was_alive = process.alive()
-        self.driver_expected_dead = options.kill == "driver"
-        self.struck_ns = time.monotonic_ns()
-        if options.kill == "node":
-            world.kill_node(node)
-        else:
-            process.kill()
-        self.fault = {"kind": options.kill, "target": target, "at_token": options.at_token, "at_position": at_position,
-                      "fired": was_alive and process.popen.returncode == -9}  # fmt: skip
-        self.say(f"killed {options.kill} {target} at token {emitted}")
-
-    def corrupt_replica(self, node: Node, stage: int) -> None:
-        """The negative control: an acknowledged position of the replica and its sum change together, so that no checksum can tell."""
-        status = self.world.status()
-        holder = next(rank["holders"] for rank in status["ranks"] if rank["rank"] == f"0.{stage}.0" and rank["state"] != "standby")[0]
-        arguments = {"instance": INSTANCE, "rank": f"0.{stage}.0", "sequence": "after-0", "position": 3}
-        answer = self.world.query(self.world.node_named(holder), "corrupt_replica", arguments)
-        self.corruption = {"kind": "replica", "fired": bool(answer["changed"]), "detected": False}
-
-    def corrupt_frame(self) -> None:
-        """Arms the sender: the next KV frame leaves with one byte changed."""
-        node = self.world.nodes[self.target()]
-        self.world.query(node, "corrupt_frame", {})
-        self.corruption = {"kind": "frame", "fired": False, "detected": False}
-
-    def seen_corruption(self) -> None:
-        counters = [self.world.query(node, "stats", {}) for node in self.world.nodes if node.daemon and node.daemon.alive()]
-        self.corruption["fired"] = any(one.get("frames_corrupted", 0) for one in counters)
-        self.corruption["detected"] = any(one.get("checksum_failures", 0) for one in counters)
-
-    # ---- after the fault
-
-    def mend(self) -> None:
-        """What the supervisor of a real fleet does: starts again what died. An outage's length is bounded below by tokens that came without it."""
-        options, world = self.options, self.world
-        node = world.nodes[self.target()]
-        if options.kill == "driver":
-            self.conversation.read()
-            self.driver_expected_dead = False
-            world.driver.popen.stdin.close()
-            world.driver.popen.stdout.close()
-            self.conversation = Conversation(world.start_driver())
-            self.await_event("resumed", 60.0)
-        elif options.kill in ("rank", "node"):
-            self.await_event("resumed", 60.0)
-            if options.kill == "rank":
-                node.engines = [engine for engine in node.engines if engine.alive()]
-                world.start_standby(node)
-            else:
-                world.restart_node(node)
-        elif options.kill in ("daemon", "coordinator"):
-            self.end_outage(node)
-
-    def end_outage(self, node: Node) -> None:
-        options, world = self.options, self.world
-        enough = len(self.arrivals) + OUTAGE_TOKENS
-        self.await_condition("tokens during the outage", lambda: len(self.arrivals) >= enough or self.last("finished", "after"), 60.0)
-        if options.kill == "daemon":
-            world.start_daemon(node)
-        else:
-            world.start_coordinator()
-
-        def back() -> bool:
-            status = world.status_or_none()
-            if status is None:
-                return False
-            here = [one for one in status["nodes"] if options.kill == "coordinator" or one["node"] == node.name]
-            ranks = [rank for rank in status["ranks"] if rank["state"] != "standby"]
-            return bool(here) and all(one["state"] == "alive" for one in here) and len(ranks) >= options.stages and all(
-                rank["state"] == "protected" or not rank["sequences"] for rank in ranks
-            )  # fmt: skip
-
-        self.await_condition(f"the {options.kill} back, everything protected", back, 60.0)
-        back_ns = time.monotonic_ns()
-        meanwhile = sum(run == "after" and self.struck_ns < t_ns < back_ns for t_ns, run in self.arrivals)
-        self.outage["down_ms"] = (back_ns - self.struck_ns) / 1e6
-        self.outage["tokens_meanwhile"] = meanwhile
-
-    def totals(self) -> tuple[int, int]:
-        """(acknowledged positions over all ranks, the instance's epoch)."""
-        status = self.world.status()
-        acked = sum(rank["acked"] for rank in status["ranks"])
-        epoch = next((one["epoch"] for one in status["instances"] if one["instance"] == INSTANCE), 0)
-        return acked, epoch
-
-    def timing(self, resumed: dict) -> dict:
-        """Phases in ms; each starts where the last ended. All clocks are the machine's one monotonic clock."""
-        told = resumed["timing_ms"]
-        first = min((t_ns for t_ns, run in self.arrivals if run == "after" and t_ns > resumed["t_ns"]), default=None)
-        verdict_ns = next((one.get("verdict_ns") for one in reversed(self.history()) if one["epoch"] == resumed["epoch"]), None)
-        detect = (verdict_ns - self.struck_ns) / 1e6 if verdict_ns else told.get("detect")
-        timing = {"detect": detect, "fence": told.get("fence"), "plan": told.get("plan"), "restore": told.get("restore")}
-        timing["first_token"] = (first - resumed["t_ns"]) / 1e6 if first else None
-        timing["total"] = (first - self.struck_ns) / 1e6 if first else None
-        return timing
-
-    def history(self) -> list[dict]:
-        from kvguard.transport.ask import ask
-
-        return ask(self.world.coordinator_address, "history", {}, timeout=5.0)["history"]
-
-    def replica_sums(self, digests: dict) -> dict:
-        """What holders have, by rank and sequence, once they have all that the pools have (their last acknowledgements may be under way)."""
-        found: dict = {}
-
-        def complete() -> bool:
-            for rank in self.world.status()["ranks"]:
-                if rank["rank"] not in digests or rank["state"] == "standby" or not rank["holders"]:
-                    continue
-                arguments = {"instance": INSTANCE, "rank": rank["rank"], "sequences": [f"after-{i}" for i in range(self.options.sequences)]}
-                sums = self.world.query(self.world.node_named(rank["holders"][0]), "sums", arguments)["sums"]
-                found[rank["rank"]] = {str(i): [f"{one:016x}" for one in sums.get(f"after-{i}", [])] for i in range(self.options.sequences)}
-            return all(len(found.get(rank, {}).get(i, [])) >= len(sums) for rank, one in digests.items() for i, sums in one.items())
-
-        self.world.wait_until("the replicas complete", complete, 15.0)
-        return found
-
-    def replication(self) -> dict:
-        stats = [self.world.query(node, "stats", {}) for node in self.world.nodes if node.daemon and node.daemon.alive()]
-
-        def worst(key: str):
-            return max((one[key] for one in stats if one.get(key) is not None), default=None)
-
-        return {
-            "lag_tokens_p50": worst("lag_tokens_p50"), "lag_tokens_p99": worst("lag_tokens_p99"), "time_to_protected_ms": worst("time_to_protected_ms"),
-            "bytes": sum(one["replicated_bytes"] for one in stats), "frames": sum(one["frames_sent"] for one in stats),
-        }  # fmt: skip
-
-    # ---- the whole
-
-    def run(self, prompts: list, model: dict) -> dict:
-        options, world = self.options, self.world
-        self.say(f"starting {len(world.nodes)} nodes, {options.stages} stages, coordinator")
-        world.start()
-        world.wait_ready()
-        self.start_driver()
-        self.say("the undisturbed run")
-        self.begin("before", prompts)
-        finished = self.await_event("finished", options.timeout_s, "before")
-        before = self.digest("before")
-        self.release("before")
-        self.say("the same again, with a fault" if options.kill != "none" else "the same again")
-        if options.corrupt == "frame":
-            self.corrupt_frame()
-        self.begin("after", prompts)
-        if options.kill != "none":
-            self.await_condition("the moment to strike", self.strike_point, options.timeout_s)
-            acked, epoch = self.totals()
-            if options.kill in ("daemon", "coordinator"):
-                self.outage = {"kind": options.kill, "acked_before": acked, "epoch_before": epoch}
-            self.strike()
-            self.mend()
-        self.await_event("finished", options.timeout_s, "after")
-        after = self.digest("after")
-        document = self.document(finished, before, after, model)
-        self.release("after")
-        return document
-
-    def document(self, finished: dict, before: dict, after: dict, model: dict) -> dict:
-        options = self.options
-        resumed = self.last("resumed")
-        recovered = None
-        if resumed:
-            named = {one["sequence"]: one["resume_position"] for one in resumed["sequences"]}
-            below = [named.get(i, 0) for i in range(options.sequences)]
-            recovered = report.recovery(resumed, self.timing(resumed), resumed["epoch"], lost=options.sequences - len(named))
-            kv = report.kv_identical(before, after, below)
-        else:
-            kv = report.kv_identical(after, self.replica_sums(after), [1 << 62] * options.sequences)
-        if self.outage:
-            self.outage["acked_after"], self.outage["epoch_after"] = self.totals()
-        if self.corruption and self.corruption["kind"] == "frame":
-            self.seen_corruption()
-        one, two = self.transcripts["before"], self.transcripts["after"]
-        return {
-            "schema": report.SCHEMA, "model": model, "stages": options.stages, "tp": options.tp,
-            "prompt_tokens": finished["prompt_tokens"][0], "generated_tokens": options.max_tokens, "text": two.text[0],
-            "fault": self.fault, "corruption": self.corruption, "recovery": recovered, "outage": self.outage,
-            "identical": report.identical(one, two, options.max_tokens), "logits_identical": report.logits_identical(one, two), "kv_identical": kv,
-            "tokens_before": one.tokens(), "tokens_after": two.tokens(), "replication": self.replication(), "overhead_percent": None,
-            "conflicts": two.conflicts,
-        }  # fmt: skip
-
-
 def prompts_of(options: Options, model: Path) -> list:
     """One prompt per sequence: texts, or ids where the model has no tokenizer."""
     if not (model / "tokenizer.json").is_file():
@@ -381,26 +94,146 @@ def prompts_of(options: Options, model: Path) -> list:
     return [options.prompt, *chosen[1:]] if options.prompt else chosen
 
 
-def main(output: str, **given) -> int:
-    """What the command line calls: runs, prints the document or the table, returns the exit code."""
-    import json
+class Demo:
+    """One demo: a world, two runs, a fault, a document."""
 
-    from rich.console import Console
+    def __init__(self, options: Options, world: World, say):
+        self.options, self.world, self.say = options, world, say
+        self.client = Client(world)
+        self.fault: Fault | None = None
+        self.at_position = 0
+        self.corruption: dict | None = None
+        self.outage: dict | None = None
 
-    out, err = Console(highlight=False), Console(stderr=True, highlight=False)
-    document = run(Options(**given), say=lambda line: err.print(f"[dim]{line}[/dim]"))
-    if output == "json":
-        print(json.dumps(document, ensure_ascii=False, indent=1))
-    else:
-        out.print(document["text"], style="italic")
-        report.render(document, out)
-    return 0 if report.passed(document) else 1
+    def run(self, prompts: list, model: dict) -> dict:
+        options, world, client = self.options, self.world, self.client
+        self.say(f"starting {len(world.nodes)} nodes, {options.stages} stages, coordinator")
+        world.start()
+        world.wait_ready()
+        client.connect("ready")
+        self.say("the undisturbed run")
+        client.begin("before", prompts, options.max_tokens, options.seed)
+        finished = client.finished("before", options.timeout_s)
+        before = client.digest("before")
+        client.release("before")
+        self.say("the same again, with a fault" if options.kill != "none" else "the same again")
+        if options.corrupt == "frame":
+            faults.arm_corrupt_frame(world.engine_at(client.endpoints[self.stage])[0], world)
+            self.corruption = {"kind": "frame", "fired": False, "detected": False}
+        client.begin("after", prompts, options.max_tokens, options.seed)
+        if options.kill != "none":
+            client.wait("the moment to strike", self.moment, options.timeout_s)
+            self.strike()
+        client.finished("after", options.timeout_s)
+        after = client.digest("after")
+        document = self.document(finished, before, after, model)
+        client.release("after")
+        return document
+
+    @property
+    def stage(self) -> int:
+        """Faults are aimed at the middle of the pipeline: it has a neighbour on both sides."""
+        return self.options.stages // 2
+
+    def moment(self) -> bool:
+        """Whether the run has come to where the fault is wanted; 0 is between two chunks of a prompt, or after the only one."""
+        if self.options.at_token == 0:
+            return self.client.last("prefill", "after") is not None
+        return min(self.client.transcripts["after"].emitted()) >= self.options.at_token
+
+    def strike(self) -> None:
+        options, client = self.options, self.client
+        self.fault = faults.aim(self.world, client, options.kill, self.stage)
+        if options.corrupt == "replica":
+            changed = faults.corrupt_replica(self.world, self.stage, "after-0", position=3)
+            self.corruption = {"kind": "replica", "fired": changed, "detected": False}
+        if options.kill in ("daemon", "coordinator"):
+            acked, epoch = self.totals()
+            self.outage = {"kind": options.kill, "acked_before": acked, "epoch_before": epoch}
+        self.at_position = client.position("after")
+        self.say(f"killing {options.kill} {self.fault.target}, position {self.at_position}")
+        faults.strike(self.world, client, self.fault)
+        faults.mend(self.world, client, self.fault, "after")
+
+    def totals(self) -> tuple[int, int]:
+        """(acknowledged positions over all ranks, the instance's epoch)."""
+        status = self.world.status()
+        acked = sum(rank["acked"] for rank in status["ranks"])
+        return acked, next((one["epoch"] for one in status["instances"] if one["instance"] == INSTANCE), 0)
+
+    # ---- the document
+
+    def document(self, finished: dict, before: dict, after: dict, model: dict) -> dict:
+        options, fault = self.options, self.fault
+        one, two = self.client.transcripts["before"], self.client.transcripts["after"]
+        recovered = None
+        if fault and fault.resumed:
+            below = positions(fault.resumed, options.sequences)
+            timing = timing_ms(self.world, self.client, fault, "after")
+            recovered = report.recovery(fault.resumed, timing, fault.resumed["epoch"], lost=0)
+            kv = report.kv_identical(before, after, below)
+        else:
+            kv = report.kv_identical(after, self.replica_sums(after), [1 << 62] * options.sequences)
+        if self.outage:
+            acked, epoch = self.totals()
+            self.outage |= {"down_ms": fault.down_ms, "tokens_meanwhile": fault.tokens_meanwhile, "acked_after": acked, "epoch_after": epoch}
+        stats = self.stats()
+        if self.corruption and self.corruption["kind"] == "frame":
+            self.corruption["fired"] = any(one_node["frames_corrupted"] for one_node in stats)
+            self.corruption["detected"] = any(one_node["checksum_failures"] for one_node in stats)
+        described = {"kind": fault.kind, "target": fault.target, "at_token": options.at_token, "at_position": self.at_position, "fired": fault.fired} if fault else None
+        return {
+            "schema": report.SCHEMA, "model": model, "stages": options.stages, "tp": options.tp,
+            "prompt_tokens": finished["prompt_tokens"][0], "generated_tokens": options.max_tokens, "text": two.text[0],
+            "fault": described, "corruption": self.corruption, "recovery": recovered, "outage": self.outage,
+            "identical": report.identical(one, two, options.max_tokens), "logits_identical": report.logits_identical(one, two), "kv_identical": kv,
+            "tokens_before": one.tokens(), "tokens_after": two.tokens(), "replication": report.replication(stats), "overhead_percent": None,
+            "conflicts": two.conflicts + [json.dumps(mark) for mark in self.client.marks.get("diverged", [])],
+        }  # fmt: skip
+
+    def stats(self) -> list[dict]:
+        return [self.world.query(node, "stats", {}) for node in self.world.nodes if node.daemon and node.daemon.alive()]
+
+    def replica_sums(self, digests: dict) -> dict:
+        """What holders have, by rank and sequence, once they have all that the pools have (their last acknowledgements may be under way)."""
+        found: dict = {}
+        sequences = range(self.options.sequences)
+
+        def complete() -> bool:
+            for rank in self.world.status()["ranks"]:
+                if rank["rank"] not in digests or rank["state"] == "standby" or not rank["holders"]:
+                    continue
+                arguments = {"instance": INSTANCE, "rank": rank["rank"], "sequences": [f"after-{i}" for i in sequences]}
+                sums = self.world.query(self.world.node_named(rank["holders"][0]), "sums", arguments)["sums"]
+                found[rank["rank"]] = {str(i): [f"{value:016x}" for value in sums.get(f"after-{i}", [])] for i in sequences}
+            return all(len(found.get(rank, {}).get(i, [])) >= len(sums) for rank, one in digests.items() for i, sums in one.items())
+
+        self.world.wait_until("the replicas complete", complete, 15.0)
+        return found
+
+
+def positions(resumed: dict, sequences: int) -> list[int]:
+    """Each sequence's resume position; 0 for one that started over."""
+    named = {one["sequence"]: one["resume_position"] for one in resumed["sequences"]}
+    return [named.get(i, 0) for i in range(sequences)]
+
+
+def timing_ms(world: World, client: Client, fault: Fault, run: str) -> dict:
+    """Phases in ms; each starts where the last ended. All clocks are the machine's one monotonic clock."""
+    resumed = fault.resumed
+    told = resumed["timing_ms"]
+    history = ask(world.coordinator_address, "history", {}, timeout=5.0)["history"]
+    verdict_ns = next((one["verdict_ns"] for one in reversed(history) if one["epoch"] == resumed["epoch"]), None)
+    first = min((t_ns for t_ns, told_run in client.arrivals if told_run == run and t_ns > resumed["t_ns"]), default=None)
+    return {
+        "detect": (verdict_ns - fault.struck_ns) / 1e6 if verdict_ns else None, "fence": told.get("fence"), "plan": told.get("plan"),
+        "restore": told.get("restore"), "first_token": (first - resumed["t_ns"]) / 1e6 if first else None,
+        "total": (first - fault.struck_ns) / 1e6 if first else None,
+    }  # fmt: skip
 
 
 def run(options: Options, say=lambda line: None) -> dict:
     """The whole demo in a directory of its own, which is removed at the end (kept, and named, when the demo failed). Returns the document."""
-    import json
-
     options.check()
     model = model_directory(options)
     shape = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -420,3 +253,17 @@ def run(options: Options, say=lambda line: None) -> dict:
     world.stop()
     shutil.rmtree(root)
     return document
+
+
+def main(output: str, **given) -> int:
+    """What the command line calls: runs, prints the document or the table, returns the exit code."""
+    from rich.console import Console
+
+    out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+    document = run(Options(**given), say=lambda line: err.print(f"[dim]{line}[/dim]"))
+    if output == "json":
+        print(json.dumps(document, ensure_ascii=False, indent=1))
+    else:
+        out.print(document["text"], style="italic")
+        report.render(document, out)
+    return 0 if report.passed(document) else 1

@@ -77,7 +77,7 @@ class Driver:
             states = self._states()
             if states is not None and not self.settings.coordinator:
                 self.scheduler.forget(states)
-        self._write({"event": "ready", "epoch": self.epoch})
+        self._write({"event": "ready", "epoch": self.epoch, "endpoints": list(self.route[:-1])})
         while True:
             if self.members.fenced():
                 self._resume(fresh=not self._began_ns)  # with no run of its own yet, it is its predecessor's runs that come back
@@ -241,7 +241,7 @@ class Driver:
                 self._began_ns.setdefault(track.request.run, now_ns)
             resumed = {
                 "event": "resumed", "epoch": self.epoch, "timing_ms": resumption.timing_ms, "bytes_by_rung": resumption.bytes_by_rung,
-                "members": resumption.members, "sequences": sequences,
+                "members": resumption.members, "sequences": sequences, "endpoints": list(resumption.endpoints),
             }  # fmt: skip
             return self._advance([resumed, *events])
 

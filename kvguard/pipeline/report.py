@@ -99,6 +99,18 @@ def recovery(resumed: dict, timing_ms: dict, epoch: int, lost: int) -> dict:
     }
 
 
+def replication(stats: list[dict]) -> dict:
+    """Over all nodes: the worst lag and wait, the sums of what was sent."""
+
+    def worst(key: str):
+        return max((one[key] for one in stats if one.get(key) is not None), default=None)
+
+    return {
+        "lag_tokens_p50": worst("lag_tokens_p50"), "lag_tokens_p99": worst("lag_tokens_p99"), "time_to_protected_ms": worst("time_to_protected_ms"),
+        "bytes": sum(one["replicated_bytes"] for one in stats), "frames": sum(one["frames_sent"] for one in stats),
+    }  # fmt: skip
+
+
 def passed(document: dict) -> bool:
     """Exit code 0: every comparison true or null, every fault fired, a damaged frame detected, nothing lost."""
     if False in (document["identical"], document["logits_identical"], document["kv_identical"]):

@@ -72,6 +72,7 @@ class Process:
     def __init__(self, name: str, arguments: list[str], log: Path, group: int = 0, environment: dict[str, str] | None = None, pipes: bool = False):
         self.name = name
         self.log = log
+        self.endpoint = ""  # of an engine process: what it advertises
         with open(log, "ab") as out:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
@@ -190,6 +191,7 @@ class World:
         path = self.root / f"{name}-{self._started}.toml"
         settings.write(path, wanted)
         process = self._process(name, ["kvguard.pipeline.stage", str(path)], group=self.group(node))
+        process.endpoint = endpoint
         node.engines.append(process)
         return process
 
@@ -230,6 +232,10 @@ class World:
         shutil.rmtree(self.runtime_dir(node))
         node.daemon, node.engines = None, []
         node.generation += 1
+
+    def forget_dead(self, node: Node) -> None:
+        """Processes that were killed on purpose are no longer the node's."""
+        node.engines = [engine for engine in node.engines if engine.alive()]
 
     def restart_node(self, node: Node) -> None:
         """The host is back, empty: a daemon and a standby, no rank."""
@@ -291,6 +297,10 @@ class World:
 
     def query(self, node: Node, verb: str, arguments: dict, timeout: float = 5.0) -> dict:
         return ask(node.address, verb, arguments, timeout=timeout)
+
+    def engine_at(self, endpoint: str) -> tuple[Node, Process]:
+        """The node and process behind an endpoint that the driver uses."""
+        return next((node, engine) for node in self.nodes for engine in node.engines if engine.endpoint == endpoint)
 
     def node_named(self, name: str) -> Node:
         return next(node for node in self.nodes if node.name == name)
