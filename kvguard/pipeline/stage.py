@@ -156,6 +156,12 @@ class Stage:
         else:
             self._drop(message, "its kind is unknown")
 
+    def _send(self, message: Message, tensor=b"") -> None:
+        """On to the next on the route, and to nobody else: what is queued for a stage that is gone goes with its socket."""
+        endpoint = message.route[self.pp + 1]
+        self.links.keep((endpoint,))
+        self.links.send(endpoint, message, tensor)
+
     def _step(self, message: Message, tensor: memoryview) -> None:
         fault = self.load.fault(message, tensor)
         if fault:
@@ -165,11 +171,10 @@ class Stage:
         except Fenced as fenced:
             log.info("step %d of epoch %d is not sent: %s", message.number, message.epoch, fenced)
             return self._restore()
-        self.links.send(message.route[self.pp + 1], msgspec.structs.replace(message, hop=self.pp + 1), out.contiguous().numpy().data if out.numel() else b"")
+        self._send(msgspec.structs.replace(message, hop=self.pp + 1), out.contiguous().numpy().data if out.numel() else b"")
 
     def _pass_on(self, message: Message, reply: bytes) -> None:
-        answered = msgspec.structs.replace(message, hop=self.pp + 1, replies=(*message.replies, reply))
-        self.links.send(message.route[self.pp + 1], answered)
+        self._send(msgspec.structs.replace(message, hop=self.pp + 1, replies=(*message.replies, reply)))
 
     def _drop(self, message: Message, reason: str) -> None:
         self.dropped += 1
