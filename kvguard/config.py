@@ -83,7 +83,7 @@ class CoordinatorConfig:
     suspect_ms: int = setting(500, "int", "silence after which a node is suspected: said, nothing is done", 30, 600_000)
     dead_ms: int = setting(1000, "int", "silence after which a node is dead, where nothing of it makes progress", 60, 600_000)
     emitter_ms: int = setting(1000, "int", "silence after which an emitter's session has ended", 60, 600_000)
-    reattach_ms: int = setting(2000, "int", "how long ranks may stay away whose daemon was restarted", 100, 600_000)
+    reattach_ms: int = setting(5000, "int", "how long ranks may stay away whose daemon was restarted; engines try again every 2 s", 100, 600_000)
     exclude_ms: int = setting(2000, "int", "how long a fence waits for a node's report before the node is excluded", 100, 600_000)
     seal_ms: int = setting(10_000, "int", "how long a fence waits for proof that nothing of the old epoch can be acknowledged any more", 100, 600_000)
     standby_ms: int = setting(60_000, "int", "how long a lost rank waits for a standby or a restarted process", 100, 3_600_000)

@@ -65,10 +65,15 @@ class Cluster:
         self.addresses = dict(zip(names, addresses, strict=True))
         self.running: dict[str, subprocess.Popen] = {}
         self.engines: list[Engine] = []
-        self._write(config.CoordinatorConfig, "coordinator", {"listen": self.coordinator_address, "state_dir": str(directory / "coordinator")})
+        self.configure_coordinator()
         for name, address in self.addresses.items():
             values = {"name": name, "listen": address, "coordinator": self.coordinator_address, "runtime_dir": str(directory / name), "fault_injection": True}
             self._write(config.NodeConfig, name, {**values, "arena_bytes": 64 << 20})
+
+    def configure_coordinator(self, **values) -> None:
+        """What else the coordinator's file says; before it is started."""
+        own = {"listen": self.coordinator_address, "state_dir": str(self.directory / "coordinator")}
+        self._write(config.CoordinatorConfig, "coordinator", {**own, **values})
 
     def _write(self, cls, name: str, values: dict) -> None:
         (self.directory / f"{name}.toml").write_text(config.template(cls, values))

@@ -104,6 +104,7 @@ def test_clean_detach_is_no_failure(cluster):
 
 
 def test_daemon_killed_and_restarted(cluster):
+    cluster.configure_coordinator(dead_ms=60_000, reattach_ms=60_000)  # no emitter vouches for the engine here, and a busy machine starts daemons slowly
     engine = running(cluster)
     engine.tell("step", commits=[["one", 20]])
     cluster.protected(RANK, 20)
