@@ -120,6 +120,8 @@ class Ranks:
             raise Refused(f"instance {message.instance!r} or endpoint is empty or too long. Try: at most {NAME_BYTES_MAX} bytes")
         if message.role == "standby":
             return self._attach_spare(connection, message, descriptors, taken)
+        if message.role == "scheduler":
+            raise Refused("this daemon reads the ranks' tables, not a scheduler's own. Try: pass the scheduler's facts to each rank's step.commit")
         named = message.stream is not None and message.stream.instance == message.instance
         if message.role != "rank" or not named or len(message.layouts) != 1 or len(descriptors) <= POOL:
             raise Refused(f"{message.role!r} can't be attached as it was described. Try: kvguard.engine.attach, or attach_standby")

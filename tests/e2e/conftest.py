@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -149,7 +150,8 @@ class Cluster:
             if engine.popen.poll() is None:
                 engine.popen.kill()
             engine.popen.wait()
-            engine.popen.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # what was said last to one that is dead
+                engine.popen.stdin.close()
             engine.popen.stdout.close()
         for process in self.running.values():
             process.terminate()
