@@ -32,6 +32,7 @@ class Progress:
         self._ended = 0
         self._entered = self._left = self._pulse = 0
         self._known = False
+        self._looked_ns = 0
         self._size = 0
         self._begun_ns: int | None = None  # entry of the step that is under way, where it was seen
         self._alive_ns = 0
@@ -56,7 +57,10 @@ class Progress:
             if self._begun_ns is not None and event.left == self._entered:
                 bucket = self._size.bit_length()
                 self._durations.setdefault(bucket, deque(maxlen=DURATIONS_MAX)).append(now - self._begun_ns)
-            self._ended += max(0, event.left - self._left) if self._known else 0
+            elif self._begun_ns is None and self._known and event.left > self._left:  # too short to be seen under way: no longer than between two looks
+                unseen = min(now - self._looked_ns, self._hang_min_ns // self._factor)
+                self._durations.setdefault(event.size.bit_length(), deque(maxlen=DURATIONS_MAX)).append(unseen)
+            self._ended = event.left
             self._begun_ns = now if event.entered > event.left else None
             self._judged = False
         if event.suspended:
@@ -64,11 +68,14 @@ class Progress:
         self._entered, self._left, self._size, self._pulse = event.entered, event.left, event.size, event.pulse
         self._suspended = event.suspended
         self._known = True
+        self._looked_ns = now
 
     def allowed_ns(self) -> int | None:
         """How long the step under way may go without a sign of life; None while there is nothing to judge by."""
-        if self._ended < STEPS_MIN or not self._durations:
+        if self._ended < STEPS_MIN:
             return None
+        if not self._durations:  # an engine that ran before anyone looked, and has ended no step since
+            return self._hang_min_ns * self._factor
         bucket = self._size.bit_length()
         seen = self._durations.get(bucket)
         if seen:

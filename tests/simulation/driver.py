@@ -89,7 +89,7 @@ class Driver:
             busy = len(self.sequences) if self.started else 0
             self.say(messages.EmitterBeat(self.world.instance, self.incarnation, self.adopted, busy, self.progress))
         if now >= self.due_ns:
-            self.due_ns = now + 5 * MS
+            self.due_ns = now + 10 * MS
             self._act()
 
     def due(self) -> int:
@@ -235,14 +235,17 @@ class Driver:
                 world.count("preempted")
         if len(self.sequences) < world.width and not world.draining and random.random() < 0.4:
             self._new()
-        grown = []
+        grown, resting = [], False
         for sequence in self.sequences.values():
             if sequence.paused_steps:
                 sequence.paused_steps -= 1
+                resting = True
                 continue
             if sequence.name not in over:
                 self._extend(sequence, commits, slots, grown)
         used = {block for block, _, _ in slots}
+        if not commits and self.sequences and not resting:
+            self._make_room(acts, freed)
         if not acts and not commits:
             return
         self.number += 1
@@ -252,6 +255,16 @@ class Driver:
         self.started = True
         for rank, endpoint in self.members.items():
             world.to_rank(endpoint, order)
+
+    def _make_room(self, acts, freed) -> None:
+        """Every sequence waits for a block: the last one starts over later."""
+        last = list(self.sequences.values())[-1]
+        if last.opened:
+            acts.append(("truncate", last.name, 0))
+        freed += self._drop(last.blocks)
+        last.blocks, last.kv, last.said, last.listed = [], 0, 0, 0
+        last.paused_steps = 8
+        self.world.count("starved")
 
     def _new(self) -> None:
         world, random = self.world, self.world.random
@@ -294,7 +307,7 @@ class Driver:
         for position in range(start, end):
             slots.append((sequence.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS, values[position]))
         known = len(sequence.ids)
-        request = None if sequence.opened else b"%d,%d,%d" % (sequence.prompt, sequence.target, sequence.life)
+        request = None if start and sequence.opened else b"%d,%d,%d" % (sequence.prompt, sequence.target, sequence.life)
         commits.append((sequence.name, end, sequence.blocks[sequence.listed :], sequence.ids[sequence.said : known], request))
         sequence.opened = True
         sequence.said, sequence.listed = known, len(sequence.blocks)
@@ -314,7 +327,7 @@ class Driver:
             if end == len(sequence.ids):
                 sequence.ids.append(token_of(sequence.name, end, self.adopted.counter if self.world.sampled else 0))
         self.pending = []
-        self.due_ns = self.world.now + self.world.random.randrange(100_000, 8 * MS)
-        self.world.wake("driver")
+        self.due_ns = self.world.now + self.world.random.randrange(MS, 20 * MS)
+        self.world.driver_host.own_ns = self.due()
 
 

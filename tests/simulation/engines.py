@@ -211,7 +211,8 @@ class RankProcess(Process):
         self.mirror: Mirror | None = None
         self.pool = None
         self.step = None
-        self.hung = False
+        self.hung = self.hanging = False
+        self.steps = 0
         self._orders: deque = deque()
         self._claim: tuple | None = None
         self._taken = NO_EPOCH
@@ -296,9 +297,9 @@ class RankProcess(Process):
 
     def _restore(self) -> None:
         guard = self.guard
+        self.refresh()
         if guard is None or self.step is not None or not guard._has_order():
             return
-        self.refresh()
         try:
             restored = guard.restore(0.0)
             restored.done()
@@ -333,7 +334,10 @@ class RankProcess(Process):
             return
         self._act(order, self.step[1])
         self._ring()
-        if self.world.random.random() < self.world.split_steps:
+        if self.hanging and self.steps > 12:
+            self.hung = True
+            self.world.count("hung_in_a_step")
+        elif self.world.random.random() < self.world.split_steps:
             self.world.count("steps_split")
             self.later(self.world.random.randrange(10_000, 3 * MS), self._leave)
         else:
@@ -360,8 +364,10 @@ class RankProcess(Process):
         if self.hung:
             return
         (order, step), self.step = self.step, None
+        self.steps += 1
+        live = self.guard.table.sequences()
         for name, length, blocks, ids, request in order.commits:
-            step.commit(name, length, blocks, ids, sampler=b"s%d" % length, request=request)
+            step.commit(name, length, blocks, ids, sampler=b"s%d" % length, request=None if name in live else request)
         self.refresh()
         try:
             step.__exit__(None, None, None)

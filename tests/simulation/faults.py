@@ -299,12 +299,11 @@ class Faults:
         self.world.after(delay, lambda: [process.go_on() for process in mine])
 
     def _hang_rank(self):
+        """It enters its next step and never leaves it."""
         process = self._rank()
-        if process is None or process.step is None:
-            if process is None:
-                return False
-            process.world.split_steps = 1.0
-        process.hung = True
+        if process is None:
+            return False
+        process.hanging = True
 
     def _journal(self):
         host = self._pick([*self.world.nodes.values(), self.world.coordinator])

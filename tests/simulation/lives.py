@@ -71,7 +71,8 @@ class Life:
 
     def step(self, now_ns: int, event):
         out = self.core.step(now_ns, event)
-        self.core.check()
+        if self.world.random_checks.random() < 0.25:
+            self.core.check()
         self.world.trace(self.name, event, out)
         return out
 
@@ -105,6 +106,7 @@ class Life:
             if type(event) is not events.Arrived or not self.intercept(event):
                 self.loop.feed(event)
         self.loop.turn(0.0)
+        self.core.check()
 
     def intercept(self, event) -> bool:
         return False

@@ -49,6 +49,7 @@ class World:
     def __init__(self, seed: int, verbose: bool = False) -> None:
         self.seed, self.verbose = seed, verbose
         self.random = random = Random(seed)
+        self.random_checks = Random(seed)  # apart, so that looking more often changes nothing
         self.now = 0
         self.network = Network(random, silence_ns=200 * MS)
         self.counts: Counter[str] = Counter()
@@ -172,7 +173,7 @@ class World:
     def wake(self, name: str) -> None:
         """This process has something to look at: soon, not at once."""
         host = self.host(name)
-        at = self.now + self.random.randrange(1_000, 150_000)
+        at = self.now + self.random.randrange(1_000, 300_000)
         host.wake_ns = at if host.wake_ns is None else min(host.wake_ns, at)
 
     def mail(self, life) -> list:
@@ -195,7 +196,7 @@ class World:
         """To the next moment at which anything is due. False when that lies beyond `until_ns`."""
         times = [self._heap[0][0]] if self._heap else []
         times += [at for host in self._hosts if (at := self._due(host)) is not None]
-        at = max(self.now + 20_000, min(times)) if times else until_ns
+        at = max(self.now + 50_000, min(times)) if times else until_ns
         if at >= until_ns:
             self.now = until_ns
             self.network.advance(self.now)
@@ -234,6 +235,10 @@ class World:
             while self.advance(calm_ns + 600 * MS):
                 pass
             self.quiet = True
+            self.checks.wait_for(self.checks.undrained, DRAIN_NS)
+            quiet_ns = self.now
+            while self.advance(quiet_ns + 60 * MS):
+                pass
             self.checks.wait_for(self.checks.undrained, DRAIN_NS)
             self.checks.drained()
             self.quiet, self.draining = False, True
