@@ -1,8 +1,8 @@
 """What a node measures of its own streams: lag, and how long a sequence waits for its first whole replica.
 
 Knows: the core's streams, read only. Must not know: how it is published.
-Invariants: lag is committed - acked just before the next commit is taken in (house: names of numbers), of sequences that have caught up once; memory is
-bounded.
+Invariants: lag is committed - acked just before the next commit is taken in (house: names of numbers), of sequences that have caught up once,
+at a holder that answers (without one they are UNPROTECTED, which is said elsewhere); memory is bounded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Measures:
         waiting = self._opened
         for row in event.rows if local is not None else ():
             known = local.ledger.rows.get(row)
-            if known is not None and known.committed and not (waiting and (event.stream, row) in waiting):
+            answering = [sender.flow.copies for sender in local.senders.values() if sender.state == "stream"]
+            caught = any(row in copies and copies[row].caught for copies in answering)
+            if known is not None and known.committed and caught and not (waiting and (event.stream, row) in waiting):
                 self._lags[known.committed - min(local.best(row), known.committed)] += 1
         for row in event.released:
             self._opened.pop((event.stream, row), None)
