@@ -87,7 +87,8 @@ class Rung:
 class ResumeToken(NamedTuple):
     """Where and with what one sequence goes on.
 
-    `position`: KV exists for [0, position) on every rank. `tokens`: all known ids from `position` on (at least one: the next input).
+    `position`: KV exists for [0, position) on every rank. `tokens`: all replicated ids from `position` on. Empty where the KV is ahead of them: the living
+    emitter knows the next input itself; one that doesn't computes the last position once more.
     `prefix`: the ids below `position`, which a new emitter needs for text and penalties. `sampler`, `request`: opaque bytes as committed.
     """
 

@@ -124,6 +124,11 @@ class Known:
         self.out.append(Send(known.link, message))
         return True
 
+    def emitter_lives(self, instance: str) -> bool:
+        """Whether the emitter's session is up: what it has handed out, it knows."""
+        session = self.membership.sessions.get(instance)
+        return session is not None and not session.ended and bool(session.link)
+
     def tell_emitter(self, instance: str, message: Message) -> bool:
         session = self.membership.sessions.get(instance)
         if session is None or not session.link:

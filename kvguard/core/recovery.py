@@ -3,7 +3,7 @@
 Knows: holdings with lineage, who is lost, which standbys are there, forks that former plans decided.
 Must not know: messages' way, time, how a plan is carried out.
 Invariants (I1): a sequence's position is never beyond what each survivor's live pool and each lost rank's chosen source has of the authoritative lineage,
-and leaves at least one known id to compute; a sequence whose ids nobody knows is lost and named; every sequence planned has an explanation; the same reports
+and leaves an id that somebody knows to compute; a sequence whose ids nobody knows is lost and named; every sequence planned has an explanation; the same reports
 in the same order give the same plan. A rank that is called a survivor but reports no live pool is lost.
 """
 
@@ -26,7 +26,7 @@ class Situation(NamedTuple):
 
     `members`: every rank of the instance and its node. `lost`: which of them. `reports`: one per node that answered.
     `standbys`: not yet claimed, fitting or not. `forks`: lineages that former plans decided, by sequence.
-    `excluded`: nodes whose copies don't count. `over`: sequences known to be delivered.
+    `excluded`: nodes whose copies don't count. `over`: sequences known to be delivered. `emitter_lives`: the emitter knows ids that were never replicated.
     """
 
     instance: str
@@ -39,6 +39,7 @@ class Situation(NamedTuple):
     forks: dict[SequenceId, Lineage] = {}
     excluded: tuple[NodeId, ...] = ()
     over: frozenset[SequenceId] = frozenset()
+    emitter_lives: bool = False
 
 
 class Plan(NamedTuple):
@@ -120,8 +121,9 @@ def _group(situation: Situation, dp: int, held: list, live: dict, lost: tuple[Ra
     solid = [valid(copy.positions, copy, lineages) for copy in survivors]
     fragile = [valid(copy.positions, copy, lineages) for copy in copies]
     ids = _known_ids(situation, base, lineages, survivors, copies, held, live, dp)
-    leave_one = tuple([count - 1 if count else 0 for count in ids.counts])
-    caps = lowest([*solid, leave_one])
+    # The input that comes next must be known: by the emitter, or it is the last of the ids, whose position is then computed once more.
+    inputs = tuple(ids.counts) if situation.emitter_lives else tuple([count - 1 if count else 0 for count in ids.counts])
+    caps = lowest([*solid, inputs])
     needs, reaches = [], []
     for rank in lost:
         if rank.dp == dp:

@@ -171,7 +171,7 @@ def _try_plan(known: Known, instance: str) -> None:
         members = {rank: place.node for rank, place in sorted(known.membership.members[instance].items())}
         situation = Situation(
             instance, record.epoch, members, record.lost, tuple(current.reports.values()), standbys, known.addresses(), known.forks.get(instance, {}),
-            record.excluded, frozenset(known.delivered.get(instance, ())),
+            record.excluded, frozenset(known.delivered.get(instance, ())), known.emitter_lives(instance),
         )  # fmt: skip
         answer = plan(situation)
         if not isinstance(answer, Unplannable):

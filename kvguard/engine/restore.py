@@ -84,7 +84,7 @@ class Restored:
         found = []
         for name, position, lineage in zip(plan.sequences, plan.positions, plan.lineages, strict=True):
             if name in live:
-                table.truncate(live[name], position, lineage)
+                table.truncate(live[name], position, lineage, keep_ids=True)
                 found.append(RestoredSequence(name, position, lineage, tuple(table.blocks(live[name]))))
         self.sequences = tuple(found)
 
@@ -123,7 +123,7 @@ class Restored:
         position, lineage = plan.positions[n], plan.lineages[n]
         blocks, column = pull.sequence(name, position)
         moved = pull.bytes
-        ids = np.frombuffer(pull.pages.ids[column], "<u4")[:position]
+        ids = np.frombuffer(pull.pages.ids[column], "<u4")[: max(position, plan.ids[n])]
         table.step = max(table.step, 0)
         row = table.open(name, lineage, pull.pages.requests[column])
         table.commit(row, position, ids, blocks, pull.pages.samplers[column])

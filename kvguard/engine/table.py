@@ -390,10 +390,11 @@ class TableWriter:
 
     # ---- at once ----------------------------------------------------------------------------------------------------------------
 
-    def truncate(self, row: int, position: int, lineage: Lineage | None = None, keep_blocks: int = 0) -> None:
+    def truncate(self, row: int, position: int, lineage: Lineage | None = None, keep_blocks: int = 0, keep_ids: bool = False) -> None:
         """KV and ids beyond `position` are void, at once. Keeps the blocks that hold the positions left, or `keep_blocks` if that is more. Raises ValueError.
 
-        `lineage`: the sequence's after a plan; unchanged without.
+        `lineage`: the sequence's after a plan; unchanged without. `keep_ids`: a plan takes KV back, never ids: they have been handed out, and until their
+        emitter says them again this row may be the only one that knows them.
         """
         self._settle()
         head = self._heads[row].tolist()
@@ -415,8 +416,10 @@ class TableWriter:
         head[fmt.H_PREVIOUS], head[fmt.H_GENERATION] = head[fmt.H_GENERATION], self._raise_row(row)
         self._drop_blocks(dropped)
         head[fmt.H_KEPT], head[fmt.H_KEPT_BLOCKS], head[fmt.H_BLOCKS] = position, kept, kept
-        for word in (fmt.H_ACCEPTED, fmt.H_PRIOR, fmt.H_BASE, fmt.H_IDS):
+        for word in (fmt.H_ACCEPTED, fmt.H_PRIOR, fmt.H_BASE):
             head[word] = min(head[word], position)
+        if not keep_ids:
+            head[fmt.H_IDS] = min(head[fmt.H_IDS], position)
         known = head[fmt.H_IDS]
         head[fmt.H_IDS_HASH] = memory.ids_sum(self.views.ids[row, :known], self.views.id_multipliers[:known])
         head[fmt.H_BLOCKS_HASH] = memory.blocks_sum(self.views.row_blocks[row, :kept], self.views.row_block_generations[row, :kept])

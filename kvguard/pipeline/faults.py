@@ -64,11 +64,7 @@ def mend(world: World, client: Client, fault: Fault, run: str) -> None:
     elif fault.kind in ("rank", "node"):
         client.wait("the resumption", lambda: client.last("resumed") and client.last("resumed")["t_ns"] > fault.struck_ns, 90.0)
         fault.resumed = client.last("resumed")
-        if fault.kind == "rank":
-            world.forget_dead(fault.node)
-            world.start_standby(fault.node)
-        else:
-            world.restart_node(fault.node)
+        world.replenish(client.endpoints)
     elif fault.kind in ("daemon", "coordinator"):
         _end_outage(world, client, fault, run)
 

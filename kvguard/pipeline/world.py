@@ -233,14 +233,14 @@ class World:
         node.daemon, node.engines = None, []
         node.generation += 1
 
-    def forget_dead(self, node: Node) -> None:
-        """Processes that were killed on purpose are no longer the node's."""
-        node.engines = [engine for engine in node.engines if engine.alive()]
-
-    def restart_node(self, node: Node) -> None:
-        """The host is back, empty: a daemon and a standby, no rank."""
-        self.start_daemon(node)
-        self.start_standby(node)
+    def replenish(self, endpoints: list[str]) -> None:
+        """A daemon and a spare process on every node again. `endpoints`: of the ranks in use; other living engines are spare."""
+        for node in self.nodes:
+            node.engines = [engine for engine in node.engines if engine.alive()]  # who was killed on purpose is no longer the node's
+            if node.daemon is None:
+                self.start_daemon(node)  # the host is back, empty
+            if all(engine.endpoint in endpoints for engine in node.engines):
+                self.start_standby(node)
 
     def stop(self) -> None:
         """Ends everything that start() and its companions started, the driver first so that nothing is taken for a failure that matters."""
