@@ -195,6 +195,7 @@ class Coordinator:
             elif member.former and rank_beat.state == "protected" and all(holder in member.holders for holder in rank_beat.holders):
                 member.former = ()
                 known.keep_member(rank_beat.stream.instance, rank_beat.stream.rank)
+        resuming.sweep(known, node, tuple(stream for stream, _, _ in message.replicas))
 
     def _adopt(self, node: NodeId, rank_beat: RankBeat) -> None:
         known, instance, rank = self.known, rank_beat.stream.instance, rank_beat.stream.rank

@@ -15,7 +15,7 @@ from kvguard.core.membership import DEAD, MS
 from kvguard.core.membership import Member as Place
 from kvguard.format.ledger import PLANNED, RESUMED, HistoryRecord, RecoveryRecord
 from kvguard.format.messages import Done, Fence, RebuildOrder, Resume, Resumed, ResumeSequence
-from kvguard.types import NodeId, Rank
+from kvguard.types import NodeId, Rank, StreamId
 
 
 def say_plan(known: Known, instance: str) -> None:
@@ -194,6 +194,28 @@ def _unpin(known: Known, instance: str) -> None:
             known.tell_node(node, Resumed(instance, record.epoch, record.former))
         known.note("unpinned", instance, f"{_count(record.former)} of former lives may go: the rebuilt ranks are protected", epoch=record.epoch.counter)
     known.keep_round(instance, None)
+
+
+def sweep(known: Known, node: NodeId, held: tuple[StreamId, ...]) -> None:
+    """Replicas on `node` that nobody will ask for again: it was away when they were let go, or another recovery began before they could be."""
+    for instance in dict.fromkeys(stream.instance for stream in held):
+        if instance in known.rounds or instance in known.failed or instance in known.held:
+            continue
+        gone = tuple(stream for stream in held if stream.instance == instance and _is_left_behind(known, node, stream))
+        if gone and known.tell_node(node, Resumed(instance, known.epoch(instance), gone)):
+            known.note("unpinned", instance, f"{_count(gone)} on {node} may go: the ranks are protected without", epoch=known.epoch(instance).counter)
+
+
+def _is_left_behind(known: Known, node: NodeId, stream: StreamId) -> bool:
+    """A former life of a rank that is protected again, or its present life at a holder that isn't one any more."""
+    place = known.membership.members.get(stream.instance, {}).get(stream.rank)
+    beat = place.beat if place is not None else None
+    if beat is None or place.lost or beat.stream != place.stream or beat.state != "protected" or beat.epoch != known.epoch(stream.instance):
+        return False
+    session = known.membership.sessions.get(stream.instance)
+    if not beat.acked and (known.sequences(stream.instance) or (session is not None and session.scheduled > 0)):
+        return False
+    return stream != place.stream or node not in (place.node, *place.holders, *place.former, *beat.holders)
 
 
 def _count(streams: tuple) -> str:
