@@ -7,6 +7,7 @@ Invariants: what a life has not persisted is gone with it; a life that crashed d
 from __future__ import annotations
 
 import os
+from collections import deque
 from itertools import count
 
 from simulation import checks
@@ -170,6 +171,8 @@ class NodeLife(Life):
         for instance, epoch in promises.items():
             promised(shell, instance, epoch)
         self._lines: dict[int, object] = {}
+        self._ways: dict[object, int] = {}
+        self._unheard: deque = deque()  # said while this process was stopped
         self._numbers = count(1)
         self._every(HEARTBEAT_NS, lambda: (events.ReplicasSeen(store.beat(), store.budget.used, store.budget.bytes_max),))
         self._every(POLL_NS, lambda: self.ranks.look_at_all())
@@ -193,10 +196,6 @@ class NodeLife(Life):
             return True
         return False
 
-    def turn(self) -> None:
-        super().turn()
-        self.world.checks.node_turn(self)
-
     # ---- lines of engines ----
 
     def accept(self, line) -> int:
@@ -207,18 +206,28 @@ class NodeLife(Life):
     def said(self, line, message, descriptors: list[int]) -> None:
         """An engine's message, handled in a turn of its own a little later, as from a socket."""
         connection = line.connection
-        self.world.after(self.world.random.randrange(5_000, 100_000), lambda: self._hear(connection, message, descriptors))
+        self._in_order(connection, lambda: self._hear(connection, message, descriptors))
+
+    def _in_order(self, way, act) -> None:
+        """A little later, and never before what went the same way earlier."""
+        at = max(self._ways.get(way, 0), self.world.now + self.world.random.randrange(5_000, 100_000))
+        self._ways[way] = at
+        self.world.after(at - self.world.now, act)
 
     def _hear(self, connection: int, message, descriptors: list[int]) -> None:
         if self.dead:
             for descriptor in descriptors:
                 os.close(descriptor)
             return
-        if self.world.nodes[self.name].paused:
-            self.world.after(10 * MS, lambda: self._hear(connection, message, descriptors))
-            return
-        self.loop.after(0, lambda: self._engine_said(connection, message, descriptors))
+        self._unheard.append((connection, message, descriptors))
         self.world.wake(self.name)
+
+    def turn(self) -> None:
+        while self._unheard:
+            said = self._unheard.popleft()
+            self.loop.after(0, lambda said=said: self._engine_said(*said))
+        super().turn()
+        self.world.checks.node_turn(self)
 
     def _engine_said(self, connection: int, message, descriptors: list[int]):
         if type(message) is local.Attach:
@@ -244,13 +253,16 @@ class NodeLife(Life):
             else:
                 line.deliver(connection, message, held)
 
-        self.world.after(self.world.random.randrange(5_000, 100_000), deliver)
+        self._in_order((connection, "back"), deliver)
         return True
 
     def release(self) -> None:
         for connection, line in self._lines.items():
             if line.connection == connection:
                 line.lost()
+        for _, _, descriptors in self._unheard:
+            for descriptor in descriptors:
+                os.close(descriptor)
         self.ranks.close()
         self.shell.store.close()
 
