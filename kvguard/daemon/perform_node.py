@@ -19,7 +19,7 @@ from kvguard.daemon.perform import SHARED, Deed, Events, Shell, performer, send_
 from kvguard.errors import Refused
 from kvguard.format.messages import Held, Holding, IdsFrame, PlanOrder, Rebuild, Report
 from kvguard.store.store import ReplicaStore
-from kvguard.types import Epoch, NodeId, StreamId
+from kvguard.types import NO_EPOCH, Epoch, NodeId, StreamId
 
 EMPTY = memoryview(b"")
 PROMISE = "promise/"
@@ -210,7 +210,7 @@ def push_replica(shell: NodeShell, effect: effects.PushReplica) -> Events:
     replica = shell.store.replica(effect.stream)
     if effect.stream in shell.local:
         raise Refused(f"{effect.stream} lives here: it is not a replica")
-    stream, told = pushing.source(replica, effect.node)
+    stream, told = pushing.source(replica, effect.node, shell.epochs.get(effect.stream.instance, NO_EPOCH))
     shell.streams[effect.stream] = stream
     return told
 

@@ -12,7 +12,7 @@ import numpy as np
 from kvguard.core import events
 from kvguard.daemon.capture import Stream
 from kvguard.store.replica import Replica, Sequence
-from kvguard.types import NO_EPOCH, NodeId
+from kvguard.types import Epoch, NodeId
 
 GONE = 0
 
@@ -75,8 +75,8 @@ class PushedReplica:
         return events.Looked(self._replica.stream, (), (), tuple(opened), tuple(grown), rows, tuple(committed), tuple(ids))
 
 
-def source(replica: Replica, node: NodeId) -> tuple[Stream, tuple[events.Event, ...]]:
-    """The stream to capture from, and the events that tell the core of it."""
+def source(replica: Replica, node: NodeId, epoch: Epoch) -> tuple[Stream, tuple[events.Event, ...]]:
+    """The stream to capture from, and the events that tell the core of it. `epoch`: of the plan that wants it pushed, as promised here."""
     pushed = PushedReplica(replica)
     stream = Stream(replica.stream, replica.shape, pushed, pushed, alive=False)
-    return stream, (events.StreamAttached(replica.stream, replica.shape, 0, NO_EPOCH, pushing=node), pushed.looked())
+    return stream, (events.StreamAttached(replica.stream, replica.shape, 0, epoch, pushing=node), pushed.looked())

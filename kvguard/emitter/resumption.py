@@ -36,7 +36,7 @@ class Resumption:
         if len(known.ids) % 4:
             raise BadFrame(f"sequence {entry.sequence!r}: {len(known.ids)} bytes of ids are not whole ids")
         ids = struct.unpack(f"<{len(known.ids) // 4}I", known.ids)
-        if not 0 <= entry.position < len(ids):
-            raise BadFrame(f"sequence {entry.sequence!r}: position {entry.position} leaves no id of {len(ids)} to go on with")
+        if not 0 <= entry.position <= len(ids):
+            raise BadFrame(f"sequence {entry.sequence!r}: position {entry.position} is beyond its {len(ids)} ids")
         prefix, tokens = ids[: entry.position], ids[entry.position :]
         return ResumeToken(self.instance, entry.sequence, self.epoch, entry.position, tokens, prefix, known.sampler, known.request, entry.rung)

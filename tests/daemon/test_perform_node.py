@@ -136,7 +136,8 @@ def test_a_replica_pushed_on_is_captured_like_a_pool(world, life):
     opened(world, life)
     del world.shell.streams[ID]
     attached, looked = world.perform(effects.PushReplica(ID, "c", "peer:c"))
-    assert (attached.pushing, looked.committed, looked.ids, looked.opened[0].sequence) == ("c", (3,), (3,), "one")
+    assert (attached.pushing, attached.epoch) == ("c", EPOCH)  # in the epoch that was promised here: an older one would be refused
+    assert (looked.committed, looked.ids, looked.opened[0].sequence) == ((3,), (3,), "one")
     [grown] = looked.grown
     order = effects.Capture(9, ID, EPOCH, (0,), (looked.opened[0].generation,), (0,), (3,), grown.blocks, grown.generations, (PIECE_TOKENS,))
     [captured] = world.perform(order)

@@ -166,7 +166,7 @@ def test_a_recovery_that_failed_is_said(coordinator, client):
     assert client.resume(DEADLINE_S).epoch.counter == 4
 
 
-@pytest.mark.parametrize("position, ids", [(5, (1, 2, 3, 4, 5)), (-1, (1,)), (0, ())])
+@pytest.mark.parametrize("position, ids", [(6, (1, 2, 3, 4, 5)), (-1, (1,)), (1, ())])
 def test_ids_that_cannot_be_split_are_refused(coordinator, client, position, ids):
     client.welcome(DEADLINE_S)
     coordinator.say(resume_of(EPOCH, position, ids))
