@@ -313,8 +313,7 @@ class Node:
 
     def _doomed(self, instance: str, lost: tuple[Rank, ...], reason: str) -> Effects:
         """Processes that live here as a rank which is given to another: two must never both be that rank, and only a dead one leaves its seat."""
-        ranks = [local for local in self.outbound.of(instance) if local.alive and local.fenced and local.stream.rank in lost]
-        return tuple(KillProcess(local.incarnation, local.stream, f"its rank is given away: {reason}") for local in ranks)
+        return _killed([local for local in self.outbound.of(instance) if local.alive and local.fenced and local.stream.rank in lost], reason)
 
     def _plan(self, now: int, event: events.Arrived) -> Effects:
         plan = event.message
@@ -328,9 +327,12 @@ class Node:
         orders = self.orders[plan.instance] = Orders(plan, self.settings.node, COORDINATOR)
         for target, address, _ in orders.transfers():
             out += self.outbound.dial(target, address)
-        rebuilt = [rebuild.rank for rebuild in plan.rebuilds]
-        survivors = [local.stream for local in self.outbound.of(plan.instance) if local.alive and local.fenced and local.stream.rank not in rebuilt]
-        return out + self._doomed(plan.instance, tuple(rebuilt), f"plan of epoch {plan.epoch.counter}") + orders.start(survivors)
+        going_on = {stream.rank: stream for stream in plan.survivors}
+        rebuilt = {rebuild.rank: None for rebuild in plan.rebuilds}
+        fenced = [local for local in self.outbound.of(plan.instance) if local.alive and local.fenced]
+        former = [local for local in fenced if local.stream.rank in rebuilt or going_on.get(local.stream.rank, local.stream) != local.stream]
+        survivors = [local.stream for local in fenced if local not in former]
+        return out + _killed(former, f"plan of epoch {plan.epoch.counter}") + orders.start(survivors)
 
     def _carried(self, now: int, event: events.PlanCarried) -> Effects:
         orders = self._current(event.instance, event.epoch)
@@ -374,6 +376,10 @@ class Node:
         for stream in resumed.unpinned:
             out += self.inbound.forget(stream, f"unpinned in epoch {resumed.epoch.counter}")
         return out
+
+
+def _killed(ranks: list[LocalStream], reason: str) -> Effects:
+    return tuple(KillProcess(local.incarnation, local.stream, f"its rank is given away: {reason}") for local in ranks)
 
 
 def _since(seen: Seen, now: int) -> messages.Fault:

@@ -88,7 +88,7 @@ def plan(situation: Situation) -> Plan | Unplannable:
     missing = tuple(_without_seat(need.rank, wishes[need.rank], situation.standbys) for need in needs if need.rank not in seats)
     if missing:
         return Unplannable(missing)
-    return _compose(situation, groups, seats, lost, held)
+    return _compose(situation, groups, seats, lost, held, tuple(live[rank][1].stream for rank in sorted(live)))
 
 
 def _pool_first(need: ladder.Need) -> tuple:
@@ -153,7 +153,7 @@ def _known_ids(situation, base, lineages, survivors: list[Copy], copies: list[Co
     return longest
 
 
-def _compose(situation: Situation, groups: list[_Group], seats: dict, lost: tuple[Rank, ...], held: list) -> Plan:
+def _compose(situation: Situation, groups: list[_Group], seats: dict, lost: tuple[Rank, ...], held: list, survivors: tuple[StreamId, ...]) -> Plan:
     """The groups' columns one after the other, and the rebuilds' sources stretched over all of them."""
     parts, gone, rebuilds, transfers, seen = [], [], [], [], {}
     kept_of = []
@@ -181,7 +181,7 @@ def _compose(situation: Situation, groups: list[_Group], seats: dict, lost: tupl
             transfers += [(node, choice.node, address, stream) for node, stream in choice.transfers if (node, stream) in pushes]
         offset += len(kept)
     columns = [tuple(entry for part in parts for entry in part[k]) for k in range(8)] if len(parts) != 1 else parts[0]
-    order = PlanOrder(situation.instance, situation.epoch, *columns[:7], tuple(rebuilds), tuple(transfers), columns[7])
+    order = PlanOrder(situation.instance, situation.epoch, *columns[:7], tuple(rebuilds), tuple(transfers), columns[7], survivors)
     adopted = {source.stream for rebuild in rebuilds for source in rebuild.sources if source.kind == "pool"}
     former = dict.fromkeys(holding.stream for _, holding in held if holding.stream.rank in lost and holding.stream not in adopted)
     return Plan(order, lost, tuple(gone), tuple(former))

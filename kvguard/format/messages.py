@@ -311,7 +311,8 @@ class PlanOrder(Message, frozen=True):
 
     `lineages`: after the plan, so each ends with (epoch, position). `ids_node`: who answers with the sequence's ids, sampler and request in its Done.
     `ids`: how many ids are known. A sequence that isn't named is over: survivors release it, holders drop it.
-    `explanations`: why this position and this rung, for people.
+    `explanations`: why this position and this rung, for people. `survivors`: the lives of the ranks that go on; whoever else still lives as one of these
+    ranks is a former life that was taken for dead.
     """
 
     instance: str
@@ -326,6 +327,7 @@ class PlanOrder(Message, frozen=True):
     rebuilds: tuple[Rebuild, ...]
     transfers: tuple[tuple[NodeId, NodeId, str, StreamId], ...]  # holder, target, target's address, stream
     explanations: tuple[str, ...]
+    survivors: tuple[StreamId, ...] = ()
 
 
 class RebuildOrder(Message, frozen=True):
