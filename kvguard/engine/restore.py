@@ -82,9 +82,9 @@ class Restored:
             if name not in set(plan.sequences):
                 table.release(row)
         found = []
-        for name, position, lineage in zip(plan.sequences, plan.positions, plan.lineages, strict=True):
+        for name, position, lineage, ids in zip(plan.sequences, plan.positions, plan.lineages, plan.ids, strict=True):
             if name in live:
-                table.truncate(live[name], position, lineage, keep_ids=True)
+                table.truncate(live[name], position, lineage, keep_ids=ids)  # beyond what the plan knows, whoever goes on may choose others
                 found.append(RestoredSequence(name, position, lineage, tuple(table.blocks(live[name]))))
         self.sequences = tuple(found)
 

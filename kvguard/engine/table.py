@@ -390,11 +390,11 @@ class TableWriter:
 
     # ---- at once ----------------------------------------------------------------------------------------------------------------
 
-    def truncate(self, row: int, position: int, lineage: Lineage | None = None, keep_blocks: int = 0, keep_ids: bool = False) -> None:
+    def truncate(self, row: int, position: int, lineage: Lineage | None = None, keep_blocks: int = 0, keep_ids: int = 0) -> None:
         """KV and ids beyond `position` are void, at once. Keeps the blocks that hold the positions left, or `keep_blocks` if that is more. Raises ValueError.
 
-        `lineage`: the sequence's after a plan; unchanged without. `keep_ids`: a plan takes KV back, never ids: they have been handed out, and until their
-        emitter says them again this row may be the only one that knows them.
+        `lineage`: the sequence's after a plan; unchanged without. `keep_ids`: so many ids stay although they are beyond: a plan takes KV back, never the ids that
+        it knows: they have been handed out, and until their emitter says them again this row may be the only one that knows them.
         """
         self._settle()
         head = self._heads[row].tolist()
@@ -418,8 +418,7 @@ class TableWriter:
         head[fmt.H_KEPT], head[fmt.H_KEPT_BLOCKS], head[fmt.H_BLOCKS] = position, kept, kept
         for word in (fmt.H_ACCEPTED, fmt.H_PRIOR, fmt.H_BASE):
             head[word] = min(head[word], position)
-        if not keep_ids:
-            head[fmt.H_IDS] = min(head[fmt.H_IDS], position)
+        head[fmt.H_IDS] = min(head[fmt.H_IDS], max(position, keep_ids))
         known = head[fmt.H_IDS]
         head[fmt.H_IDS_HASH] = memory.ids_sum(self.views.ids[row, :known], self.views.id_multipliers[:known])
         head[fmt.H_BLOCKS_HASH] = memory.blocks_sum(self.views.row_blocks[row, :kept], self.views.row_block_generations[row, :kept])
