@@ -64,6 +64,7 @@ class Node:
         self.standbys: dict[int, messages.StandbyBeat] = {}
         self.linked = False  # to the coordinator
         self._faults: dict[tuple[StreamId, int], Seen] = {}
+        self._running: dict[str, Epoch] = {}  # the epoch whose recovery is known to be over
         self._fences: dict[str, Epoch] = {}  # answered with a report, not yet followed by a plan
         self._replicas = events.ReplicasSeen((), 0, 0)
         self._beat_ns: int | None = None
@@ -256,6 +257,8 @@ class Node:
         local.alive, local.death, local.salvageable = False, f"{kind}: {reason}", event.salvageable
         out = self._fault(now, local, kind, reason, event.salvageable, since)
         instance = local.stream.instance
+        if local.epoch != self.promises.of(instance) == self._running.get(instance):  # a former life, ended after the recovery that it missed
+            return out + self.outbound.forget(local, self.outbound.streams)
         return (*out, SendReport(COORDINATOR, instance, self._fences[instance])) if instance in self._fences else out
 
     def _fault(self, now: int, local: LocalStream, kind: str, reason: str, salvageable: bool, since_ns: int) -> Effects:
@@ -367,6 +370,7 @@ class Node:
         if not bound:
             return out
         self._fences.pop(resumed.instance, None)
+        self._running[resumed.instance] = resumed.epoch
         if resumed.instance in self.orders:
             self.orders[resumed.instance].finished = True
         for local in self.outbound.of(resumed.instance):
