@@ -53,6 +53,9 @@ class Driver:
         self.refs = [0] * BLOCKS
         self.free = list(range(BLOCKS))
         self.number = 0
+        self.cuts: list[tuple[str, int]] = []  # to be truncated with the next step
+        self.void: dict[str, list[int]] = {}  # blocks that ranks list beyond what goes on, free once that is cut
+        self.held_by_over: dict[str, list[int]] = {}
         self.waiting: dict[Rank, bool] = {}
         self.pending: list = []
         self.due_ns = world.now + MS
@@ -145,7 +148,7 @@ class Driver:
         self.members = {member.rank: member.endpoint for member in resume.members}
         former, self.sequences = self.sequences, {}
         self.adopted, self.resume, self.waiting, self.failed = resume.epoch, None, {}, ""
-        self.refs, self.free = [0] * BLOCKS, []
+        self.refs, self.free, self.cuts, self.void = [0] * BLOCKS, [], [], {}
         for entry in resume.sequences:
             ids = [int.from_bytes(entry.known.ids[n : n + 4], "little") for n in range(0, len(entry.known.ids), 4)]
             old = former.pop(entry.sequence, None)
@@ -162,10 +165,7 @@ class Driver:
             elif life in world.finished:
                 self.over.append(entry.sequence)
                 continue
-            sequence.kv = sequence.said = entry.position
-            sequence.opened = entry.position > 0 or world.checks.is_open(self, entry.sequence)
-            sequence.blocks = world.checks.blocks_of(self, entry.sequence)
-            sequence.listed = len(sequence.blocks)
+            self._place(sequence, entry.position)
             for block in sequence.blocks:
                 self.refs[block] += 1
             self.sequences[entry.sequence] = sequence
@@ -174,17 +174,31 @@ class Driver:
                 world.count("sequences_lost")
             again = Running(name, old.ids[: old.prompt] if world.sampled else old.ids, old.prompt, old.target, old.life)
             self.sequences[name] = again
-        self.free = [block for block in range(BLOCKS) if not self.refs[block]]
-        self.over = [name for name in self.over if world.checks.is_open(self, name)]
-        for name in self.over:
-            for block in world.checks.blocks_of(self, name):
-                if block in self.free:
-                    self.free.remove(block)
-        self.held_by_over = {name: world.checks.blocks_of(self, name) for name in self.over}
+        self.over = [name for name in dict.fromkeys(self.over) if world.checks.is_open(self, name)]
+        held = [(name, world.checks.blocks_of(self, name)[1]) for name in self.over]
+        taken = {block: None for blocks in [*(blocks for _, blocks in held), *self.void.values()] for block in blocks}
+        self.held_by_over = dict(held)
+        self.free = [block for block in range(BLOCKS) if not self.refs[block] and block not in taken]
         world.random.shuffle(self.free)
         self.started = True
         self.say(messages.Adopted(world.instance, self.incarnation, self.adopted))
         world.count("adopted")
+
+    def _place(self, sequence: Running, position: int) -> None:
+        """Where it goes on: where KV is, where all ranks have it in the same blocks, and where the next input is known."""
+        world = self.world
+        sequence.opened = world.checks.is_open(self, sequence.name)
+        blocks, everything = world.checks.blocks_of(self, sequence.name)
+        start = min(position, len(blocks) * BLOCK_TOKENS, len(sequence.ids) - 1)
+        if start % BLOCK_TOKENS and start < position:
+            start -= start % BLOCK_TOKENS
+        if start < position:
+            world.count("resumed_below_the_plan")
+            self.cuts.append((sequence.name, start))
+        keep = -(-start // BLOCK_TOKENS)
+        sequence.kv = sequence.said = start
+        sequence.blocks, sequence.listed = blocks[:keep], keep
+        self.void[sequence.name] = [block for block in everything if block not in sequence.blocks]
 
     # ---- scheduling ----
 
@@ -209,11 +223,18 @@ class Driver:
         acts, freed, commits, slots = [], [], [], []
         for name in self.over:
             acts.append(("release", name))
-            blocks = getattr(self, "held_by_over", {}).pop(name, [])
+            blocks = self.held_by_over.pop(name, [])
             free = [block for block in blocks if not self.refs[block] and block not in self.free]
             self.free += free
             freed += free
         over, self.over = dict.fromkeys(self.over), []
+        for name, position in self.cuts:
+            acts.append(("truncate", name, position))
+        for blocks in self.void.values():
+            free = [block for block in blocks if not self.refs[block] and block not in self.free]
+            self.free += free
+            freed += free
+        self.cuts, self.void = [], {}
         for sequence in list(self.sequences.values()):
             if len(sequence.ids) >= sequence.target or (sequence.opened and random.random() < world.cancels):
                 acts.append(("release", sequence.name))
@@ -258,7 +279,7 @@ class Driver:
 
     def _make_room(self, acts, freed) -> None:
         """Every sequence waits for a block: the last one starts over later."""
-        last = list(self.sequences.values())[-1]
+        last = [sequence for sequence in self.sequences.values() if sequence.blocks][-1]
         if last.opened:
             acts.append(("truncate", last.name, 0))
         freed += self._drop(last.blocks)
@@ -308,7 +329,7 @@ class Driver:
             slots.append((sequence.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS, values[position]))
         known = len(sequence.ids)
         request = None if start and sequence.opened else b"%d,%d,%d" % (sequence.prompt, sequence.target, sequence.life)
-        commits.append((sequence.name, end, sequence.blocks[sequence.listed :], sequence.ids[sequence.said : known], request))
+        commits.append((sequence.name, end, sequence.blocks[sequence.listed :], (sequence.said, sequence.ids[sequence.said : known]), request))
         sequence.opened = True
         sequence.said, sequence.listed = known, len(sequence.blocks)
         grown.append((sequence, end))

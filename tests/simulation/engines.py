@@ -193,7 +193,7 @@ class Mirror:
 
 
 class Order:
-    """One step of the schedule for one rank. `acts`: ("release", name) | ("truncate", name, position); `commits`: (name, length, blocks, ids, request or None);
+    """One step of the schedule for one rank. `acts`: ("release", name) | ("truncate", name, position); `commits`: (name, length, blocks, (first, ids), request or None);
     `slots`: (block, slot, chain value); `poison`: blocks that nobody references after the acts."""
 
     __slots__ = ("acts", "commits", "epoch", "number", "poison", "slots")
@@ -367,6 +367,9 @@ class RankProcess(Process):
         self.steps += 1
         live = self.guard.table.sequences()
         for name, length, blocks, ids, request in order.commits:
+            first, ids = ids
+            known = len(self.guard.table.ids(live[name])) if name in live else first
+            ids = ids[max(0, known - first) :]  # what a plan left in the row is not said again
             step.commit(name, length, blocks, ids, sampler=b"s%d" % length, request=None if name in live else request)
         self.refresh()
         try:
