@@ -19,6 +19,9 @@ def main() -> int:
         world = World(seed, verbose)
         try:
             digest = world.run()
+            if "--digest" in sys.argv:
+                print(digest)
+                continue
             print(f"seed {seed}: {digest} in {time.process_time() - began:.2f} s of processor time, {world.now / 1e9:.1f} s of virtual time")
         except Exception:
             bad += 1

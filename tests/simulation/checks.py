@@ -45,6 +45,12 @@ class Checks:
             elif type(message) is messages.PlanOrder:
                 key, packed = (message.instance, message.epoch), messages.pack(message)
                 assert self._plans.setdefault(key, packed) == packed, f"I3: two plans in epoch {key}"
+            elif type(message) is messages.Done and message.part.startswith("transfer"):
+                self.world.count("transfers_done")
+        elif kind is effects.CarryPlan:
+            places = dict(zip(effect.plan.sequences, effect.plan.positions, strict=True))
+            for replica in life.shell.store._replicas.values():
+                self.world.count("cut_to_the_plan", sum(1 for held in replica.live() if held.position > places.get(held.name, held.position)))
         elif kind is effects.Apply:
             session = life.shell.store._sessions.get(effect.session)
             if session is not None:

@@ -213,6 +213,7 @@ class RankProcess(Process):
         self.step = None
         self.hung = self.hanging = False
         self.steps = 0
+        self.at_hand: Order | None = None  # arrived, and taken up at any moment: also in the middle of a daemon's copy
         self._orders: deque = deque()
         self._claim: tuple | None = None
         self._taken = NO_EPOCH
@@ -310,6 +311,19 @@ class RankProcess(Process):
         self.world.wake(self.node)
 
     # ---- steps ----
+
+    def receive(self, order: Order) -> None:
+        if self.at_hand is None and self.world.random.random() < 0.4:
+            self.at_hand = order
+            self.later(self.world.random.randrange(100_000, 5 * MS), self.take_up)
+        else:
+            self.take_up()
+            self.order(order)
+
+    def take_up(self) -> None:
+        order, self.at_hand = self.at_hand, None
+        if order is not None:
+            self.order(order)
 
     def order(self, order: Order) -> None:
         if not self.hung:

@@ -30,15 +30,15 @@ class Faults:
 
     def plan(self) -> None:
         world, random = self.world, self.world.random
-        number = random.choice((0, 1, 1, 2, 2, 3, 4, 6))
+        number = random.choice((1, 1, 2, 2, 3, 5))
         at = 300 * MS
         for _ in range(number):
-            at += random.randrange(20, 900) * MS
+            at += random.randrange(20, 600) * MS
             kind = random.choice(KINDS)
             world.after(at, lambda kind=kind: self._strike(kind))
         if random.random() < 0.3:
             world.after(200 * MS, lambda: self._strike("noise"))
-        self.end_ns = at + random.randrange(200, 1200) * MS
+        self.end_ns = at + random.randrange(100, 900) * MS
 
     def _strike(self, kind: str) -> None:
         if self.calmed:

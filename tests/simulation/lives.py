@@ -140,14 +140,56 @@ class SimulatedRanks(Ranks):
         super().__init__(*arguments)
         self._world = world
 
+    def process_of(self, stream):
+        """The living engine process behind a stream."""
+        for process in self._world.processes.values():
+            if process.alive and process.guard is not None and process.guard.stream == stream:
+                return process
+        return None
+
     def kill(self, incarnation: int) -> None:
         for process in list(self._world.processes.values()):
             if incarnation in (process.incarnation, process.guard.incarnation if process.guard is not None else None):
                 for one in [*self.ranks.values(), *self.spares.values()]:
                     if (one.stream.incarnation if hasattr(one, "stream") else one.incarnation) == incarnation:
                         one.killed = "killed: it hung"
-                self._world.count("hangs_killed")
-                process.kill("hung")
+                self._world.count("killed_by_the_daemon")
+                process.kill("by its daemon")
+
+
+class RacingPool:
+    """A pool whose engine takes up its next step in the middle of a copy: before a byte is read, or before the generations are read again."""
+
+    def __init__(self, pool, process, early: bool) -> None:
+        self._pool, self._process, self._early = pool, process, early
+
+    def _race(self, copy, *arguments) -> int:
+        self._process.world.count("reused_during_capture")
+        if self._early:
+            self._process.take_up()
+        size = copy(*arguments)
+        if not self._early:
+            self._process.take_up()
+        return size
+
+    def capture(self, *arguments) -> int:
+        return self._race(self._pool.capture, *arguments)
+
+    def capture_blocks(self, *arguments) -> int:
+        return self._race(self._pool.capture_blocks, *arguments)
+
+
+def capture_racing(shell, effect):
+    """perform_node.capture, and the engine doesn't wait for it."""
+    stream = shell.streams.get(effect.stream)
+    process = shell.engines.process_of(effect.stream)
+    if stream is None or process is None or process.at_hand is None or process.paused:
+        return perform_node.capture(shell, effect)
+    pool, stream.pool = stream.pool, RacingPool(stream.pool, process, process.world.random.random() < 0.5)
+    try:
+        return perform_node.capture(shell, effect)
+    finally:
+        stream.pool = pool
 
 
 class NodeLife(Life):
@@ -165,7 +207,8 @@ class NodeLife(Life):
         shell = NodeShell(
             transport=transport, journal=disk, clock=lambda: world.now, noted=lambda note: world.noted(name, note), node=name, store=store, engines=None
         )
-        super().__init__(world, name, Node(settings, promises), shell, perform_node.DEEDS, perform_node.FAILURES)
+        deeds = {**perform_node.DEEDS, effects.Capture: capture_racing}
+        super().__init__(world, name, Node(settings, promises), shell, deeds, perform_node.FAILURES)
         self.ranks = SimulatedRanks(world, HostDevice(), store, self.loop, self._tell, shell.streams, shell.local, shell.epochs)
         shell.engines = self.ranks
         for instance, epoch in promises.items():
@@ -263,6 +306,7 @@ class NodeLife(Life):
         for _, _, descriptors in self._unheard:
             for descriptor in descriptors:
                 os.close(descriptor)
+        self.world.count("torn_reads", sum(rank.reader.torn for rank in self.ranks.ranks.values()))
         self.ranks.close()
         self.shell.store.close()
 

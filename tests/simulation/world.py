@@ -17,6 +17,7 @@ from simulation.engines import RankProcess
 from simulation.faults import Faults
 from simulation.lives import MS, CoordinatorLife, Crashed, Disk, NodeLife
 
+from kvguard.core.events import Looked
 from kvguard.core.known import Settings
 from kvguard.core.membership import Patience
 from kvguard.transport.inproc import Network
@@ -160,7 +161,7 @@ class World:
             if self.network.between(DRIVER, process.node).cut or self.network.between(process.node, DRIVER).cut:
                 self.after(20 * MS, deliver)
             else:
-                process.run(lambda: process.order(order))
+                process.run(lambda: process.receive(order))
 
         self.after(self.random.randrange(20_000, 2 * MS), deliver)
 
@@ -173,7 +174,7 @@ class World:
     def wake(self, name: str) -> None:
         """This process has something to look at: soon, not at once."""
         host = self.host(name)
-        at = self.now + self.random.randrange(1_000, 300_000)
+        at = self.now + self.random.randrange(1_000, 300_000 if self.random.random() < 0.8 else 12 * MS)
         host.wake_ns = at if host.wake_ns is None else min(host.wake_ns, at)
 
     def mail(self, life) -> list:
@@ -232,7 +233,7 @@ class World:
                 pass
             self.faults.calm()
             calm_ns = self.now
-            while self.advance(calm_ns + 600 * MS):
+            while self.advance(calm_ns + 300 * MS):
                 pass
             self.quiet = True
             self.checks.wait_for(self.checks.undrained, DRAIN_NS)
@@ -272,6 +273,9 @@ class World:
         self.note(f"{name}: {note.what}: {note.subject}: {note.reason}")
 
     def trace(self, name: str, event, effects) -> None:
+        if type(event) is Looked and event.released and event.opened:
+            opened = {row.row: None for row in event.opened}
+            self.count("reused_between_looks", sum(1 for row in event.released if row in opened))
         words = [type(effect).__name__ for effect in effects]
         self._digest.update(f"{self.now} {name} {type(event).__name__} {words}".encode())
 
