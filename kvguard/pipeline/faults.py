@@ -97,11 +97,11 @@ def protected(world: World) -> bool:
 
 
 def whole(world: World) -> bool:
-    """Protected, and a standby on every node: ready for the next fault."""
+    """Protected, and every spare process known: ready for the next fault."""
     if not protected(world):
         return False
-    standbys = [rank["node"] for rank in world.status()["ranks"] if rank["state"] == "standby"]
-    return all(node.name in standbys for node in world.nodes)
+    standbys = sum(rank["state"] == "standby" for rank in world.status()["ranks"])
+    return standbys >= sum(len(node.engines) for node in world.nodes) - world.settings.stages
 
 
 def corrupt_replica(world: World, stage: int, sequence: str, position: int) -> bool:

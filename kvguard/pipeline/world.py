@@ -234,12 +234,15 @@ class World:
         node.generation += 1
 
     def replenish(self, endpoints: list[str]) -> None:
-        """A daemon and a spare process on every node again. `endpoints`: of the ranks in use; other living engines are spare."""
+        """A daemon on every node again, and spare processes enough for the loss of any one of them. `endpoints`: of the ranks in use; other engines are spare."""
         for node in self.nodes:
             node.engines = [engine for engine in node.engines if engine.alive()]  # who was killed on purpose is no longer the node's
+        crowd = max(sum(engine.endpoint in endpoints for engine in node.engines) for node in self.nodes)
+        wanted = max(1, -(-crowd // (len(self.nodes) - 1)))
+        for node in self.nodes:
             if node.daemon is None:
                 self.start_daemon(node)  # the host is back, empty
-            if all(engine.endpoint in endpoints for engine in node.engines):
+            for _ in range(wanted - sum(engine.endpoint not in endpoints for engine in node.engines)):
                 self.start_standby(node)
 
     def stop(self) -> None:
