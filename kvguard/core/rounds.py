@@ -169,9 +169,12 @@ def _try_plan(known: Known, instance: str) -> None:
     if current.tried != key:
         current.tried = key
         members = {rank: place.node for rank, place in sorted(known.membership.members[instance].items())}
+        lives = known.emitter_lives(instance)
+        # What is over a living emitter knows best, and a name that was delivered may have been given to another sequence since.
+        over = frozenset() if lives else frozenset(known.delivered.get(instance, ()))
         situation = Situation(
             instance, record.epoch, members, record.lost, tuple(current.reports.values()), standbys, known.addresses(), known.forks.get(instance, {}),
-            record.excluded, frozenset(known.delivered.get(instance, ())), known.emitter_lives(instance),
+            record.excluded, over, lives,
         )  # fmt: skip
         answer = plan(situation)
         if not isinstance(answer, Unplannable):
