@@ -25,6 +25,7 @@ class Checks:
         self._fences: dict[tuple, tuple] = {}
         self._plans: dict[tuple, bytes] = {}
         self._raised = 0
+        self._reported: dict[int, dict[str, bool]] = {}  # by epoch: sequences whose ids some node reported
         self._touched: dict[str, bool] = {}  # nodes whose store changed in this turn
 
     # ---- around every effect ----
@@ -45,6 +46,11 @@ class Checks:
             elif type(message) is messages.PlanOrder:
                 key, packed = (message.instance, message.epoch), messages.pack(message)
                 assert self._plans.setdefault(key, packed) == packed, f"I3: two plans in epoch {key}"
+            elif type(message) is messages.Report:
+                for holding in message.holdings:
+                    for name, known in zip(holding.sequences, holding.ids, strict=True):
+                        if known:
+                            self._reported.setdefault(message.epoch.counter, {})[name] = True
             elif type(message) is messages.Done and message.part.startswith("transfer"):
                 self.world.count("transfers_done")
         elif kind is effects.CarryPlan:
@@ -133,8 +139,8 @@ class Checks:
         """An acknowledged position is held, verified and of these very ids, by the holder's life that granted the session."""
         holder = self.world.nodes[node].life
         store = holder.shell.store if holder is not None else None
-        if store is None or store._current.get(local.stream) != sender.session:
-            return
+        if store is None or store._current.get(local.stream) != sender.session or holder.core.promises.of(local.stream.instance) != sender.epoch:
+            return  # another life, or fenced: whoever still counts on it is cut off, and will hear
         replica = store._replicas[local.stream]
         for copy in sender.flow.copies.values():
             if copy.shed or not copy.acked or self._moved_on(life, local.stream, copy):
@@ -171,6 +177,7 @@ class Checks:
         """I1: after a resumption every rank's KV for [0, position) is byte for byte what the ids give."""
         world = self.world
         members = {member.rank: member for member in resume.members}
+        named = {entry.sequence: True for entry in resume.sequences}
         assert sorted(members) == [Rank(0, stage, 0) for stage in range(world.stages)], f"I7: resumed with {sorted(members)}"
         for rank, member in members.items():
             process = world.processes[member.endpoint]
@@ -182,12 +189,15 @@ class Checks:
             live = guard.table.sequences()
             for entry in resume.sequences:
                 self._resumed(driver, rank, guard, process.pool, live, entry)
-            named = {entry.sequence: True for entry in resume.sequences}
             for name, row in live.items():
                 known = next((entry.known.ids for entry in resume.sequences if entry.sequence == name), b"")
                 own = b"".join(int(token).to_bytes(4, "little") for token in guard.table.ids(row))
                 assert known.startswith(own), f"I1: {rank} has ids of {name} that nobody resumes with"
                 assert name in named, f"I1: {rank} goes on with {name}, which the plan doesn't name"
+        for name, sequence in driver.sequences.items():
+            if name not in named and sequence.kv:
+                told = {lost: True for record in world.coordinator.life.core.known.history for lost in record.lost} if world.coordinator.life else {name: True}
+                assert name in told or name not in self._reported.get(resume.epoch.counter, {}), f"I2: {name} was reported, is not resumed, and nobody says why"
         world.count("resumptions_checked")
         world.count("resumed_sequences", len(resume.sequences))
         for entry in resume.sequences:
