@@ -154,7 +154,7 @@ def main(kills: int, kinds: str, stages: int, sequences: int, context: int, mode
     directory = demo.model_directory(options)
     vocabulary = json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     root = Path(tempfile.mkdtemp(prefix="kvguard-recovery."))
-    world = World(WorldSettings(root=root, model=directory, stages=stages, coordinator_overrides={"failovers_per_window": 10_000}))
+    world = World(WorldSettings(root=root, model=directory, stages=stages, coordinator_overrides={"failovers_per_window": 10_000, "backoff_ms": 0}))
     campaign = Kills(world, prompts_of(sequences, context, vocabulary))
     found: list[dict] = []
     try:
