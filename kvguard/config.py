@@ -90,6 +90,7 @@ class CoordinatorConfig:
     restore_ms: int = setting(60_000, "int", "a planned recovery that takes longer begins again, or fails, explicitly", 1000, 86_400_000)
     failovers_per_window: int = setting(10, "int", "automatic failovers of one instance within `window_s`; more need an operator", 1, 10_000)
     window_s: int = setting(60, "int", "see failovers_per_window", 1, 86_400)
+    backoff_ms: int = setting(500, "int", "how long the fourth failover within `window_s` waits; twice as long each one after it; 0: none waits", 0, 600_000)
     keys: str = setting("", "path", "file with this process's key and the peers that are allowed (`kvguard keys generate`); empty: no encryption")
     insecure: bool = setting(False, "bool", "true allows addresses off loopback without keys")
     log_level: str = setting("info", "word", "least severity that is logged", choices=LEVELS)

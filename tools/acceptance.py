@@ -29,6 +29,7 @@ from kvguard.pipeline.client import Client
 from kvguard.pipeline.world import World, WorldSettings
 
 SAMPLED_SEED = 7
+PROTECTED_MS = 300  # a kill within this time of a prompt's last chunk meets prompts that are still being protected: counted apart
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Campaign:
         fault = faults.aim(self.world, client, kill.kind, kill.stage)
         faults.strike(self.world, client, fault)
         faults.mend(self.world, client, fault, run)
+        since_prefill_ms = (fault.struck_ns - max(mark["t_ns"] for mark in client.marks["prefill"] if mark["run"] == run)) / 1e6
         after, digests = self.ended(run)
         before, expected = self.references[kill.sampled]
         below = demo.positions(fault.resumed, len(self.prompts))
@@ -90,7 +92,7 @@ class Campaign:
         found = {
             "seed": kill.seed, "kind": kill.kind, "target": fault.target, "at_token": kill.at_token, "sampled": kill.sampled, "fired": fault.fired,
             "identical": report.identical(before, after, self.max_tokens), "logits_identical": report.logits_identical(before, after),
-            "kv_identical": report.kv_identical(expected, digests, below), "prefilling": kill.at_token == 0,
+            "kv_identical": report.kv_identical(expected, digests, below), "since_prefill_ms": since_prefill_ms,
             "rung": recovered["rung"], "rolled_back": recovered["rolled_back"], "ms": timing, "bytes_by_rung": recovered["bytes_by_rung"],
         }  # fmt: skip
         found["passed"] = found["fired"] and found["identical"] and found["logits_identical"] is True and found["kv_identical"] is not False
@@ -108,7 +110,7 @@ def summary(kills: list[dict]) -> dict:
     document = {"kills": len(kills), "passed": sum(kill["passed"] for kill in kills), "kinds": {}}
     for kind in dict.fromkeys(kill["kind"] for kill in kills):
         of_kind = [kill for kill in kills if kill["kind"] == kind]
-        decoding = [kill["rolled_back"] for kill in of_kind if not kill["prefilling"]]
+        decoding = [kill["rolled_back"] for kill in of_kind if kill["since_prefill_ms"] > PROTECTED_MS]
         detect = [kill["ms"]["detect"] for kill in of_kind if kill["ms"]["detect"] is not None]
         resume = [kill["ms"]["fence"] + kill["ms"]["plan"] + kill["ms"]["restore"] for kill in of_kind if kill["ms"]["restore"] is not None]
         document["kinds"][kind] = {
@@ -133,8 +135,8 @@ def main(kills: int, first_seed: int, stages: int, sequences: int, max_tokens: i
     options = demo.Options(stages=stages, sequences=sequences, max_tokens=max_tokens, model=model)
     directory = demo.model_directory(options)
     root = Path(tempfile.mkdtemp(prefix="kvguard-acceptance."))
-    # Hundreds of failovers in minutes is what this is for; the bound on them has tests of its own.
-    world = World(WorldSettings(root=root, model=directory, stages=stages, coordinator_overrides={"failovers_per_window": 10_000}))
+    # Hundreds of failovers in minutes is what this is for; the bound on them and the waits between them have tests of their own.
+    world = World(WorldSettings(root=root, model=directory, stages=stages, coordinator_overrides={"failovers_per_window": 10_000, "backoff_ms": 0}))
     campaign = Campaign(world, demo.prompts_of(options, directory), max_tokens)
     found: list[dict] = []
     began = time.monotonic()

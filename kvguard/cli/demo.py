@@ -20,6 +20,7 @@ import click
 @click.option("--sequences", type=click.IntRange(1, 64), default=1, show_default=True)
 @click.option("--seed", type=int, help="Samples with this seed; without it the demo is greedy.")
 @click.option("--prompt", help="The text to go on from.")
+@click.option("--prompt-ids", type=click.IntRange(1), help="A first prompt of so many ids instead of a text.")
 @click.option("--model", type=click.Path(exists=True, file_okay=False), help="A local transformers directory of the Llama, GPT-2 or OPT family.")
 @click.option("--corrupt", type=click.Choice(["replica", "frame"]), help="A negative control, and a fault on the wire.")
 @click.option("-o", "output", type=click.Choice(["table", "json"]), default="table")

@@ -100,7 +100,7 @@ def settings_of(config: CoordinatorConfig) -> Settings:
     )  # fmt: skip
     return Settings(
         patience=patience, exclude_ns=config.exclude_ms * MS, seal_ns=config.seal_ms * MS, standby_ns=config.standby_ms * MS, restore_ns=config.restore_ms * MS,
-        failovers_max=config.failovers_per_window, window_ns=config.window_s * 1000 * MS, replicas=config.replicas,
+        failovers_max=config.failovers_per_window, window_ns=config.window_s * 1000 * MS, backoff_ns=config.backoff_ms * MS, replicas=config.replicas,
     )  # fmt: skip
 
 

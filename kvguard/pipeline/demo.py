@@ -48,6 +48,7 @@ class Options:
     sequences: int = 1
     seed: int | None = None  # samples; None is greedy
     prompt: str | None = None
+    prompt_ids: int | None = None  # a first prompt of so many ids
     model: str | None = None
     corrupt: str | None = None
     timeout_s: float = 600.0
@@ -88,10 +89,18 @@ def model_directory(options: Options) -> Path:
 
 def prompts_of(options: Options, model: Path) -> list:
     """One prompt per sequence: texts, or ids where the model has no tokenizer."""
-    if not (model / "tokenizer.json").is_file():
-        return [[(7 * i + 3 * j) % 50 + 1 for j in range(24 + 5 * i)] for i in range(options.sequences)]
-    chosen = [PROMPTS[i % len(PROMPTS)] for i in range(options.sequences)]
+    if (model / "tokenizer.json").is_file():
+        chosen: list = [PROMPTS[i % len(PROMPTS)] for i in range(options.sequences)]
+    else:
+        chosen = [ids(24 + 5 * i, 7 * i) for i in range(options.sequences)]
+    if options.prompt_ids:
+        chosen[0] = ids(options.prompt_ids, 0)
     return [options.prompt, *chosen[1:]] if options.prompt else chosen
+
+
+def ids(count: int, start: int) -> list[int]:
+    """A prompt that needs no tokenizer; every vocabulary has these."""
+    return [(start + 3 * i + i * i) % 97 + 1 for i in range(count)]
 
 
 class Demo:
