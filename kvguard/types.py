@@ -22,7 +22,7 @@ class Rank(NamedTuple):
     tp: int
 
     def __str__(self) -> str:
-        return f"{self.dp}.{self.pp}.{self.tp}"
+        return f"{self.dp}.{self.pp}.{self.tp}" if self.pp != SCHEDULER_PP else f"{self.dp}.scheduler"
 
     @classmethod
     def parse(cls, text: str) -> Rank:
@@ -31,6 +31,18 @@ class Rank(NamedTuple):
         if len(parts) != 3 or not all(part.isdigit() for part in parts):
             raise ValueError(f"rank {text!r} is not of the form dp.pp.tp. Try: 0.1.0")
         return cls(*map(int, parts))
+
+
+SCHEDULER_PP = 65535  # no pipeline is that long: the place of a scheduler's own stream beside its ranks'
+
+
+def scheduler_of(dp: int) -> Rank:
+    """What stands for the scheduler of one dp where a stream needs a rank: never a member, without KV."""
+    return Rank(dp, SCHEDULER_PP, 0)
+
+
+def is_scheduler(rank: Rank) -> bool:
+    return rank.pp == SCHEDULER_PP
 
 
 class Epoch(NamedTuple):

@@ -45,6 +45,9 @@ class StreamShape(msgspec.Struct, frozen=True, array_like=True):
     addressable: bool = True
 
 
+IDS_ONLY = StreamShape(0, 65535, 0, 0, 1, False)  # of a scheduler's stream: ids, samplers and requests, no KV
+
+
 class Holding(msgspec.Struct, frozen=True, array_like=True):
     """What one pool or replica has of one stream, by sequence; columns of equal length.
 
@@ -217,6 +220,21 @@ class StandbyBeat(msgspec.Struct, frozen=True, array_like=True):
     fingerprints: dict[str, int]
 
 
+class SchedulerBeat(msgspec.Struct, frozen=True, array_like=True):
+    """A scheduler's stream in a heartbeat. `state`: protected | unprotected | recovering | lost, of its ids. `ids`, `acked_ids`: sums over its sequences."""
+
+    stream: StreamId
+    epoch: Epoch
+    incarnation: int
+    endpoint: str
+    state: str
+    reason: str
+    holders: tuple[NodeId, ...]
+    sequences: int
+    ids: int
+    acked_ids: int
+
+
 class NodeHello(Message, frozen=True):
     """First on a link to the coordinator. `promises`: the highest epoch this node has written down, per instance: the floor of a restored coordinator."""
 
@@ -234,7 +252,7 @@ class NodeWelcome(Message, frozen=True):
 
 
 class Beat(Message, frozen=True):
-    """Every heartbeat_ms. `replicas`: (stream, sequences, bytes) held here for others."""
+    """Every heartbeat_ms. `replicas`: (stream, sequences, bytes) held here for others. `schedulers`: living and dead ones whose tables are mapped here."""
 
     node: NodeId
     incarnation: int
@@ -244,6 +262,7 @@ class Beat(Message, frozen=True):
     replicas: tuple[tuple[StreamId, int, int], ...]
     arena_bytes: int
     arena_bytes_max: int
+    schedulers: tuple[SchedulerBeat, ...] = ()
 
 
 class Fault(Message, frozen=True):
