@@ -14,6 +14,7 @@ from kvguard.cli.asking import Reach, reaching
 
 NODES = ["node", "state", "reason", "heartbeat_age_ms", "version"]
 RANKS = ["instance", "rank", "node", "holders", "state", "reason", "sequences", "unprotected_sequences", "lag_tokens"]
+SCHEDULERS = ["instance", "dp", "node", "holders", "state", "reason", "sequences", "ids", "acked_ids"]
 WIDE = [*RANKS, "committed", "acked", "lag_bytes", "lag_ms"]
 
 
@@ -43,3 +44,5 @@ def display(found: dict, output: str) -> None:
     show.table("Nodes", NODES, [[node.get(key) for key in NODES] for node in found["nodes"]], "none has said hello")
     show.table("Instances", ["instance", "epoch", "issuer"], [[one[key] for key in ("instance", "epoch", "issuer")] for one in found["instances"]], "none")
     show.table("Ranks", columns, [[rank.get(key) for key in columns] for rank in found["ranks"]], "none is attached")
+    if found.get("schedulers"):
+        show.table("Schedulers", SCHEDULERS, [[one.get(key) for key in SCHEDULERS] for one in found["schedulers"]], "none")

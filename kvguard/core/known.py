@@ -14,7 +14,7 @@ from kvguard.core.membership import Member as Place
 from kvguard.format import ledger
 from kvguard.format.ledger import HistoryRecord, MemberRecord, RecoveryRecord
 from kvguard.format.messages import Done, Member, Message, Report, Resume
-from kvguard.types import NO_EPOCH, Epoch, Lineage, NodeId, Rank, SequenceId
+from kvguard.types import NO_EPOCH, Epoch, Lineage, NodeId, Rank, SequenceId, StreamId
 
 HISTORY_MAX = 1000  # recoveries kept; older ones are deleted from the store too
 DELIVERED_MAX = 100_000  # names of answered sequences remembered, so that a plan doesn't bring them back
@@ -77,6 +77,7 @@ class Known:
         self.assigned: dict[tuple[str, Rank], tuple] = {}
         self.reasons: dict[tuple[str, Rank], str] = {}  # of placement
         self.strays: dict[tuple, bool] = {}
+        self.unlisted: dict[tuple[NodeId, StreamId], int] = {}  # schedulers' replicas by holder: fair ns since when no node lists the scheduler
         self.paused = False
 
     # ---- durable facts

@@ -30,6 +30,7 @@ class LocalStream:
         self.alive, self.salvageable, self.death = True, False, ""
         self.hung: tuple[str, int] | None = None  # reason and last sign of life, once it was told to die
         self.looks = 0
+        self.ids_before: dict[int, int] = {}  # of a scheduler's rows, at the last beat (core/schedulers.py)
         self.fenced = False
         self.unheld_reason = "no other node"
         self._unheld_ns: int | None = None
@@ -90,14 +91,15 @@ class LocalStream:
         else:
             self._unheld_ns = now if self._unheld_ns is None else self._unheld_ns
             lag_ms = (now - self._unheld_ns) / 1e6
-        state, reason = self._state(promised, bool(answering), unprotected)
+        state, reason = self.judged(promised, bool(answering), unprotected)
         steps = self.progress.progress if self.progress is not None else 0
         return RankBeat(
             self.stream, self.epoch, self.incarnation, self.endpoint, state, reason, tuple(self.senders), len(self.ledger.rows), unprotected, committed, acked,
             lag, (committed - acked) * self.shape.token_bytes, lag_ms, steps + self.looks,
         )  # fmt: skip
 
-    def _state(self, promised: Epoch, answering: bool, unprotected: int) -> tuple[str, str]:
+    def judged(self, promised: Epoch, answering: bool, unprotected: int) -> tuple[str, str]:
+        """State and reason, as a beat says them."""
         if not self.alive:
             return "lost", self.death
         if self.epoch != promised:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvguard.format.messages import Beat, EmitterBeat, NodeHello, RankBeat, StandbyBeat
+from kvguard.format.messages import Beat, EmitterBeat, NodeHello, RankBeat, SchedulerBeat, StandbyBeat
 from kvguard.types import NodeId, Rank, StreamId
 
 MS = 1_000_000
@@ -50,8 +50,8 @@ class Node:
     """One node as heard. Times `_ns` are fair, except `beat_ns` (real: what a verdict's age is counted from)."""
 
     __slots__ = (
-        "address", "arena_bytes", "arena_bytes_max", "beat_ns", "incarnation", "link", "node", "promises", "reason", "replicas", "seen_ns", "standbys", "state",
-        "version",
+        "address", "arena_bytes", "arena_bytes_max", "beat_ns", "incarnation", "link", "node", "promises", "reason", "replicas", "schedulers", "seen_ns",
+        "standbys", "state", "version",
     )  # fmt: skip
 
     def __init__(self, node: NodeId, seen_ns: int, now_ns: int):
@@ -61,6 +61,7 @@ class Node:
         self.promises: tuple = ()
         self.standbys: tuple[StandbyBeat, ...] = ()
         self.replicas: tuple = ()
+        self.schedulers: tuple[SchedulerBeat, ...] = ()
         self.arena_bytes = self.arena_bytes_max = 0
 
 
@@ -122,7 +123,7 @@ class Membership:
         if node is None:
             node = self.nodes[message.node] = Node(message.node, fair_ns, now_ns)
         if reborn:
-            node.standbys, node.replicas = (), ()
+            node.standbys, node.replicas, node.schedulers = (), (), ()
             for _, _, member in self._on(message.node):
                 member.absent_ns = fair_ns
         node.link, node.address, node.version, node.incarnation, node.promises = link, message.address, message.version, message.incarnation, message.promises
@@ -136,6 +137,7 @@ class Membership:
             return [], []
         self._heard(node, fair_ns, now_ns, "heartbeats")
         node.standbys, node.replicas, node.arena_bytes, node.arena_bytes_max = message.standbys, message.replicas, message.arena_bytes, message.arena_bytes_max
+        node.schedulers = message.schedulers
         new, strange, listed = [], [], {}
         for rank_beat in message.ranks:
             if rank_beat.state == "standby":

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvguard.core import events
+from kvguard.core import events, schedulers
 from kvguard.core.effects import Effect, FreeBuffer, KillProcess, Note, Send, SendReport, SetEpoch
 from kvguard.core.inbound import Inbound
 from kvguard.core.local import LocalStream
@@ -21,7 +21,7 @@ from kvguard.core.promises import NEWER, SAME, Promises
 from kvguard.core.sender import SenderSettings
 from kvguard.format import messages
 from kvguard.limits import WINDOW_BYTES_DEFAULT
-from kvguard.types import Epoch, NodeId, Rank, SequenceId, StreamId
+from kvguard.types import Epoch, NodeId, Rank, SequenceId, StreamId, is_scheduler
 
 COORDINATOR = "coordinator"
 FROM_COORDINATOR = (messages.NodeWelcome, messages.Assign, messages.Fence, messages.PlanOrder, messages.RebuildOrder, messages.Resumed)
@@ -175,17 +175,21 @@ class Node:
                     out += Note("hung", str(local.stream), verdict.reason), KillProcess(local.incarnation, local.stream, verdict.reason)
         if self._beat_ns is not None and now >= self._beat_ns:
             self._beat_ns = now + self.settings.heartbeat_ns
-            out += (self._beat(now), *self._faults_again(now))
+            out += (*schedulers.succeeded(self.outbound), self._beat(now), *self._faults_again(now))
         return out
 
     def _beat(self, now: int) -> Send:
         settings, seen = self.settings, self._replicas
         self._beats += 1
-        ranks = tuple(local.beat(now, self.promises.of(local.stream.instance)) for local in self.outbound.streams.values())
+        own = [local for local in self.outbound.streams.values() if not is_scheduler(local.stream.rank)]
+        ranks = tuple(local.beat(now, self.promises.of(local.stream.instance)) for local in own)
         standbys = tuple(self.standbys.values())
         return Send(
             COORDINATOR,
-            messages.Beat(settings.node, settings.incarnation, self._beats, ranks, standbys, seen.replicas, seen.arena_bytes, seen.arena_bytes_max),
+            messages.Beat(
+                settings.node, settings.incarnation, self._beats, ranks, standbys, seen.replicas, seen.arena_bytes, seen.arena_bytes_max,
+                schedulers.beats(self.outbound, now, self.promises),
+            ),
         )
 
     def _faults_again(self, now: int) -> Effects:
@@ -244,6 +248,8 @@ class Node:
         if local is None or local.incarnation != event.incarnation:
             return ()
         out = self.outbound.detach(local, "detached")
+        if is_scheduler(event.stream.rank):
+            return (*out, Note("detached", str(event.stream), "the scheduler closed its table"))
         return out + self._fault(now, local, "detached", "the engine closed its rank", False, now)
 
     def _died(self, now: int, event: events.ProcessDied) -> Effects:
@@ -253,6 +259,8 @@ class Node:
         local = self.outbound.streams.get(event.stream)
         if local is None or not local.alive or local.incarnation != event.incarnation:
             return (Note("stale_death", str(event.stream), event.reason),)
+        if is_scheduler(event.stream.rank):
+            return schedulers.died(self.outbound, local, event.reason)
         kind, reason, since = ("hung", *local.hung) if local.hung is not None else ("died", event.reason, now)
         local.alive, local.death, local.salvageable = False, f"{kind}: {reason}", event.salvageable
         out = self._fault(now, local, kind, reason, event.salvageable, since)
@@ -357,6 +365,8 @@ class Node:
         out: Effects = ()
         if local is not None and not event.error and (local.fenced or local.epoch != event.epoch):
             out = local.adopt(now, event.epoch)
+        if is_scheduler(event.stream.rank):  # nothing waits for a scheduler
+            return (*out, Note("restored", str(event.stream), event.error)) if event.error else out
         return out + orders.restored(event)
 
     def _current(self, instance: str, epoch: Epoch) -> Orders | None:
@@ -377,9 +387,8 @@ class Node:
             if not local.alive and local.epoch != resumed.epoch:
                 out += self.outbound.forget(local, self.outbound.streams)
         out += self.outbound.end_pushes(resumed.instance)
-        for stream in resumed.unpinned:
-            out += self.inbound.forget(stream, f"unpinned in epoch {resumed.epoch.counter}")
-        return out
+        why = f"unpinned in epoch {resumed.epoch.counter}"
+        return out + tuple(effect for stream in resumed.unpinned for effect in self.inbound.forget(stream, why))
 
 
 def _killed(ranks: list[LocalStream], reason: str) -> Effects:

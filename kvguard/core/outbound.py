@@ -13,13 +13,13 @@ from kvguard.core.events import Arrived, Captured, Event, LinkUp, Looked
 from kvguard.core.local import LocalStream
 from kvguard.core.sender import Sender, SenderSettings
 from kvguard.format.messages import Assign, Held, StreamEnd
-from kvguard.types import NodeId, Rank, SequenceId, StreamId
+from kvguard.types import NodeId, Rank, SequenceId, StreamId, is_scheduler, scheduler_of
 
 Effects = tuple[Effect, ...]
 
 
 class Outbound:
-    """`streams`: local ranks' pools, living and dead. `pushes`: replicas held here that go to another node for a plan."""
+    """`streams`: local ranks' pools and schedulers' tables, living and dead. `pushes`: replicas held here that go to another node for a plan."""
 
     def __init__(self, settings: SenderSettings) -> None:
         self._settings = settings
@@ -60,14 +60,15 @@ class Outbound:
 
     def assign(self, now: int, assign: Assign) -> Effects:
         self._wanted[assign.instance, assign.rank] = assign
-        locals_ = [local for local in self.of(assign.instance) if local.stream.rank == assign.rank and local.alive]
+        locals_ = [local for local in self.of(assign.instance) if local.stream.rank in (assign.rank, scheduler_of(assign.rank.dp)) and local.alive]
         return tuple(effect for local in locals_ for effect in self.place(now, local))
 
     def place(self, now: int, local: LocalStream) -> Effects:
         """Senders for the holders that were assigned; those that aren't any more end once the new ones have what they had."""
-        assign = self._wanted.get((local.stream.instance, local.stream.rank))
+        beside = is_scheduler(local.stream.rank)
+        assign = self._wanted.get((local.stream.instance, self._first_beside(local) if beside else local.stream.rank))
         if assign is None:
-            local.unheld_reason = "no holder assigned yet"
+            local.unheld_reason = "no rank beside it has a holder yet" if beside else "no holder assigned yet"
             return ()
         local.unheld_reason = assign.reason or "no other node"
         out: Effects = ()
@@ -81,6 +82,12 @@ class Outbound:
             if node not in wanted:
                 local.ending[node] = assign.reason or "another holder took over"
         return out
+
+    def _first_beside(self, scheduler: LocalStream) -> Rank | None:
+        """The first living rank here of a scheduler's dp that has holders: its ids go where that rank's go."""
+        instance, place = scheduler.stream.instance, scheduler.stream.rank
+        ranks = [local.stream.rank for local in self.of(instance) if local.alive and scheduler_of(local.stream.rank.dp) == place]
+        return min((rank for rank in ranks if (instance, rank) in self._wanted), default=None)
 
     def send_to(self, now: int, local: LocalStream, node: NodeId) -> Effects:
         link = f"peer:{node}"
@@ -181,6 +188,6 @@ class Outbound:
     def releasable(self, instance: str) -> dict[SequenceId, int]:
         out: dict[SequenceId, int] = {}
         for local in self.of(instance):
-            for sequence, ids in local.releasable().items() if local.alive else ():
+            for sequence, ids in local.releasable().items() if local.alive and not is_scheduler(local.stream.rank) else ():
                 out[sequence] = min(ids, out.get(sequence, ids))
         return out

@@ -25,7 +25,10 @@ def status(known: Known) -> dict:
     names = dict.fromkeys((*sorted(known.epochs), *sorted(known.membership.members)))
     instances = [_instance(known, name) for name in names]
     coordinator = {"issuer": known.issuer, "state": "running"}
-    return {"schema": "kvguard.status/1", "coordinator": coordinator, "paused": known.paused, "nodes": nodes, "instances": instances, "ranks": ranks}
+    return {
+        "schema": "kvguard.status/1", "coordinator": coordinator, "paused": known.paused, "nodes": nodes, "instances": instances, "ranks": ranks,
+        "schedulers": _schedulers(known),
+    }  # fmt: skip
 
 
 def _instance(known: Known, name: str) -> dict:
@@ -61,6 +64,19 @@ def _rank(known: Known, instance: str, rank: Rank, place: Place) -> dict:
 
 def _numbers(numbers: tuple) -> dict:
     return dict(zip(("sequences", "unprotected_sequences", "committed", "acked", "lag_tokens", "lag_bytes", "lag_ms"), numbers, strict=True))
+
+
+def _schedulers(known: Known) -> list[dict]:
+    """Schedulers' own streams: whether the ids that they accepted are held elsewhere."""
+    found = []
+    for node in sorted(known.membership.nodes.values(), key=lambda node: node.node):
+        for beat in node.schedulers:
+            state, reason = (beat.state, beat.reason) if node.state == ALIVE else ("unprotected", f"node {node.node}: {node.reason}")
+            found.append({
+                "instance": beat.stream.instance, "dp": beat.stream.rank.dp, "node": node.node, "holders": list(beat.holders), "state": state, "reason": reason,
+                "sequences": beat.sequences, "ids": beat.ids, "acked_ids": beat.acked_ids, "epoch": beat.epoch.counter, "stream": str(beat.stream),
+            })  # fmt: skip
+    return found
 
 
 def _standby(node: str, instance: str, standby: int) -> dict:

@@ -3,8 +3,8 @@
 Knows: holdings with lineage, who is lost, which standbys are there, forks that former plans decided.
 Must not know: messages' way, time, how a plan is carried out.
 Invariants (I1): a sequence's position is never beyond what each survivor's live pool and each lost rank's chosen source has of the authoritative lineage,
-and leaves an id that somebody knows to compute; a sequence whose ids nobody knows is lost and named; every sequence planned has an explanation; the same reports
-in the same order give the same plan. A rank that is called a survivor but reports no live pool is lost.
+and leaves an id that somebody knows to compute; a sequence whose ids nobody knows is lost and named; every sequence planned has an explanation; the same
+reports in the same order give the same plan. A rank that is called a survivor but reports no live pool is lost.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvguard.core.columns import Copy, Longest, align, authoritative, highest, l
 from kvguard.format.lineage import forked
 from kvguard.format.messages import Holding, PlanOrder, Rebuild, Report, StandbyBeat
 from kvguard.limits import FORKS_MAX
-from kvguard.types import Epoch, Fork, Lineage, NodeId, Rank, Rung, SequenceId, StreamId
+from kvguard.types import Epoch, Fork, Lineage, NodeId, Rank, Rung, SequenceId, StreamId, scheduler_of
 
 Ints = tuple[int, ...]
 
@@ -115,12 +115,15 @@ def _group(situation: Situation, dp: int, held: list, live: dict, lost: tuple[Ra
     pools = [live[rank] for rank in sorted(live) if rank.dp == dp]
     left = [(node, holding) for node, holding in held if holding.stream.rank in lost and holding.stream.rank.dp == dp]
     of_lost = [(node, holding) for node, holding in left if holding.kind != "pool" or not holding.alive]
-    base, aligned = table([*pools, *of_lost])
-    survivors, copies = aligned[: len(pools)], aligned[len(pools) :]
+    beside = [(node, holding) for node, holding in held if holding.stream.rank == scheduler_of(dp)]
+    base, aligned = table([*pools, *of_lost, *beside])
+    survivors, copies, leads = aligned[: len(pools)], aligned[len(pools) : len(aligned) - len(beside)], aligned[len(aligned) - len(beside) :]
     lineages = authoritative(base, survivors + copies, situation.forks)
+    if () in lineages and leads:  # what no rank has begun, its scheduler knows
+        lineages = tuple([known or own for known, own in zip(lineages, authoritative(base, leads, {}), strict=True)])
     solid = [valid(copy.positions, copy, lineages) for copy in survivors]
     fragile = [valid(copy.positions, copy, lineages) for copy in copies]
-    ids = _known_ids(situation, base, lineages, survivors, copies, held, live, dp)
+    ids = _known_ids(base, lineages, [*survivors, *_replicas_first(copies), *_replicas_first(leads)], held, live, dp)
     # The input that comes next must be known: by the emitter, or it is the last of the ids, whose position is then computed once more.
     inputs = tuple(ids.counts) if situation.emitter_lives else tuple([count - 1 if count else 0 for count in ids.counts])
     caps = lowest([*solid, inputs])
@@ -140,10 +143,17 @@ def _group(situation: Situation, dp: int, held: list, live: dict, lost: tuple[Ra
     return _Group(base, lineages, survivors, caps, [*solid, *fragile], ids, needs, reaches)
 
 
-def _known_ids(situation, base, lineages, survivors: list[Copy], copies: list[Copy], held: list, live: dict, dp: int) -> Longest:
-    """Where the longest valid ids are: live pools first, replicas before dead pools; replicas of survivors only where nothing else knows any."""
+def _replicas_first(copies: list[Copy]) -> list[Copy]:
+    return [*(copy for copy in copies if copy.kind == "replica"), *(copy for copy in copies if copy.kind == "pool")]
+
+
+def _known_ids(base, lineages, copies: list[Copy], held: list, live: dict, dp: int) -> Longest:
+    """Where the longest valid ids are: live pools first, replicas before dead pools, schedulers' last; replicas of survivors only where nothing else knows any.
+
+    A scheduler's stream counts ids that it accepted before any rank had them.
+    """
     longest = Longest(len(base))
-    for copy in (*survivors, *(c for c in copies if c.kind == "replica"), *(c for c in copies if c.kind == "pool")):
+    for copy in copies:
         longest.offer(valid(copy.ids, copy, lineages), copy.node, copy.stream)
     if 0 in longest.counts:
         for node, holding in held:

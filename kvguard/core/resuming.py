@@ -15,7 +15,7 @@ from kvguard.core.membership import DEAD, MS
 from kvguard.core.membership import Member as Place
 from kvguard.format.ledger import PLANNED, RESUMED, HistoryRecord, RecoveryRecord
 from kvguard.format.messages import Done, Fence, RebuildOrder, Resume, Resumed, ResumeSequence
-from kvguard.types import NodeId, Rank, StreamId
+from kvguard.types import NodeId, Rank, StreamId, is_scheduler
 
 
 def say_plan(known: Known, instance: str) -> None:
@@ -198,6 +198,8 @@ def _unpin(known: Known, instance: str) -> None:
 
 def sweep(known: Known, node: NodeId, held: tuple[StreamId, ...]) -> None:
     """Replicas on `node` that nobody will ask for again: it was away when they were let go, or another recovery began before they could be."""
+    for key in [key for key in known.unlisted if key[0] == node and key[1] not in held]:
+        del known.unlisted[key]
     for instance in dict.fromkeys(stream.instance for stream in held):
         if instance in known.rounds or instance in known.failed or instance in known.held:
             continue
@@ -208,6 +210,8 @@ def sweep(known: Known, node: NodeId, held: tuple[StreamId, ...]) -> None:
 
 def _is_left_behind(known: Known, node: NodeId, stream: StreamId) -> bool:
     """A former life of a rank that is protected again, or its present life at a holder that isn't one any more."""
+    if is_scheduler(stream.rank):
+        return _is_unlisted(known, node, stream)
     place = known.membership.members.get(stream.instance, {}).get(stream.rank)
     beat = place.beat if place is not None else None
     if beat is None or place.lost or beat.stream != place.stream or beat.state != "protected" or beat.epoch != known.epoch(stream.instance):
@@ -216,6 +220,19 @@ def _is_left_behind(known: Known, node: NodeId, stream: StreamId) -> bool:
     if not beat.acked and (known.sequences(stream.instance) or (session is not None and session.scheduled > 0)):
         return False
     return stream != place.stream or node not in (place.node, *place.holders, *place.former, *beat.holders)
+
+
+def _is_unlisted(known: Known, node: NodeId, stream: StreamId) -> bool:
+    """A scheduler's table that no living node has had mapped for a while: its daemon's restart takes less."""
+    nodes = known.membership.nodes.values()
+    if any(beat.stream == stream for other in nodes if other.state != DEAD for beat in other.schedulers):
+        known.unlisted.pop((node, stream), None)
+        return False
+    since = known.unlisted.setdefault((node, stream), known.fair_ns)
+    if known.fair_ns - since < known.settings.replace_ns:
+        return False
+    del known.unlisted[node, stream]
+    return True
 
 
 def _count(streams: tuple) -> str:
@@ -228,7 +245,8 @@ def fail(known: Known, instance: str, error: str) -> None:
     record = current.record
     timing = {**record.timing_ms, "total": sum(record.timing_ms.values()) + (known.now_ns - current.mark_ns) / MS}
     lost = dict(record.lost_sequences)
-    known.keep_history(HistoryRecord(instance, record.epoch, record.reason, record.lost, {}, timing, {}, {}, lost, {}, record.attempt, error, record.verdict_ns))
+    entry = HistoryRecord(instance, record.epoch, record.reason, record.lost, {}, timing, {}, {}, lost, {}, record.attempt, error, record.verdict_ns)
+    known.keep_history(entry)
     resume = Resume(instance, record.epoch, known.directory(instance), (), timing, {}, error)
     _keep_resume(known, instance, resume)
     for rank in record.lost:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from kvguard.core import events
 from kvguard.core.node import Node
-from kvguard.types import StreamId
+from kvguard.types import StreamId, is_scheduler
 
 WAITS_MAX = 1024
 OPEN_MAX = 65536
@@ -30,6 +30,8 @@ class Measures:
         self._opened: dict[tuple[StreamId, int], int] = {}
 
     def looked(self, event: events.Looked) -> None:
+        if is_scheduler(event.stream.rank):
+            return  # ids alone: lag and protection are of KV
         local = self._core.outbound.streams.get(event.stream)
         waiting = self._opened
         for row in event.rows if local is not None else ():

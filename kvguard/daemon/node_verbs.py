@@ -15,7 +15,7 @@ from kvguard.daemon.measure import Measures
 from kvguard.daemon.perform_node import NodeShell
 from kvguard.daemon.questions import Verb
 from kvguard.errors import Refused
-from kvguard.types import Rank, StreamId
+from kvguard.types import Rank, StreamId, is_scheduler
 
 
 class NodeVerbs:
@@ -69,7 +69,7 @@ class NodeVerbs:
             except Refused:
                 continue  # it was dropped between two slices
             now = self._shell.store.replica(stream).sequences[entry["sequence"]].position
-            done.append({**entry, "positions": now, "verified": held >= now})
+            done.append({**entry, "positions": now, "verified": None if is_scheduler(stream.rank) else held >= now})
             yield None
         yield {"schema": "kvguard.replicas/1", "replicas": done}
 

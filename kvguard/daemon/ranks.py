@@ -16,16 +16,17 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvguard.core import events
+from kvguard.daemon import schedulers
 from kvguard.daemon.capture import Facts, Stream, as_event
 from kvguard.device.base import Device, Pool
 from kvguard.engine.look import Steps, TableReader
 from kvguard.errors import Refused
 from kvguard.format import local
 from kvguard.format.layout import Layout
-from kvguard.format.messages import Holding, KnownIds, PlanOrder, Rebuild
+from kvguard.format.messages import IDS_ONLY, Holding, KnownIds, PlanOrder, Rebuild
 from kvguard.limits import NAME_BYTES_MAX
 from kvguard.store.store import ReplicaStore
-from kvguard.types import NO_EPOCH, Epoch, StreamId
+from kvguard.types import NO_EPOCH, Epoch, StreamId, is_scheduler
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +52,12 @@ class Watches(Protocol):
 
 @dataclass
 class LocalRank:
-    """One attached rank. `table_descriptor`: kept for whoever adopts the table."""
+    """One attached rank, or scheduler (`layout` None). `table_descriptor`: kept for whoever adopts the table. `order`: said again until it is carried out."""
 
     stream: Stream
     pool: Pool
     reader: TableReader
-    layout: Layout
+    layout: Layout | None
     table_descriptor: int
     pidfd: int
     bell: int
@@ -65,6 +66,7 @@ class LocalRank:
     steps: Steps | None = None
     watched: bool = False
     killed: str = ""
+    order: PlanOrder | None = None
 
 
 @dataclass
@@ -111,6 +113,9 @@ class Ranks:
                 if descriptor not in taken:
                     os.close(descriptor)
         self._tell(connection, local.Attached(self._epochs.get(message.instance, NO_EPOCH)))
+        for rank in self.ranks.values():
+            if rank.connection == connection and rank.order is not None:
+                self._tell(connection, local.RestoreOrder(rank.order))
         return told
 
     def _attach(self, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
@@ -121,9 +126,8 @@ class Ranks:
         if message.role == "standby":
             return self._attach_spare(connection, message, descriptors, taken)
         if message.role == "scheduler":
-            raise Refused("this daemon reads the ranks' tables, not a scheduler's own. Try: pass the scheduler's facts to each rank's step.commit")
-        named = message.stream is not None and message.stream.instance == message.instance
-        if message.role != "rank" or not named or len(message.layouts) != 1 or len(descriptors) <= POOL:
+            message = schedulers.described(message, len(descriptors))
+        elif not _is_rank(message) or len(descriptors) <= POOL:
             raise Refused(f"{message.role!r} can't be attached as it was described. Try: kvguard.engine.attach, or attach_standby")
         self._refuse_second(message)
         known = self.ranks.get(message.stream)
@@ -181,15 +185,15 @@ class Ranks:
     def _attach_new(self, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
         if len(self.ranks) >= RANKS_MAX:
             raise Refused(f"{RANKS_MAX} ranks are attached already")
-        [layout] = message.layouts.values()
+        layout = next(iter(message.layouts.values()), None)  # a scheduler has none, and no pool
         taken += descriptors[POOL:]
-        pool = self._device.open(layout, descriptors[POOL:], writable=False)
+        pool = self._device.open(layout, descriptors[POOL:], writable=False) if layout is not None else schedulers.NoPool()
         try:
             kept = os.dup(descriptors[TABLE])
             taken.append(descriptors[TABLE])
             try:
                 reader = TableReader(descriptors[TABLE])
-                if (reader.geometry.blocks, reader.geometry.block_tokens) != (layout.blocks, layout.block_tokens):
+                if layout is not None and (reader.geometry.blocks, reader.geometry.block_tokens) != (layout.blocks, layout.block_tokens):
                     raise Refused(f"the table is of {reader.geometry.blocks} blocks of {reader.geometry.block_tokens}, the layout says otherwise")
             except BaseException:
                 os.close(kept)
@@ -198,7 +202,7 @@ class Ranks:
             pool.close()
             raise
         taken += descriptors[PIDFD : BELL + 1]
-        stream = Stream(message.stream, layout.shape(), pool, reader, message.incarnation, message.endpoint)
+        stream = Stream(message.stream, layout.shape() if layout is not None else IDS_ONLY, pool, reader, message.incarnation, message.endpoint)
         rank = LocalRank(stream, pool, reader, layout, kept, descriptors[PIDFD], descriptors[BELL], connection)
         self.ranks[message.stream] = rank
         self._streams[message.stream] = self._local[message.stream] = stream
@@ -217,11 +221,13 @@ class Ranks:
         rank = self.ranks[stream]
         told: list[events.Event] = []
         found = as_event(stream, rank.reader.look())
+        if rank.layout is None:
+            found = schedulers.ids_alone(found)
         if found.rows or found.released or found.cut or found.opened or found.grown:
             rank.facts.take(found)
             told.append(found)
         steps = rank.reader.steps()
-        if steps != rank.steps and rank.stream.alive:
+        if steps != rank.steps and rank.stream.alive and rank.layout is not None:
             rank.steps = steps
             told.append(events.StepsSeen(stream, *steps))
         return told
@@ -279,9 +285,9 @@ class Ranks:
     def _leave(self, rank: LocalRank, reason: str) -> list[events.Event]:
         told = list(self.look(rank.stream.id))
         self._unwatch(rank)
-        rank.stream.alive, rank.connection = False, 0
+        rank.stream.alive, rank.connection, rank.order = False, 0, None
         log.warning("%s: %s", rank.stream.id, reason)
-        return [*told, events.ProcessDied(rank.stream.incarnation, rank.stream.id, reason, True)]
+        return [*told, events.ProcessDied(rank.stream.incarnation, rank.stream.id, reason, rank.layout is not None)]
 
     def _spare_died(self, spare: Spare, reason: str = "its process ended") -> Events:
         self._watches.forget(spare.pidfd)
@@ -317,11 +323,13 @@ class Ranks:
         self.ranks[stream].reader.set_epoch(epoch.counter)
 
     def order_restore(self, stream: StreamId, plan: PlanOrder) -> None:
+        """Where the line is down, or dropped because the engine doesn't read it, the order is said when the engine is back; the coordinator has a deadline."""
         rank = self.ranks.get(stream)
-        if rank is None or not rank.connection:
-            raise Refused(f"the engine of {stream} is not connected: it can't be told to truncate. Try: look whether it hangs")
-        if not self._tell(rank.connection, local.RestoreOrder(plan)):
-            raise Refused(f"the engine of {stream} doesn't read its socket. Try: look whether it hangs")
+        if rank is None or not rank.stream.alive:
+            raise Refused(f"no engine of {stream} lives here: it can't be told to truncate. Try: kvguard status")
+        rank.order = plan
+        if not rank.connection or not self._tell(rank.connection, local.RestoreOrder(plan)):
+            log.warning("the engine of %s is not connected: it is told to truncate when it is", stream)
 
     def claim(self, plan: PlanOrder, rebuild: Rebuild) -> None:
         spare = self.spares.get(rebuild.standby)
@@ -349,13 +357,16 @@ class Ranks:
 
     def restored(self, connection: int, message: local.Restored) -> Events:
         """An engine has carried out its part of a plan."""
-        rank = next((one for one in self.ranks.values() if one.connection == connection and one.stream.id.rank == message.rank), None)
+        said = (one for one in self.ranks.values() if one.connection == connection and (one.layout is None or one.stream.id.rank == message.rank))
+        rank = next(said, None)
+        if rank is not None and rank.order is not None and rank.order.epoch.counter <= message.epoch.counter:
+            rank.order = None
         stream = rank.stream.id if rank else StreamId(message.instance, message.rank, 0)
         told = self.look(stream) if rank else ()
         by_rung = tuple(sorted(message.bytes_by_rung.items()))
         endpoint = rank.stream.endpoint if rank else ""
         error = message.error or ("" if rank else "restored, but not attached as this rank")
-        return [*told, events.EngineRestored(message.instance, message.rank, message.epoch, stream, endpoint, error, by_rung, message.restore_ms)]
+        return [*told, events.EngineRestored(message.instance, stream.rank, message.epoch, stream, endpoint, error, by_rung, message.restore_ms)]
 
     def kill(self, incarnation: int) -> None:
         """SIGKILL through the pidfd: never through a number that may be another's by now."""
@@ -363,6 +374,13 @@ class Ranks:
         for one in [*everyone, *(spare for spare in self.spares.values() if spare.incarnation == incarnation)]:
             one.killed = "killed: it hung"
             signal.pidfd_send_signal(one.pidfd, signal.SIGKILL)
+
+
+def _is_rank(message: local.Attach) -> bool:
+    """Whether it is described as a rank of its instance: in a place that a rank may have."""
+    stream = message.stream
+    named = stream is not None and stream.instance == message.instance and not is_scheduler(stream.rank)
+    return message.role == "rank" and named and len(message.layouts) == 1
 
 
 def _process_of(pidfd: int) -> int:

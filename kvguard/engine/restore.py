@@ -71,6 +71,9 @@ class Restored:
     def _cut(self) -> None:
         plan, table = self._plan, self._guard.table
         live = table.sequences()
+        if self._guard.pool is None:
+            self._cut_ids(live)
+            return
         short = [
             f"{name}: {table.accepted(live[name]) if name in live else 0} < {position}"
             for name, position in zip(plan.sequences, plan.positions, strict=True)
@@ -86,6 +89,21 @@ class Restored:
             if name in live:
                 table.truncate(live[name], position, lineage, keep_ids=ids)  # beyond what the plan knows, whoever goes on may choose others
                 found.append(RestoredSequence(name, position, lineage, tuple(table.blocks(live[name]))))
+        self.sequences = tuple(found)
+
+    def _cut_ids(self, live: dict[str, int]) -> None:
+        """A scheduler, without KV: what it has accepted is cut to the plan, what it hasn't it need not have."""
+        plan, table = self._plan, self._guard.table
+        planned = dict(zip(plan.sequences, zip(plan.positions, plan.lineages, plan.ids, strict=True), strict=True))
+        found = []
+        for name, row in live.items():
+            if name not in planned:
+                table.release(row)
+                continue
+            position, lineage, ids = planned[name]
+            position = min(position, table.accepted(row))
+            table.truncate(row, position, lineage, keep_ids=ids)
+            found.append(RestoredSequence(name, position, lineage, tuple(table.blocks(row))))
         self.sequences = tuple(found)
 
     # ---- claims -------------------------------------------------------------------------------------------------------------------

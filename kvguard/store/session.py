@@ -13,7 +13,7 @@ from __future__ import annotations
 from kvguard.errors import BadFrame, StoreFull
 from kvguard.format import pages
 from kvguard.format.lineage import UNBOUNDED
-from kvguard.format.messages import PIECE_BLOCK, PIECE_REFERENCE, PIECE_TOKENS, CutOp, IdsFrame, KvFrame, OpenOp, ReleaseOp
+from kvguard.format.messages import IDS_ONLY, PIECE_BLOCK, PIECE_REFERENCE, PIECE_TOKENS, CutOp, IdsFrame, KvFrame, OpenOp, ReleaseOp
 from kvguard.limits import FORKS_MAX, NAME_BYTES_MAX, REQUEST_BYTES_MAX, ROWS_MAX, SAMPLER_BYTES_MAX
 from kvguard.store.replica import ID_BYTES, Replica, Sequence
 
@@ -94,6 +94,8 @@ class Session:
         """Bytes and sums of each piece; BadFrame where they don't add up, or a flag isn't one for this shape."""
         shape = self.replica.shape
         carrying = PIECE_TOKENS if shape.addressable else PIECE_BLOCK
+        if shape == IDS_ONLY and frame.nos:
+            raise BadFrame("KV for a stream that has ids alone")
         if any(flag not in (carrying, PIECE_REFERENCE) for flag in frame.flags) or min(frame.counts, default=1) <= 0:
             raise BadFrame("a piece's flag or count is not one for this stream's shape")
         if shape.addressable:

@@ -18,13 +18,13 @@ import xxhash
 from kvguard.errors import Fenced, Refused
 from kvguard.format import lineage as lineages
 from kvguard.format.local import ReplicaPages
-from kvguard.format.messages import Held, Hello, Holding, IdsFrame, KnownIds, KvFrame, PlanOrder, StreamShape
+from kvguard.format.messages import IDS_ONLY, Held, Hello, Holding, IdsFrame, KnownIds, KvFrame, PlanOrder, StreamShape
 from kvguard.limits import IDS_PER_ROW_MAX, PAYLOAD_BYTES_MAX
 from kvguard.store.arena import SUFFIX, Arena
 from kvguard.store.budget import Budget
 from kvguard.store.replica import ID_BYTES, Replica
 from kvguard.store.session import Refusals, Session
-from kvguard.types import NO_EPOCH, Epoch, NodeId, SequenceId, Span, StreamId
+from kvguard.types import NO_EPOCH, Epoch, NodeId, SequenceId, Span, StreamId, is_scheduler
 
 STREAMS_MAX = 1024
 RELEASED_MAX = 16384  # undelivered answers whose ids are kept
@@ -105,12 +105,14 @@ class ReplicaStore:
 
     def _unfit(self, hello: Hello) -> str:
         shape, known = hello.shape, self._replicas.get(hello.stream)
+        if is_scheduler(hello.stream.rank) != (shape == IDS_ONLY):
+            return "a scheduler's stream has ids alone, and no other has"
         if known is not None:
             return "" if known.shape == shape else "the stream is known here with another shape"
         if len(self._replicas) >= STREAMS_MAX:
             return f"{STREAMS_MAX} streams are held already"
         smallest = min(shape.block_tokens, shape.token_bytes, shape.block_bytes, shape.blocks)
-        if smallest <= 0 or shape.block_tokens > TOKENS_PER_BLOCK_MAX or shape.blocks > BLOCKS_MAX:
+        if (smallest <= 0 and shape != IDS_ONLY) or shape.block_tokens > TOKENS_PER_BLOCK_MAX or shape.blocks > BLOCKS_MAX:
             return "the shape's sizes are out of bounds"
         if shape.addressable and shape.block_bytes != shape.block_tokens * shape.token_bytes:
             return f"{shape.block_tokens} tokens of {shape.token_bytes} bytes are not a block of {shape.block_bytes}"
