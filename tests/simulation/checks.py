@@ -143,7 +143,9 @@ class Checks:
             return  # another life, or fenced: whoever still counts on it is cut off, and will hear
         replica = store._replicas[local.stream]
         for copy in sender.flow.copies.values():
-            if copy.shed or not copy.acked or self._moved_on(life, local.stream, copy):
+            if copy.shed or copy.no in store._sessions[sender.session]._refused:
+                continue  # shed for want of room: the word is on its way
+            if not copy.acked or self._moved_on(life, local.stream, copy):
                 continue
             held = replica.sequences.get(copy.row.sequence)
             position = held.position if held is not None and not held.released else 0
@@ -228,6 +230,12 @@ class Checks:
 
     def is_open(self, driver, name: str) -> bool:
         return any(name in guard.table.sequences() for guard in map(self._guard, driver.members.values()) if guard is not None)
+
+    def is_left(self, driver, name: str) -> bool:
+        """Whether any table or replica still has a life of this name."""
+        lives = [host.life for host in self.world.nodes.values() if host.life is not None]
+        held = any(one.name == name for life in lives for replica in life.shell.store._replicas.values() for one in replica.live())
+        return held or self.is_open(driver, name)
 
     def blocks_of(self, driver, name: str) -> tuple[list[int], list[int]]:
         """The blocks that all ranks agree on, from the first, and all that any rank has in its list: a fence may fall between two ranks' share of a step."""

@@ -291,8 +291,8 @@ class Driver:
         world, random = self.world, self.world.random
         world.names += 1
         name = f"q{random.randrange(4)}" if random.random() < world.reuses else f"s{world.names}"
-        if name in self.sequences or (name in self.over):
-            return
+        if name in self.sequences or name in self.over or world.checks.is_left(self, name):
+            return  # a plan can't tell two lives of one name apart: a name is free when nothing of its former life is left anywhere
         prompt = random.randrange(2, 20)
         family = random.randrange(3)
         ids = [token_of(f"family{family}", n, 0) for n in range(min(prompt, 12))]

@@ -82,8 +82,9 @@ class World:
         self.coordinator = Host(COORDINATOR, Disk(self))
         self.driver_host = Host(DRIVER, None)
         self._hosts = self.hosts()
+        self.barren = tuple(random.sample(list(self.nodes), random.randrange(1, count))) if random.random() < 0.25 else ()  # nodes without spares
         self.ways = 0  # rises with every cut and heal
-        self.budgets = {name: random.choice((1 << 20, 1 << 20, 1 << 20, 20_000)) for name in self.nodes}
+        self.budgets = {name: random.choice((1 << 20, 1 << 20, 1 << 20, 4_000)) for name in self.nodes}
         self._start_all()
 
     # ---- lives ----
@@ -95,7 +96,8 @@ class World:
         for stage in range(self.stages):
             self._process(list(self.nodes)[stage % len(self.nodes)]).start_as_rank(Rank(0, stage, 0))
         for name in self.nodes:
-            self.spare(name)
+            if name not in self.barren:
+                self.spare(name)
         self.start(self.driver_host)
 
     def start(self, host: Host) -> None:
@@ -143,6 +145,8 @@ class World:
         self.after(self.random.randrange(50, 400) * MS, lambda: self._supervise(process.node))
 
     def _supervise(self, node: str) -> None:
+        if node in self.barren:
+            return
         if self.nodes[node].life is None:
             self.after(100 * MS, lambda: self._supervise(node))
         elif sum(1 for process in self.processes.values() if process.node == node and process.alive and process.guard is None) < 2:
