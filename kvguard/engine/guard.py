@@ -105,6 +105,7 @@ class Guard:
         self.session: Session | None = None
         self.claim = None  # what this guard is to restore before its first step
         self._attached_epoch = NO_EPOCH
+        self._said = 0  # how often the attachment was said to a daemon
         self._order: PlanOrder | None = None
         self._restored: local.Restored | None = None
         self._changed = threading.Condition()
@@ -234,6 +235,7 @@ class Guard:
 
     def attachment(self) -> tuple[local.Local, list[int], list[int]]:
         """What is said whenever the line is new: Attach, its descriptors, and those of them to close afterwards."""
+        self._said += 1
         exported = self.pool.export() if self.pool is not None else []
         pidfd = os.pidfd_open(os.getpid())
         layouts = {} if self.layout is None else {str(self.rank): self.layout}
@@ -258,10 +260,16 @@ class Guard:
             self.session.say(again)
 
     def _attached(self, epoch: Epoch) -> None:
-        """An attachment that never had a sequence has nothing to restore: it lives in the epoch that it finds."""
+        """Nothing has to be restored where no plan can have counted on this attachment: no sequence was ever here, or this answers the first Attach ever said
+        (what was committed in the moment before is as new as what follows; the daemon, which saw it come from an epoch that is over, is told again)."""
         self._attached_epoch = epoch
-        if epoch.counter > self.epoch.counter and self.claim is None and self.table.is_untouched:
+        if epoch.counter <= self.epoch.counter or self.claim is not None:
+            return
+        if self.table.is_untouched:
             self.epoch = epoch
+        elif self._said == 1:
+            self.epoch = epoch
+            self.session.attach_again(self.attachment, self.received)
 
     def detach(self, timeout_s: float = 1.0) -> None:
         """A clean end: the daemon is told, if it listens, and the table is closed. The pool stays the caller's. Idempotent."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -335,4 +336,63 @@ def test_a_scheduler_commits_without_a_pool(daemon, path) -> None:
     connection = attached(daemon)
     daemon.until(lambda: daemon.committed.get(connection) == {1: 0})
     assert daemon.attaches[connection].role == "scheduler" and daemon.attaches[connection].stream.pool == 0
+    lead.detach()
+
+
+def test_who_commits_in_the_moment_of_attaching_lives_in_the_epoch_that_it_finds(path):
+    """A raised epoch, and an engine that commits before it has heard the daemon's first word: there is no plan for it, so it must not wait for one."""
+    daemon, pool = TinyDaemon(path, FIVE), engine.allocate(LAYOUT)
+    guard = engine.attach("llama", RANK, pool, LAYOUT, socket=path)
+    try:
+        open_two(guard)
+        connection = attached(daemon)
+        daemon.readers[connection].set_epoch(FIVE.counter)
+        daemon.until(lambda: guard.epoch == FIVE)
+        daemon.until(lambda: daemon.attaches[connection].epoch == FIVE)  # the daemon, too, learns that it lives in this epoch
+        assert not guard.fenced and guard.restore(5.0).sequences == ()
+        with guard.step(1) as step:
+            step.commit("a", 7, tokens=[9])
+    finally:
+        guard.detach()
+        pool.close()
+        daemon.close()
+
+
+def test_a_former_life_stays_fenced_whoever_it_attaches_to(path):
+    daemon, pool = TinyDaemon(path), engine.allocate(LAYOUT)
+    guard = engine.attach("llama", RANK, pool, LAYOUT, socket=path)
+    try:
+        open_two(guard)
+        daemon.until(lambda: daemon.attaches and guard.connected)
+        daemon.close()
+        daemon = TinyDaemon(path, FIVE)  # restarted: it knows the epoch, and nothing of this rank
+        daemon.readers[attached(daemon)].set_epoch(FIVE.counter)
+        daemon.until(lambda: guard.fenced)
+        with pytest.raises(TimedOut):
+            guard.restore(0.2)
+        assert guard.epoch.counter == 0
+    finally:
+        guard.detach()
+        pool.close()
+        daemon.close()
+
+
+def test_a_scheduler_is_cut_to_a_plan_as_far_as_it_knows(daemon, path):
+    lead = engine.attach_scheduler("llama", blocks=32, block_tokens=4, socket=path)
+    with lead.step(1) as step:
+        step.commit("a", 6, blocks=[1, 2], tokens=range(9), request=b"{}")
+        step.commit("gone", 1, blocks=[3], tokens=[1], request=b"{}")
+    connection = attached(daemon)
+    daemon.readers[connection].set_epoch(5)
+    plan = plan_of(FIVE, a=7, unknown=9)  # the ranks are further, and have one that it doesn't know
+    daemon.server.send(connection, local.RestoreOrder(msgspec.structs.replace(plan, ids=(8, 9))))
+    daemon.until(lambda: lead._has_order())
+    restored = lead.restore(5.0)
+    assert [(one.name, one.position) for one in restored.sequences] == [("a", 6)]
+    restored.done()
+    assert lead.epoch == FIVE and lead.table.sequences().keys() == {"a"}
+    row = lead.row("a")
+    assert daemon.readers[connection].read_row(row).head.ids == 8  # the ids that the plan knows stay
+    answers = daemon.until(lambda: [one for one in daemon.messages if type(one) is local.Restored])
+    assert (answers[0].rank, answers[0].error) == (Rank(0, 0, 0), "")
     lead.detach()
