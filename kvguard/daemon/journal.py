@@ -1,7 +1,7 @@
 """The durable key -> value store of a process: what it promised, and which life of it this is.
 
 Knows: SQLite. Must not know: what keys mean (effects.Persist lists them).
-Invariants: `persist` returns only when the value is on the disk (synchronous=FULL); what can't be made durable raises, and the value before it stays; two
+Invariants: `persist` returns only when the value is on the disk (a write-ahead log, synchronous=FULL); what can't be made durable raises, and the value before it stays; two
 processes never share a journal (an exclusive lock is held for life). A damaged file is refused, never repaired: an epoch that it forgot would be used twice.
 """
 
@@ -35,6 +35,7 @@ class Journal:
         try:
             self._db = sqlite3.connect(path, isolation_level=None, timeout=0.5)
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode=WAL")  # one fsync a fact instead of four: a recovery writes a dozen of them, one after the other
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("BEGIN EXCLUSIVE")  # the lock is taken here and, in exclusive mode, kept beyond the commit
             self._db.execute("CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID")
