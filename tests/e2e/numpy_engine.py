@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import xxhash
 
-from kvguard.engine import Layout, Rank, allocate, attach, attach_standby
+from kvguard.engine import Layout, Rank, allocate, attach, attach_scheduler, attach_standby
 from kvguard.errors import Fenced
 
 BLOCKS, TOKENS = 256, 16
@@ -113,7 +113,36 @@ class Engine:
         return {"connected": self.guard.connected, "refused": self.guard.refused, "fenced": self.guard.fenced, "epoch": self.guard.epoch.counter}
 
 
-def serve(engine: Engine) -> None:
+class Lead:
+    """A scheduler: ids ahead of the ranks' KV."""
+
+    def __init__(self, guard) -> None:
+        self.guard = guard
+        self.known: dict[str, int] = {}
+
+    def accept(self, sequence: str, length: int, ids: int) -> dict:
+        """`length` positions are accepted, `ids` ids are known."""
+        known = self.known.get(sequence)
+        first = -(-(ids if known is None else 0) // TOKENS)
+        try:
+            with self.guard.step(0) as step:
+                new = list(range(known or 0, ids))
+                step.commit(sequence, length, blocks=list(range(first)), tokens=new, request=b"request" if known is None else None)
+        except Fenced as error:
+            return {"fenced": str(error)}
+        self.known[sequence] = ids
+        return {"known": self.known}
+
+    def restore(self, timeout_s: float) -> dict:
+        restored = self.guard.restore(timeout_s)
+        restored.done()
+        return {"epoch": self.guard.epoch.counter, "lengths": {one.name: one.position for one in restored.sequences}}
+
+    def status(self) -> dict:
+        return {"connected": self.guard.connected, "refused": self.guard.refused, "fenced": self.guard.fenced, "epoch": self.guard.epoch.counter}
+
+
+def serve(engine: Engine | Lead) -> None:
     for line in sys.stdin:
         command = json.loads(line)
         verb = command.pop("do")
@@ -129,7 +158,10 @@ def say(document: dict) -> None:
 
 
 def main(role: str, instance: str, rank: str, socket: str) -> None:
-    if role == "standby":
+    if role == "scheduler":
+        engine = Lead(attach_scheduler(instance, BLOCKS, TOKENS, dp=Rank.parse(rank).dp, socket=socket))
+        say({"attached": True})
+    elif role == "standby":
         spare = attach_standby(instance, {rank: layout_of(rank)}, endpoint=f"spare of {rank}", socket=socket)
         say({"standby": True})
         claim = None
