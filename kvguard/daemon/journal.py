@@ -1,8 +1,9 @@
 """The durable key -> value store of a process: what it promised, and which life of it this is.
 
 Knows: SQLite. Must not know: what keys mean (effects.Persist lists them).
-Invariants: `persist` returns only when the value is on the disk (a write-ahead log, synchronous=FULL); what can't be made durable raises, and the value before it stays; two
-processes never share a journal (an exclusive lock is held for life). A damaged file is refused, never repaired: an epoch that it forgot would be used twice.
+Invariants: `persist` returns only when the value is on the disk (a write-ahead log, synchronous=FULL); what can't be made durable raises, and the value
+before it stays; two processes never share a journal (an exclusive lock is held for life). A damaged file is refused, never repaired: an epoch that it forgot
+would be used twice.
 """
 
 from __future__ import annotations
