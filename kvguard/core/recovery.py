@@ -119,7 +119,7 @@ def _group(situation: Situation, dp: int, held: list, live: dict, lost: tuple[Ra
     base, aligned = table([*pools, *of_lost, *beside])
     survivors, copies, leads = aligned[: len(pools)], aligned[len(pools) : len(aligned) - len(beside)], aligned[len(aligned) - len(beside) :]
     lineages = authoritative(base, survivors + copies, situation.forks)
-    if () in lineages and leads:  # what no rank has begun, its scheduler knows
+    if leads and () in lineages:  # what no rank has begun, its scheduler knows
         lineages = tuple([known or own for known, own in zip(lineages, authoritative(base, leads, {}), strict=True)])
     solid = [valid(copy.positions, copy, lineages) for copy in survivors]
     fragile = [valid(copy.positions, copy, lineages) for copy in copies]

@@ -61,7 +61,10 @@ def attach_scheduler(
     instance: str, blocks: int, block_tokens: int, *, dp: int = 0, endpoint: str = "", socket: str | os.PathLike | None = None, epoch: Epoch = NO_EPOCH,
     rows: int = ROWS_DEFAULT, positions_max: int | None = None,
 ) -> Guard:  # fmt: skip
-    """A scheduler beside a daemon: commits, truncates and releases without a pool of its own; block ids are those of the ranks' pools. Raises BadConfig."""
+    """A scheduler beside a daemon: commits, truncates and releases without a pool of its own; block ids are those of the ranks' pools. Raises BadConfig.
+
+    What it accepts is held elsewhere before the ranks' rows have it: their ids, not their KV. It is fenced and restored like a rank, but nobody waits for it.
+    """
     _check_name(instance)
     rank = Rank(dp, 0, 0)
     guard = Guard("scheduler", instance, rank, _create(blocks, block_tokens, rows, positions_max), None, None, StreamId(instance, rank, 0), endpoint, epoch)
