@@ -393,8 +393,8 @@ class TableWriter:
     def truncate(self, row: int, position: int, lineage: Lineage | None = None, keep_blocks: int = 0, keep_ids: int = 0) -> None:
         """KV and ids beyond `position` are void, at once. Keeps the blocks that hold the positions left, or `keep_blocks` if that is more. Raises ValueError.
 
-        `lineage`: the sequence's after a plan; unchanged without. `keep_ids`: so many ids stay although they are beyond: a plan takes KV back, never the ids that
-        it knows: they have been handed out, and until their emitter says them again this row may be the only one that knows them.
+        `lineage`: the sequence's after a plan; unchanged without. `keep_ids`: so many ids stay although they are beyond: a plan takes KV back, never the ids
+        that it knows: they have been handed out, and until their emitter says them again this row may be the only one that knows them.
         """
         self._settle()
         head = self._heads[row].tolist()

@@ -120,6 +120,27 @@ def test_it_is_cut_with_the_plan_and_nobody_waits_for_it():
     assert world.node.outbound.streams[LEAD].epoch == E1 and world.scheduler().state == "unprotected"
 
 
+def test_a_dead_life_goes_with_the_plan_that_knew_it_and_holders_keep_its_ids():
+    world = Beside()
+    world.lead()
+    world.accept(4)
+    world.step(ev.ProcessDied(21, LEAD, "its process ended", False))
+    world.say(fence())
+    world.say(plan())
+    out = world.say(ms.Resumed("i", E1, ()))
+    assert ForgetStream(LEAD) in out and not [effect for effect in out if type(effect) is Send and type(effect.message) is ms.StreamEnd]
+    assert world.beat().schedulers == ()
+
+
+def test_it_follows_its_rank_to_another_holder():
+    world = Beside()
+    world.lead()
+    for holder in "bc":
+        world.say(assign(holder))
+    lead = world.node.outbound.streams[LEAD]
+    assert list(lead.senders) == ["b", "c"] and list(lead.ending) == ["b"]
+
+
 def test_a_plan_knows_the_ids_that_only_the_scheduler_had():
     rows = {"s": (9, 10)}
     held = [*survivors(rows), Has("c", R1, rows, "replica"), Has("a", S0, {"s": (0, 14), "new": (0, 3)}, life=21), Has("c", S0, {"s": (0, 13)}, "replica", life=21)]
