@@ -9,11 +9,42 @@ from __future__ import annotations
 
 from operator import itemgetter
 
+from msgspec import structs
+
 from kvguard.format.lineage import agreed
 from kvguard.format.messages import Holding
 from kvguard.types import Lineage, NodeId, SequenceId, StreamId
 
 Ints = tuple[int, ...]
+
+
+def newest_lives(held: list[tuple[NodeId, Holding]]) -> list[tuple[NodeId, Holding]]:
+    """The same holdings, without copies whose generation an other copy of the same stream has left behind.
+
+    Within one stream a generation names one life of a sequence since its last truncation: a holder that was cut off meanwhile may have more positions of
+    an older one, or of another sequence of the same name, and its lineage can't tell. What is dropped here is computed again at worst.
+    """
+    together: dict[StreamId, list[Holding]] = {}
+    for _, holding in held:
+        together.setdefault(holding.stream, []).append(holding)
+    newest: dict[StreamId, dict[SequenceId, int]] = {}
+    for stream, holdings in together.items():
+        first = holdings[0]
+        if any((other.sequences, other.generations) != (first.sequences, first.generations) for other in holdings[1:]):
+            best = newest[stream] = {}
+            for holding in holdings:
+                for sequence, generation in zip(holding.sequences, holding.generations, strict=True):
+                    if generation > best.get(sequence, -1):
+                        best[sequence] = generation
+    return [(node, _of_lives(holding, newest[holding.stream]) if holding.stream in newest else holding) for node, holding in held]
+
+
+def _of_lives(holding: Holding, newest: dict[SequenceId, int]) -> Holding:
+    kept = [i for i, (sequence, generation) in enumerate(zip(holding.sequences, holding.generations, strict=True)) if generation >= newest[sequence]]
+    if len(kept) == len(holding.sequences):
+        return holding
+    columns = ("sequences", "generations", "lineages", "positions", "ids")
+    return structs.replace(holding, **{name: tuple([getattr(holding, name)[i] for i in kept]) for name in columns})
 
 
 class Copy:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvguard.core import ladder
-from kvguard.core.columns import Copy, Longest, align, authoritative, highest, lowest, table, valid
+from kvguard.core.columns import Copy, Longest, align, authoritative, highest, lowest, newest_lives, table, valid
 from kvguard.format.lineage import forked
 from kvguard.format.messages import Holding, PlanOrder, Rebuild, Report, StandbyBeat
 from kvguard.limits import FORKS_MAX
@@ -76,7 +76,7 @@ class _Group(NamedTuple):
 def plan(situation: Situation) -> Plan | Unplannable:
     """The order for `situation`, or why there is none. Raises nothing for any reports that passed the decoder."""
     held = [(report.node, holding) for report in situation.reports if report.node not in situation.excluded for holding in report.holdings]
-    held = [(node, holding) for node, holding in held if holding.stream.instance == situation.instance]
+    held = newest_lives([(node, holding) for node, holding in held if holding.stream.instance == situation.instance])
     live = _live_pools(situation, held)
     lost = tuple(sorted(rank for rank in situation.members if rank not in live))
     if not situation.members:

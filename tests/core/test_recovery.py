@@ -28,6 +28,7 @@ class Has:
     alive: bool = True
     life: int = 1
     fingerprint: int = 0
+    generation: int = 1
 
 
 def stream(rank: Rank, life: int = 1) -> StreamId:
@@ -39,7 +40,7 @@ def reports(*held: Has) -> tuple[Report, ...]:
     for has in held:
         rows = [(name, *row, OLD)[:4] for name, row in has.rows.items()]
         columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
-        holding = Holding(stream(has.rank, has.life), has.kind, has.alive, columns[0], (1,) * len(rows), columns[3], columns[1], columns[2], has.fingerprint)
+        holding = Holding(stream(has.rank, has.life), has.kind, has.alive, columns[0], (has.generation,) * len(rows), columns[3], columns[1], columns[2], has.fingerprint)
         by_node.setdefault(has.node, []).append(holding)
     return tuple(Report(I, E8, node, tuple(holdings)) for node, holdings in by_node.items())
 
@@ -60,6 +61,16 @@ def survivors(rows: dict) -> list[Has]:
 
 def column(answer: Plan, name: str) -> dict:
     return dict(zip(answer.order.sequences, getattr(answer.order, name), strict=True))
+
+
+def test_a_holder_that_was_cut_off_does_not_offer_an_older_life_of_the_name():
+    """Same name, same lineage, more positions: another sequence's, or beyond a truncation that it missed. The generation tells (simulation seeds 35, 340)."""
+    longer, newer = Has("c", R1, {"s": (50, 51)}, "replica", generation=4), Has("a", R1, {"s": (45, 46)}, "replica", generation=7)
+    answer = ask([*survivors({"s": (48, 49)}), longer, newer])
+    assert column(answer, "positions") == {"s": 45} and column(answer, "ids") == {"s": 49}
+    assert [source.node for source in answer.order.rebuilds[0].sources] == ["a"]
+    alone = ask([*survivors({"s": (48, 49)}), longer])
+    assert column(alone, "positions") == {"s": 48}, "the only copy is the newest life that is known"
 
 
 def test_dead_process_is_adopted_where_its_pool_is():
