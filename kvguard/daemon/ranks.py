@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Protocol
 from kvguard.core import events
 from kvguard.daemon import schedulers
 from kvguard.daemon.capture import Facts, Stream, as_event
+from kvguard.daemon.descriptors import is_eventfd, process_of, readable, same_file
 from kvguard.device.base import Device, Pool
 from kvguard.engine.look import Steps, TableReader
 from kvguard.errors import Refused
@@ -101,7 +101,7 @@ class Ranks:
         """Takes ownership of the descriptors. Answers Attached or AttachRefused on the connection. `pid`: as the kernel vouches for it."""
         taken: list[int] = []
         try:
-            if not descriptors or _process_of(descriptors[PIDFD]) != pid:
+            if not descriptors or process_of(descriptors[PIDFD]) != pid:
                 raise Refused("the first descriptor is not this process's own pidfd. Try: kvguard.engine.attach")
             told = self._attach(connection, message, descriptors, taken)
         except Refused as error:
@@ -129,6 +129,8 @@ class Ranks:
             message = schedulers.described(message, len(descriptors))
         elif not _is_rank(message) or len(descriptors) <= POOL:
             raise Refused(f"{message.role!r} can't be attached as it was described. Try: kvguard.engine.attach, or attach_standby")
+        if not is_eventfd(descriptors[BELL]):
+            raise Refused("the second descriptor is not an eventfd: this daemon could not wait for it. Try: kvguard.engine.attach")
         self._refuse_second(message)
         known = self.ranks.get(message.stream)
         if known is not None:
@@ -153,12 +155,12 @@ class Ranks:
         """Two live processes as one rank would both write its sequences."""
         for stream, rank in self.ranks.items():
             same = (stream.instance, stream.rank) == (message.instance, message.stream.rank)
-            if same and rank.stream.alive and rank.stream.incarnation != message.incarnation and not _readable(rank.pidfd):
+            if same and rank.stream.alive and rank.stream.incarnation != message.incarnation and not readable(rank.pidfd):
                 raise Refused(f"rank {stream.rank} of {stream.instance!r} is held by a process that lives. Try: end it first, or attach as another rank")
 
     def _attach_again(self, known: LocalRank, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
         """The same process over a new connection, or another one that goes on with a dead one's pool and table."""
-        if not _same_file(known.table_descriptor, descriptors[TABLE]):
+        if not same_file(known.table_descriptor, descriptors[TABLE]):
             raise Refused(f"{message.stream} is known here with another table. Try: a new pool token for a new pool")
         told: list[events.Event] = []
         if known.stream.incarnation != message.incarnation:
@@ -381,19 +383,3 @@ def _is_rank(message: local.Attach) -> bool:
     stream = message.stream
     named = stream is not None and stream.instance == message.instance and not is_scheduler(stream.rank)
     return message.role == "rank" and named and len(message.layouts) == 1
-
-
-def _process_of(pidfd: int) -> int:
-    """The process behind a pidfd; 0 where the descriptor is none."""
-    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as info:
-        return next((int(line.split()[1]) for line in info if line.startswith("Pid:")), 0)
-
-
-def _readable(descriptor: int) -> bool:
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-def _same_file(a: int, b: int) -> bool:
-    return os.path.sameopenfile(a, b)

@@ -207,3 +207,22 @@ def test_who_never_committed_lives_in_the_epoch_that_it_finds(desk):
     other = ID._replace(rank=Rank(0, 1, 0))
     assert attach(desk, late, message(stream=other))[0].epoch == NO_EPOCH
     assert desk.ranks.ranks[other].reader.epoch() == 4  # its next step is fenced
+
+
+@pytest.mark.parametrize("kind", ["memfd", "a pipe's end", "a pidfd"])
+def test_a_bell_that_is_none_is_refused(desk, kind):
+    """A file can't be waited for (the daemon's loop would raise, and end), the end of a pipe never gets quiet, a pidfd can't be read."""
+    life = Life()
+    for attempt in range(2):  # the second finds nothing left of the first
+        pidfd, bell, *rest = life.descriptors()
+        os.close(bell)
+        if kind == "memfd":
+            bell = os.memfd_create("bell")
+        elif kind == "a pidfd":
+            bell = os.pidfd_open(os.getpid())
+        else:
+            bell, other = os.pipe()
+            os.close(other)
+        assert list(desk.ranks.attach(1, life.pid, message(), [pidfd, bell, *rest])) == []
+        assert "not an eventfd" in desk.told[attempt][1].reason
+        assert not desk.watched and not desk.ranks.ranks

@@ -1,0 +1,34 @@
+"""What a descriptor that an engine passed really is: asked of the kernel, never believed.
+
+Knows: /proc/self/fdinfo, poll. Must not know: engines, ranks, what the descriptors are for.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+
+
+def process_of(pidfd: int) -> int:
+    """The process behind a pidfd; 0 where the descriptor is none."""
+    return next((int(line.split()[1]) for line in _lines(pidfd) if line.startswith("Pid:")), 0)
+
+
+def is_eventfd(descriptor: int) -> bool:
+    """Whether a loop can wait for it, and one read makes it quiet: a file can't be waited for, the end of a pipe never gets quiet."""
+    return any(line.startswith("eventfd-count:") for line in _lines(descriptor))
+
+
+def readable(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def same_file(a: int, b: int) -> bool:
+    return os.path.sameopenfile(a, b)
+
+
+def _lines(descriptor: int) -> list[str]:
+    with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as info:
+        return info.readlines()
