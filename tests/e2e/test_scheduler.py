@@ -92,9 +92,10 @@ def test_a_killed_scheduler_costs_its_head_start_alone(cluster):
 
 
 def test_a_new_emitter_is_told_what_only_the_scheduler_knew(cluster):
-    with started(cluster) as (engine, lead, _):
+    with started(cluster) as (engine, lead, gateway):
         lead.tell("accept", sequence="begun by no rank", length=0, ids=4)
         cluster.until("held", lambda: cluster.ask("coordinator", "status")["schedulers"][0]["acked_ids"] == 29)
+        gateway.close()  # two that live would end each other in turn
         with emitting(cluster) as second:
             for process in (engine, lead):
                 cluster.until("fenced", lambda process=process: process.tell("status")["fenced"])
