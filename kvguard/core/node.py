@@ -227,7 +227,7 @@ class Node:
             out += Note("stale_epoch", str(event.stream), f"attached in epoch {event.epoch.counter}"), SetEpoch(instance, promised)
         elif known and (local.fenced or local.epoch != event.epoch):
             out += local.adopt(now, event.epoch)
-        return out + self.outbound.place(now, local)
+        return out + self.outbound.place(now, local) + self._report_again(instance)
 
     def _progress(self) -> Progress:
         return Progress(self.settings.hang_min_ns, self.settings.hang_factor)
@@ -267,7 +267,11 @@ class Node:
         instance = local.stream.instance
         if local.epoch != self.promises.of(instance) == self._running.get(instance):  # a former life, ended after the recovery that it missed
             return out + self.outbound.forget(local, self.outbound.streams)
-        return (*out, SendReport(COORDINATOR, instance, self._fences[instance])) if instance in self._fences else out
+        return out + self._report_again(instance)
+
+    def _report_again(self, instance: str) -> Effects:
+        """A report that no plan has followed yet said less than is known now: a rank was not back from its daemon's restart, or still lived."""
+        return (SendReport(COORDINATOR, instance, self._fences[instance]),) if instance in self._fences else ()
 
     def _fault(self, now: int, local: LocalStream, kind: str, reason: str, salvageable: bool, since_ns: int) -> Effects:
         fault = messages.Fault(self.settings.node, local.stream, local.incarnation, kind, reason, salvageable, 0.0)

@@ -106,6 +106,7 @@ def on_report(known: Known, node: NodeId, report: Report) -> None:
         known.note("refused", report.instance, f"the report of {report.node} on the link of {node} doesn't count: it is excluded from this epoch")
         return
     current.reports[node] = report
+    current.heard += 1
     advance(known, report.instance)
 
 
@@ -165,7 +166,7 @@ def _try_plan(known: Known, instance: str) -> None:
         (node.node, standby) for node in known.membership.nodes.values() if node.node in current.reports
         for standby in node.standbys if standby.instance == instance and (node.node, standby.standby) not in record.refused
     )  # fmt: skip
-    key = (tuple(current.reports), standbys)
+    key = (current.heard, standbys)
     if current.tried != key:
         current.tried = key
         members = {rank: place.node for rank, place in sorted(known.membership.members[instance].items())}

@@ -311,6 +311,28 @@ def test_a_former_life_that_is_fenced_on_the_same_node_is_no_new_loss():
     assert cast.epoch() == 1 and states(cast)["0.1.0"][0] == "b" and len(cast.noted("stale_rank")) == 1
 
 
+def test_a_rank_whose_daemon_was_restarted_meanwhile_is_not_lost_for_want_of_a_standby():
+    """Another node dies, and the report of the restarted daemon is ahead of its own rank's return: what it reports then counts."""
+    cast = three_stages()
+    for name in "ac":
+        cast.daemons[name].standbys = []
+    a = cast.daemons["a"]
+    cast.daemons["c"].standbys = [5001]
+    cast.run(200)
+    cast.kill(cast.daemons["b"])
+    cast.run(900)
+    away, a.ranks = a.ranks, {}
+    while not cast.noted("fenced"):
+        cast.run(50)
+    cast.run(500)
+    assert cast.noted("unplannable") and not cast.emitter.resumes
+    a.ranks = away
+    cast.say(a, m.Report(INSTANCE, a.promise, "a", a._holdings()))
+    cast.run(500)
+    (resume,) = cast.emitter.resumes
+    assert not resume.error and [entry.node for entry in resume.members] == ["a", "c", "c"]
+
+
 def test_former_lives_stay_until_the_new_one_has_something_acknowledged():
     cast = three_stages()
     cast.kill(cast.daemons["b"])

@@ -239,6 +239,15 @@ def test_a_rank_that_attaches_in_an_epoch_that_is_over_is_told_so() -> None:
     assert hello.message.epoch == E2
 
 
+def test_a_rank_that_comes_back_before_the_plan_is_reported() -> None:
+    """Its daemon was restarted while another node died: the first report knew nothing of it, and it would have been given away as lost."""
+    world = World()
+    assert world.say(fence())[-1] == SendReport("coordinator", "i", E1)
+    assert SendReport("coordinator", "i", E1) in world.attach(epoch=NO_EPOCH)
+    world.say(plan())
+    assert not [effect for effect in world.attach(epoch=NO_EPOCH) if type(effect) is SendReport]
+
+
 def test_plan_cuts_restores_and_pushes_once() -> None:
     world = protected()
     world.say(fence())
