@@ -290,6 +290,7 @@ class Coordinator:
         for current in known.rounds.values():
             if current.record.phase == FENCING:
                 due += [current.since_ns + wait for wait in (settings.exclude_ns, settings.seal_ns, settings.standby_ns)]
+                due += [rounds.answer_due(known, current, node) for node in current.asked_ns]
                 due.append(current.not_before_ns)
             elif current.record.phase == PLANNED:
                 due.append(current.since_ns + settings.restore_ns)

@@ -42,7 +42,8 @@ class Round:
     """One round of a recovery: the durable record and what may be learnt again. Times are fair, except `mark_ns` (real: phases are measured from it)."""
 
     __slots__ = (
-        "asked", "changed", "dones", "heard", "mark_ns", "not_before_ns", "ordered", "plan_open", "record", "reports", "since_ns", "tried", "waiting",
+        "asked", "asked_ns", "changed", "dones", "heard", "mark_ns", "not_before_ns", "ordered", "plan_open", "record", "reports", "since_ns", "tried",
+        "waiting",
     )  # fmt: skip
 
     def __init__(self, record: RecoveryRecord, fair_ns: int, now_ns: int):
@@ -51,6 +52,7 @@ class Round:
         self.dones: dict[tuple[NodeId, str], Done] = {}
         self.ordered: dict[Rank, bool] = {}
         self.asked: dict[NodeId, str] = {}  # the link on which this phase was last said
+        self.asked_ns: dict[NodeId, int] = {}  # and when its Fence was
         self.waiting, self.tried, self.heard = "", None, 0  # `heard`: how many reports have come, so that one that is said anew is planned with
         self.plan_open = self.changed = False
 

@@ -93,7 +93,7 @@ def say_fence(known: Known, instance: str) -> None:
     for node in known.linked():
         link = known.membership.nodes[node].link
         if node not in current.reports and current.asked.get(node) != link:
-            current.asked[node] = link
+            current.asked[node], current.asked_ns[node] = link, known.fair_ns
             known.tell_node(node, Fence(instance, record.epoch, record.lost, record.reason))
 
 
@@ -121,7 +121,7 @@ def advance(known: Known, instance: str) -> None:
     record, age_ns = current.record, known.fair_ns - current.since_ns
     answered = (*current.reports, *record.excluded)
     silent = tuple(node.node for node in known.membership.nodes.values() if node.state != DEAD and node.node not in answered)
-    if silent and age_ns < known.settings.exclude_ns:
+    if silent and age_ns < known.settings.standby_ns and any(known.fair_ns < answer_due(known, current, node) for node in silent):
         current.waiting = f"waiting for the reports of {', '.join(silent)}"
         return
     if silent:
@@ -138,6 +138,11 @@ def advance(known: Known, instance: str) -> None:
             resuming.fail(known, instance, f"{unsealed}: an old writer could still be acknowledged. Try: make sure it is dead, then kvguard failover")
         return
     _try_plan(known, instance)
+
+
+def answer_due(known: Known, current: Round, node: NodeId) -> int:
+    """Until when a node's report is waited for. One that came while the round waited for a standby has its time too: it may be what brings one."""
+    return max(current.since_ns, current.asked_ns.get(node, 0)) + known.settings.exclude_ns
 
 
 def _unsealed(known: Known, current: Round) -> str:

@@ -333,6 +333,39 @@ def test_a_rank_whose_daemon_was_restarted_meanwhile_is_not_lost_for_want_of_a_s
     assert not resume.error and [entry.node for entry in resume.members] == ["a", "c", "c"]
 
 
+def test_a_node_that_comes_while_a_round_waits_for_a_standby_brings_one():
+    """Long after the deadline of those that were there at the fence: it has its own, it isn't excluded before it can answer."""
+    cast = three_stages()
+    for name in "ac":
+        cast.daemons[name].standbys = []
+    cast.run(200)
+    cast.kill(cast.daemons["b"])
+    cast.run(6000)
+    assert cast.noted("unplannable") and not cast.emitter.resumes
+    cast.join(Daemon("d"))
+    cast.run(500)
+    (resume,) = cast.emitter.resumes
+    assert not resume.error and [entry.node for entry in resume.members] == ["a", "d", "c"] and not cast.noted("excluded")
+
+
+def test_a_node_that_comes_late_and_never_answers_is_excluded_all_the_same():
+    cast = three_stages()
+    for name in "ac":
+        cast.daemons[name].standbys = []
+    cast.run(200)
+    cast.kill(cast.daemons["b"])
+    cast.run(6000)
+    mute = Daemon("d")
+    mute.hears = lambda message: []
+    cast.join(mute)
+    cast.daemons["c"].standbys = [5001]
+    cast.run(1500)
+    assert not cast.emitter.resumes and not cast.noted("excluded")
+    cast.run(1000)
+    (resume,) = cast.emitter.resumes
+    assert not resume.error and [entry.node for entry in resume.members] == ["a", "c", "c"] and cast.noted("excluded")
+
+
 def test_former_lives_stay_until_the_new_one_has_something_acknowledged():
     cast = three_stages()
     cast.kill(cast.daemons["b"])
