@@ -482,6 +482,6 @@ def as_ids(ids) -> np.ndarray:
     if not array.size:
         return np.zeros(0, U64)
     wide = array.astype(U64)  # a negative one becomes a huge one
-    if array.dtype.kind not in "iu" or int(wide.max()) >> 32:
+    if array.dtype.kind not in "iu" or int(np.maximum.reduce(wide, axis=None)) >> 32:
         raise ValueError(f"token ids must be integers within 0..{2**32 - 1}, got {array.dtype}. Try: plain ids without padding marks")
     return wide

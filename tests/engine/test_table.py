@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvguard.engine import memory as table_memory
+from kvguard.engine.batch import DecodeBatch
 from kvguard.engine.look import Look, TableReader
 from kvguard.engine.table import TableWriter
 from kvguard.errors import Refused
@@ -100,6 +101,34 @@ def test_rows_that_decode_together_make_the_same_bytes(data) -> None:
             assert mirror.rows == expected(table)
     mirror.take(reader.look())
     assert mirror.rows == expected(table)
+    writer.close()
+
+
+def test_usual_steps_make_the_same_bytes(monkeypatch) -> None:
+    """Step after step of one position and one id a row, with new blocks where a block ends; one of them rolled back while it is staged."""
+    table, memory, writer = PureTable(), new_memory(), TableWriter.create(GEOMETRY)
+    for row in range(3):
+        operation = ("open", row, f"s{row}", 0, b"request", 1, 2, (1, 2, 3), (4 * row,), b"")
+        apply(memory, getattr(table, operation[0])(*operation[1:]))
+        perform(writer, operation)
+    general = []
+    whole = DecodeBatch._stage
+    monkeypatch.setattr(DecodeBatch, "_stage", lambda *given: general.append(given[1]) or whole(*given))
+    rows = np.arange(3)
+    for step in range(2, 12):
+        writer.step, length = step, step + 1
+        blocks = {row: [4 * row + (length - 1) // 4] for row in range(3)} if (length - 1) % 4 == 0 else {}
+        if step == 7:  # no new blocks: theirs would get new generations
+            writer.commit_batch(rows, np.full(3, length), np.arange(3) + step, blocks)
+            writer.roll_back()
+        writer.commit_batch(rows, np.full(3, length), np.arange(3) + step, blocks)
+        writer.publish()
+        for row in range(3):
+            apply(memory, table.commit(row, step, length, (row + step,), blocks.get(row, ()), None))
+        apply(memory, table.complete(step))
+        perform(writer, ("complete", step))
+        assert bytes(writer.views.body[64:]) == memory[64:], f"step {step}"
+    assert 0 < len(general) < 6, f"the steps {general} took the general way"
     writer.close()
 
 
