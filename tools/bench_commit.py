@@ -15,6 +15,8 @@ import platform
 import statistics
 import time
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a second thread would go on spinning beside the commit after every product
+
 import numpy as np
 
 from kvguard import engine

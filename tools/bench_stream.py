@@ -3,8 +3,8 @@
     python tools/bench_stream.py [--pairs 12] [--megabytes 192] [-o table|json]
 
 Every frame is checked for its length; the receiver touches nothing else. `ratio`: the median over pairs of (bulk channel / raw TCP of the same pair). Raw TCP
-is the least that a receiver of frames can do: 8 bytes of length, then recv_into memory of that size, reused by the same rule, while the frame before is still in
-somebody's hands. `control`: the same frames over ZeroMQ alone. Two busy processes: on a machine with fewer than two idle cores the figures are the scheduler's.
+is the least that a receiver of frames can do: 8 bytes of length, then recv_into memory of that size, reused by the same rule, while the frame before is still
+in somebody's hands. `control`: the same frames over ZeroMQ alone. Two busy processes: with fewer than two idle cores the figures are the scheduler's.
 
 Knows: transports, sockets. Must not know: streams, cores.
 """
