@@ -6,6 +6,7 @@ Invariants: whatever is Persisted is also here, so that a restart from the store
 
 from __future__ import annotations
 
+from collections import deque
 from typing import NamedTuple
 
 from kvguard.core.effects import Effect, Note, Persist, Send
@@ -72,6 +73,7 @@ class Known:
         self.unheard: dict[str, bool] = {}  # instances whose pending Resume certainly reached nobody
         self.history: list[HistoryRecord] = []
         self.emitters: dict[str, int] = {}
+        self.replaced: dict[str, deque[int]] = {}  # incarnations of emitters that another one ended: they don't come back by dialling again
         self.delivered: dict[str, dict[SequenceId, bool]] = {}
         self.starts: dict[str, list[int]] = {}
         self.held: dict[str, tuple] = {}  # while paused: what would have been started

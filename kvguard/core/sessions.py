@@ -7,9 +7,14 @@ but did not say can't be known; the first emitter of an instance without sequenc
 
 from __future__ import annotations
 
+from collections import deque
+
+from kvguard.core.effects import Send
 from kvguard.core.known import DELIVERED_MAX, Known
 from kvguard.core.membership import Session
 from kvguard.format.messages import Adopted, Delivered, EmitterBeat, EmitterHello, Fenced, Welcome
+
+REPLACED_MAX = 64
 
 
 def on_hello(known: Known, link: str, message: EmitterHello, start) -> None:
@@ -17,6 +22,14 @@ def on_hello(known: Known, link: str, message: EmitterHello, start) -> None:
     before = known.emitters.get(instance)
     old = known.membership.sessions.get(instance)
     again = before == message.incarnation
+    replaced = known.replaced.setdefault(instance, deque(maxlen=REPLACED_MAX))
+    if message.incarnation in replaced and not again:
+        # Two that live would else end each other in turn for ever, an epoch each time.
+        known.note_once("stale_emitter", instance, f"incarnation {message.incarnation} was replaced and dialled again", message.incarnation)
+        known.out.append(Send(link, Fenced(instance, known.epoch(instance), "another emitter took over")))
+        return
+    if before is not None and not again:
+        replaced.append(before)
     if old is not None and old.link and old.link != link and not again:
         known.tell_emitter(instance, Fenced(instance, known.epoch(instance), "another emitter took over"))
     session = Session(message.incarnation, link, known.fair_ns)

@@ -151,6 +151,9 @@ def test_emitter_death_keeps_everything_in_the_pools():
     cast.connect(Emitter(3))
     cast.run(200)
     assert cast.epoch() == 2 and len(cast.emitter.resumes) == 1, "a newer emitter ends the session of the former"
+    cast.connect(Emitter(2))
+    cast.run(200)
+    assert cast.epoch() == 2 and not cast.emitter.resumes and cast.noted("stale_emitter"), "one that was replaced doesn't come back by dialling again"
 
 
 def test_no_standby_waits_for_one_then_fails_in_so_many_words():
