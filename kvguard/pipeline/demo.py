@@ -6,9 +6,11 @@ Invariants: a fault is fired at a stated moment and proved; nothing waits withou
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,8 @@ from kvguard.pipeline.faults import KILLS, Fault
 from kvguard.pipeline.world import INSTANCE, World, WorldSettings
 from kvguard.transport.ask import ask
 
+PREFIX = "kvguard-demo."
+SUPERVISED = "supervised"  # in a demo's directory, locked while its supervisor lives; not in one that is kept for its logs
 PROMPTS = (
     "Tell me a short story about a robot who keeps a lighthouse.",
     "Explain why the sky is blue to a child.",
@@ -256,17 +260,42 @@ def run(options: Options, say=lambda line: None) -> dict:
     if options.stages > (layers or 0):
         raise UsageFault(f"--stages {options.stages}: {described['name']} has {layers} layers. Try: --stages {layers}")
     prompts = prompts_of(options, model)
-    root = Path(tempfile.mkdtemp(prefix="kvguard-demo.", dir=os.environ.get("XDG_RUNTIME_DIR") or None))
+    root = own_directory()
     world = World(WorldSettings(root=root, model=model, stages=options.stages))
     try:
         document = Demo(options, world, say).run(prompts, described)
-    except BaseException:
+    except Exception:
         world.stop()
+        (root / SUPERVISED).unlink()
         say(f"the logs are in {root}/logs")
+        raise
+    except BaseException:  # stopped by its user: nothing went wrong that a log could tell
+        world.stop()
+        shutil.rmtree(root)
         raise
     world.stop()
     shutil.rmtree(root)
     return document
+
+
+def own_directory() -> Path:
+    """A new directory for a demo's world. Those of demos that were killed with SIGKILL, and could remove nothing, go first: nobody holds their lock."""
+    parent = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
+    for left in parent.glob(f"{PREFIX}*/{SUPERVISED}"):
+        try:
+            with open(left, "rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left.parent)
+        except OSError:  # its demo runs, it is another user's, or another demo removes it
+            continue
+    root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    fcntl.flock(os.open(root / SUPERVISED, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_EX)  # held for this process's life
+    return root
+
+
+def stopped(number: int, _frame) -> None:
+    """SIGTERM ends the demo as Ctrl-C does: in order."""
+    raise SystemExit(128 + number)
 
 
 def main(output: str, **given) -> int:
@@ -274,6 +303,7 @@ def main(output: str, **given) -> int:
     from rich.console import Console
 
     out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+    signal.signal(signal.SIGTERM, stopped)
     document = run(Options(**given), say=lambda line: err.print(f"[dim]{line}[/dim]"))
     if output == "json":
         print(json.dumps(document, ensure_ascii=False, indent=1))

@@ -10,6 +10,7 @@ runtime directory; only processes started here are ever signalled, through their
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import shutil
@@ -61,9 +62,11 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-def die_with_parent() -> None:
-    """In the child, before exec: SIGKILL when the supervisor goes, however it goes."""
+def die_with_parent(parent: int) -> None:
+    """In the child, before exec: SIGKILL when the supervisor goes, however it goes. One that went before this call sends nothing."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 class Process:
@@ -80,7 +83,7 @@ class Process:
                 stdout=subprocess.PIPE if pipes else out,
                 stderr=out,
                 process_group=group,
-                preexec_fn=die_with_parent,
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(environment or {})},
             )
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from kvguard.pipeline import demo as demos
 from kvguard.pipeline.weights import make_random
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -102,3 +105,43 @@ def test_wrong_use_is_told_before_anything_starts(model, tmp_path, arguments, co
 def test_a_directory_that_is_no_model(tmp_path) -> None:
     code, document, err = demo(tmp_path, tmp_path)
     assert code == 78 and "config.json" in err and "Try:" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_demo_that_is_stopped_leaves_nothing_behind(model, tmp_path, monkeypatch, number) -> None:
+    """What SIGKILL gave no time to remove, the next demo removes."""
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "KVGUARD_STOPPED_DEMO": str(tmp_path)}
+    command = [sys.executable, "-m", "kvguard.cli", "demo", "--model", str(model), "--stages", "2", "--max-tokens", "500", "--kill", "none"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    until("the first run", lambda: "the undisturbed run" in process.stderr.readline())
+    assert len(alive(tmp_path)) > 5
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    until("no process", lambda: not alive(tmp_path))
+    if number == signal.SIGKILL:
+        (left,) = os.listdir(tmp_path)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+        demos.own_directory()
+        (fresh,) = os.listdir(tmp_path)
+        assert fresh != left
+    else:
+        assert os.listdir(tmp_path) == [] and process.returncode == (143 if number == signal.SIGTERM else 1)
+
+
+def alive(tmp_path: Path) -> list[int]:
+    """Processes whose environment has this test's mark."""
+    mark, found = f"KVGUARD_STOPPED_DEMO={tmp_path}".encode(), []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (directory / "environ").read_bytes().split(b"\0"):
+                found.append(int(directory.name))
+        except OSError:
+            continue  # it has just ended, or is another user's
+    return found
+
+
+def until(what: str, condition) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)  # between two looks at a condition with a deadline
