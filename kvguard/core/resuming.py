@@ -209,7 +209,10 @@ def sweep(known: Known, node: NodeId, held: tuple[StreamId, ...]) -> None:
 
 
 def _is_left_behind(known: Known, node: NodeId, stream: StreamId) -> bool:
-    """A former life of a rank that is protected again, or its present life at a holder that isn't one any more."""
+    """A former life of a rank that is protected again, or its present life where it protects nothing: at a former holder, or beside its own pool.
+
+    Beside the pool it lies where a replica was sent back to the pool's node, for a rebuild that then adopted the pool after all.
+    """
     if is_scheduler(stream.rank):
         return _is_unlisted(known, node, stream)
     place = known.membership.members.get(stream.instance, {}).get(stream.rank)
@@ -219,7 +222,7 @@ def _is_left_behind(known: Known, node: NodeId, stream: StreamId) -> bool:
     session = known.membership.sessions.get(stream.instance)
     if not beat.acked and (known.sequences(stream.instance) or (session is not None and session.scheduled > 0)):
         return False
-    return stream != place.stream or node not in (place.node, *place.holders, *place.former, *beat.holders)
+    return stream != place.stream or node == place.node or node not in (*place.holders, *place.former, *beat.holders)
 
 
 def _is_unlisted(known: Known, node: NodeId, stream: StreamId) -> bool:
