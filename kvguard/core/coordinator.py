@@ -214,6 +214,8 @@ class Coordinator:
             return  # a recovery has it: its replacement counts when Done says so
         if rank_beat.epoch.counter < known.epoch(instance).counter:
             known.note_once("stale_rank", f"{instance}/{rank}", f"a former life on {node} still is in epoch {rank_beat.epoch.counter}", node, rank_beat.stream)
+            if not known.phase(instance) and instance not in known.failed:  # it slept through the plan that would have ended it, and holds memory for nobody
+                known.tell_node(node, Resumed(instance, known.epoch(instance), (), (rank_beat.stream,)))
             return
         home = known.membership.nodes.get(member.node)
         idle = member.beat is None or not member.beat.sequences

@@ -387,7 +387,9 @@ class Node:
         self._running[resumed.instance] = resumed.epoch
         if resumed.instance in self.orders:
             self.orders[resumed.instance].finished = True
-        for local in self.outbound.of(resumed.instance):
+        mine = self.outbound.of(resumed.instance)
+        out += _killed([local for local in mine if local.alive and local.fenced and local.stream in resumed.ended], "a former life")
+        for local in mine:
             if not local.alive and local.epoch != resumed.epoch:
                 out += self.outbound.forget(local, self.outbound.streams)
         out += self.outbound.end_pushes(resumed.instance)

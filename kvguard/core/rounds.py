@@ -104,6 +104,8 @@ def on_report(known: Known, node: NodeId, report: Report) -> None:
         return
     if node in current.record.excluded:
         known.note("refused", report.instance, f"the report of {report.node} on the link of {node} doesn't count: it is excluded from this epoch")
+        if current.tried is not None:  # all that the round still waits for is a standby: with this node's there may be one
+            start(known, report.instance, (), f"{node}, excluded from epoch {report.epoch.counter}, answers again")
         return
     current.reports[node] = report
     current.heard += 1

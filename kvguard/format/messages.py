@@ -386,11 +386,15 @@ class Done(Message, frozen=True):
 
 
 class Resumed(Message, frozen=True):
-    """The instance runs in `epoch`. `unpinned`: replicas of former lives that may go now (the new ones have acknowledged the plan's positions elsewhere)."""
+    """The instance runs in `epoch`. `unpinned`: replicas of former lives that may go now (the new ones have acknowledged the plan's positions elsewhere).
+
+    `ended`: lives that another one follows; whoever still lives as one of them slept through the plan, and is killed as the plan would have done.
+    """
 
     instance: str
     epoch: Epoch
     unpinned: tuple[StreamId, ...]
+    ended: tuple[StreamId, ...] = ()
 
 
 # ---- emitters -------------------------------------------------------------------------------------------------------------------

@@ -369,6 +369,44 @@ def test_a_node_that_comes_late_and_never_answers_is_excluded_all_the_same():
     assert not resume.error and [entry.node for entry in resume.members] == ["a", "c", "c"] and cast.noted("excluded")
 
 
+def test_an_excluded_node_that_answers_again_begins_a_round_that_counts_it():
+    """Its rank lives, and is lost only because the node was away: the round that excluded it would wait for a standby until it failed."""
+    cast = three_stages()
+    for name in "ac":
+        cast.daemons[name].standbys = []
+    cast.run(200)
+    a = cast.daemons["a"]
+    hears, a.hears = a.hears, lambda message: []  # beats, and answers nothing
+    cast.kill(cast.daemons["b"])
+    cast.daemons["c"].standbys = [5001]
+    cast.run(6000)
+    assert cast.noted("excluded") and cast.noted("unplannable") and not cast.emitter.resumes
+    a.hears = hears
+    fence = cast.sent(m.Fence)[-1]
+    for answer in a.hears(fence):
+        cast.say(a, answer)
+    cast.run(500)
+    (resume,) = cast.emitter.resumes
+    assert not resume.error and [entry.node for entry in resume.members] == ["a", "c", "c"] and resume.epoch.counter == fence.epoch.counter + 1
+
+
+def test_a_former_life_that_slept_through_the_recovery_is_ended():
+    """It would hold its memory for ever, fenced, for nobody."""
+    cast = three_stages()
+    b = cast.daemons["b"]
+    cast.kill(b)
+    while not cast.emitter.resumes:
+        cast.run(50)
+    cast.run(300)
+    b.alive = True
+    cast.join(b)
+    told = []
+    b.hears = lambda message: told.append(message) or []
+    cast.run(300)
+    ends = [message for message in told if isinstance(message, m.Resumed) and message.ended]
+    assert ends and ends[0] == m.Resumed(INSTANCE, Epoch(1, "c"), (), (StreamId(INSTANCE, R1, 1),)) and cast.epoch() == 1
+
+
 def test_former_lives_stay_until_the_new_one_has_something_acknowledged():
     cast = three_stages()
     cast.kill(cast.daemons["b"])

@@ -248,6 +248,17 @@ def test_a_rank_that_comes_back_before_the_plan_is_reported() -> None:
     assert not [effect for effect in world.attach(epoch=NO_EPOCH) if type(effect) is SendReport]
 
 
+def test_a_former_life_that_slept_through_its_recovery_is_killed_and_forgotten() -> None:
+    world = World(i=E2)
+    world.coordinator()
+    world.attach(epoch=E1)
+    world.say(ms.Resumed("i", E2, ()))
+    out = world.say(ms.Resumed("i", E2, (), (LOCAL,)))
+    assert [(effect.incarnation, effect.stream) for effect in out if type(effect) is KillProcess] == [(3, LOCAL)]
+    assert ForgetStream(LOCAL) in world.step(ev.ProcessDied(3, LOCAL, "killed", True))
+    assert not world.beat().ranks
+
+
 def test_plan_cuts_restores_and_pushes_once() -> None:
     world = protected()
     world.say(fence())
