@@ -140,7 +140,10 @@ class Looked(Event):
 
 @dataclass(frozen=True, slots=True)
 class StepsSeen(Event):
-    """The engine's step words as read now. entered > left: inside a step of `size` positions. `pulse` rises within long steps. `suspended`: a known pause."""
+    """The engine's step words as read now. entered > left: inside a step of `size` positions. `pulse` rises within long steps. `suspended`: a known pause.
+
+    `stopped`: the process doesn't run at all (SIGSTOP), inside a step or outside.
+    """
 
     stream: StreamId
     entered: int
@@ -148,6 +151,7 @@ class StepsSeen(Event):
     size: int
     pulse: int
     suspended: bool = False
+    stopped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """Hangs of an engine, from its step words alone: who is inside a step for longer than such steps take.
 
 Knows: what was observed per size of step. Must not know: processes, what a step computes, clocks.
-Invariants: no verdict before STEPS_MIN steps have been seen to end, none while suspended, none outside a step (who waits for another stage has left);
-one verdict per step that hangs. A late loop holds its judgement: the time in which nobody looked doesn't count.
+Invariants: no verdict before STEPS_MIN steps have been seen to end, none while suspended, none outside a step (who waits for another stage has left), except
+of a process that is stopped: it will neither enter one nor say so; one verdict per step that hangs, one per stop. A late loop holds its judgement: the time in
+which nobody looked doesn't count.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Progress:
         self._begun_ns: int | None = None  # entry of the step that is under way, where it was seen
         self._alive_ns = 0
         self._suspended = False
+        self._stopped_ns: int | None = None  # since when the process doesn't run
         self._judged = False
         self.progress = 0
 
@@ -45,10 +47,13 @@ class Progress:
             self._seen(now_ns, event)
         elif type(event) is Tick and event.late_ns > self._hang_min_ns // 4:
             self._alive_ns += event.late_ns
+            self._stopped_ns = None if self._stopped_ns is None else self._stopped_ns + event.late_ns
         return ()
 
     def _seen(self, now: int, event: StepsSeen) -> None:
         moved = event.entered != self._entered or event.left != self._left
+        if event.stopped != (self._stopped_ns is not None):
+            self._stopped_ns, self._judged = (now if event.stopped else None), False
         if self._known:
             self.progress += max(0, event.left - self._left) + (1 if event.pulse != self._pulse else 0)
         if moved or event.pulse != self._pulse or event.suspended or self._suspended or not self._known:
@@ -86,9 +91,11 @@ class Progress:
         return max(self._hang_min_ns, self._factor * longest)
 
     def next_deadline(self) -> int | None:
-        if self._entered <= self._left or self._suspended or self._judged:
+        if self._suspended or self._judged:
             return None
-        allowed = self.allowed_ns()
+        if self._stopped_ns is not None:  # inside a step or outside: its pipeline waits for it, and it can't even say so
+            return self._stopped_ns + self._hang_min_ns
+        allowed = self.allowed_ns() if self._entered > self._left else None
         return None if allowed is None else self._alive_ns + allowed
 
     def verdict(self, now_ns: int) -> Verdict | None:
@@ -96,6 +103,8 @@ class Progress:
         if due is None or now_ns < due:
             return None
         self._judged = True
+        if self._stopped_ns is not None:
+            return Verdict(f"its process is stopped for {(now_ns - self._stopped_ns) // 1_000_000} ms", self._stopped_ns)
         silent = (now_ns - self._alive_ns) // 1_000_000
         return Verdict(
             f"inside step {self._entered} of {self._size} positions without progress for {silent} ms, such steps may take {self.allowed_ns() // 1_000_000} ms",

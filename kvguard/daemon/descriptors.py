@@ -19,6 +19,15 @@ def is_eventfd(descriptor: int) -> bool:
     return any(line.startswith("eventfd-count:") for line in _lines(descriptor))
 
 
+def stopped(pidfd: int) -> bool:
+    """Whether the process was stopped by a signal (SIGSTOP; not by a debugger, whose user knows): it says nothing of itself any more."""
+    try:
+        with open(f"/proc/{process_of(pidfd)}/stat", "rb") as stat:
+            return stat.read().rpartition(b") ")[2][:1] == b"T"
+    except OSError:
+        return False  # it has just ended: its pidfd says so
+
+
 def readable(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)

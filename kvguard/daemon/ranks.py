@@ -17,7 +17,7 @@ from typing import Protocol
 from kvguard.core import events
 from kvguard.daemon import schedulers
 from kvguard.daemon.capture import Facts, Stream, as_event
-from kvguard.daemon.descriptors import is_eventfd, process_of, readable, same_file
+from kvguard.daemon.descriptors import is_eventfd, process_of, readable, same_file, stopped
 from kvguard.device.base import Device, Pool
 from kvguard.engine.look import Steps, TableReader
 from kvguard.errors import Refused
@@ -65,6 +65,7 @@ class LocalRank:
     facts: Facts = field(default_factory=Facts)
     steps: Steps | None = None
     watched: bool = False
+    stopped: bool = False
     killed: str = ""
     order: PlanOrder | None = None
 
@@ -231,12 +232,22 @@ class Ranks:
         steps = rank.reader.steps()
         if steps != rank.steps and rank.stream.alive and rank.layout is not None:
             rank.steps = steps
+            rank.stopped = False
             told.append(events.StepsSeen(stream, *steps))
+        return told
+
+    def _look_closer(self, stream: StreamId, rank: LocalRank) -> Events:
+        """A look that also tells a process that is stopped from one that waits for its next step: both write nothing."""
+        before = rank.steps
+        told = list(self.look(stream))
+        if rank.steps is before and before is not None and stopped(rank.pidfd) != rank.stopped:
+            rank.stopped = not rank.stopped
+            told.append(events.StepsSeen(stream, *before, rank.stopped))
         return told
 
     def look_at_all(self) -> Events:
         """For the slow poll: completion words move without a bell."""
-        return [event for stream, rank in self.ranks.items() if rank.stream.alive for event in self.look(stream)]
+        return [event for stream, rank in self.ranks.items() if rank.stream.alive for event in self._look_closer(stream, rank)]
 
     def any_alive(self) -> bool:
         return any(rank.stream.alive for rank in self.ranks.values())

@@ -43,6 +43,32 @@ def test_a_step_that_takes_ten_times_the_longest_is_a_hang_once() -> None:
     assert progress.verdict(now + 900 * MS) is None and progress.next_deadline() is None
 
 
+def test_a_process_that_is_stopped_between_two_steps_is_a_hang() -> None:
+    """Its step words say that it waits for another stage, and every other stage waits for it."""
+    progress, now = warm()
+    stopped = StepsSeen(STREAM, 8, 8, 8, 0, stopped=True)
+    progress.step(now, stopped)
+    progress.step(now + 100 * MS, stopped)
+    assert progress.next_deadline() == now + 200 * MS and progress.verdict(now + 199 * MS) is None
+    progress.step(now + 150 * MS, Tick(60 * MS))
+    assert progress.next_deadline() == now + 260 * MS, "time in which nobody looked doesn't count"
+    verdict = progress.verdict(now + 260 * MS)
+    assert "stopped for 200 ms" in verdict.reason and progress.verdict(now + 900 * MS) is None
+    progress.step(now + 900 * MS, seen(8, 8))
+    assert progress.next_deadline() is None
+    progress.step(now + 950 * MS, stopped)
+    assert progress.next_deadline() == now + 1150 * MS, "another stop, judged anew"
+
+
+def test_a_stop_that_ends_in_time_is_none_and_a_known_pause_is_not_judged() -> None:
+    progress, now = warm()
+    progress.step(now, StepsSeen(STREAM, 8, 8, 8, 0, stopped=True))
+    progress.step(now + 150 * MS, seen(9, 8))
+    assert progress.next_deadline() == now + 150 * MS + 500 * MS
+    progress.step(now + 200 * MS, StepsSeen(STREAM, 9, 8, 8, 0, suspended=True, stopped=True))
+    assert progress.next_deadline() is None
+
+
 def test_never_less_than_the_minimum() -> None:
     progress, now = warm(takes_ms=1)
     progress.step(now, seen(9, 8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 
@@ -143,6 +144,23 @@ def test_a_pidfd_of_somebody_else(desk):
     life = Life()
     assert attach(desk, life, pidfd=os.getppid()) == []
     assert "own pidfd" in desk.told[0][1].reason
+
+
+def test_a_stopped_process_is_told_once_and_so_is_its_end(desk):
+    child = subprocess.Popen([sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    try:
+        attach(desk, Life(child.pid))
+        assert list(desk.ranks.look_at_all()) == []
+        for number, stopped in ((signal.SIGSTOP, True), (signal.SIGCONT, False)):
+            child.send_signal(number)
+            os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WCONTINUED)
+            assert list(desk.ranks.look_at_all()) == [events.StepsSeen(ID, 0, 0, 0, 0, False, stopped)]
+            assert list(desk.ranks.look_at_all()) == []
+    finally:
+        child.kill()
+        child.communicate()
+    desk.ranks.forget(ID)
 
 
 def test_death_is_told_after_a_last_look_and_a_second_life_adopts(desk):
