@@ -47,7 +47,7 @@ class NodeConfig:
     SECTION = "node"
 
     name: str = setting(REQUIRED, "name", "this node's name, unique among all nodes of the coordinator")
-    runtime_dir: str = setting("/run/kvguard", "path", "the Unix socket, the promises and the replicas; on tmpfs, where replicas are to live in memory")
+    runtime_dir: str = setting("/run/kvguard", "path", "the Unix socket and the promises; replicas live in memory and go with the daemon")
     listen: str = setting("tcp://127.0.0.1:7420", "address", "where peers and the command line reach this daemon; port 0 takes a free one")
     advertise: str = setting("", "address", "how others reach `listen`; empty where it is that address itself")
     coordinator: str = setting("tcp://127.0.0.1:7400", "address", "the coordinator's address")

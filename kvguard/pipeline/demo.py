@@ -91,6 +91,17 @@ def model_directory(options: Options) -> Path:
     return Path(found.stdout.strip().splitlines()[-1])
 
 
+def shape_of(model: Path) -> dict:
+    """What config.json says. Raises BadConfig; whether it is a model that can be run, its stages say."""
+    try:
+        shape = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise BadConfig(f"{model / 'config.json'} can't be read: {error}. Try: copy the model anew") from error
+    if not isinstance(shape, dict):
+        raise BadConfig(f"{model / 'config.json'} is not a JSON object. Try: copy the model anew")
+    return shape
+
+
 def prompts_of(options: Options, model: Path) -> list:
     """One prompt per sequence: texts, or ids where the model has no tokenizer."""
     if (model / "tokenizer.json").is_file():
@@ -254,7 +265,7 @@ def run(options: Options, say=lambda line: None) -> dict:
     """The whole demo in a directory of its own, which is removed at the end (kept, and named, when the demo failed). Returns the document."""
     options.check()
     model = model_directory(options)
-    shape = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    shape = shape_of(model)
     layers = shape.get("num_hidden_layers", shape.get("n_layer"))
     described = {"name": shape.get("_name_or_path") or model.name, "layers": layers, "real_weights": options.model is None}
     if options.stages > (layers or 0):

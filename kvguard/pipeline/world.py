@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvguard import config
-from kvguard.errors import KvguardError, TimedOut
+from kvguard.errors import BadConfig, KvguardError, TimedOut
 from kvguard.pipeline import settings
 from kvguard.transport.ask import ask
 
@@ -279,7 +279,8 @@ class World:
                 return value
             for process in [*(process for node in self.nodes for process in node.processes()), self.coordinator]:
                 if process and not process.alive():
-                    raise KvguardError(f"{process.name} ended with {process.popen.returncode} while waiting for {what}:\n{process.last_words()}")
+                    kind = BadConfig if process.popen.returncode == BadConfig.exit_code else KvguardError
+                    raise kind(f"{process.name} ended with {process.popen.returncode} while waiting for {what}:\n{process.last_words()}")
             if time.monotonic() > deadline:
                 raise TimedOut(f"{what} did not come about within {timeout_s:g} s. Try: the logs in {self.root / 'logs'}")
             time.sleep(every_s)  # between two looks at a condition with a deadline

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,23 @@ def test_wrong_use_is_told_before_anything_starts(model, tmp_path, arguments, co
 def test_a_directory_that_is_no_model(tmp_path) -> None:
     code, document, err = demo(tmp_path, tmp_path)
     assert code == 78 and "config.json" in err and "Try:" in err
+
+
+@pytest.mark.parametrize("fault", ["no JSON", "no object", "another family", "truncated", "no weights"])
+def test_a_model_that_cannot_be_run_is_bad_configuration(model, tmp_path, fault) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(model, broken)
+    described, weights = broken / "config.json", broken / "model.safetensors"
+    if fault in ("no JSON", "no object"):
+        described.write_text("{" if fault == "no JSON" else "[]")
+    elif fault == "another family":
+        described.write_text(described.read_text().replace("llama", "mamba"))
+    elif fault == "truncated":
+        os.truncate(weights, weights.stat().st_size - 1000)
+    else:
+        weights.unlink()
+    code, _, err = demo(broken, tmp_path, "--stages", "2")
+    assert code == 78 and "Try: " in err and "Traceback" not in err, err
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
