@@ -6,8 +6,8 @@ Knows: ports, processes, signals. Must not know: what frames mean.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import gc
+import multiprocessing
 import os
 import signal
 import socket
