@@ -17,6 +17,8 @@ ROWS_MAX = 4096
 BLOCKS_PER_ROW_MAX = 8192
 IDS_PER_ROW_MAX = 131072
 
+EPOCH_MAX = 1 << 62  # raising it once a nanosecond would take a century; what claims more is garbage, and would leave no higher epoch to fence with
+
 # Frames
 HEADER_BYTES_MAX = 4 * MIB  # reports of many sequences are the largest headers
 PAYLOAD_BYTES_MAX = 8 * MIB

@@ -225,6 +225,7 @@ class Coordinator:
             else:
                 self._lose(node, member.stream, "its process was replaced by another with an empty pool", 0.0, True)
             return
+        known.duplicates[instance, rank, node] = known.now_ns
         known.note_once("duplicate_rank", f"{instance}/{rank}", f"alive on {member.node}, and claimed by {node}: the first keeps it", node, rank_beat.stream)
 
     def _fault(self, node: NodeId, message: Fault) -> None:

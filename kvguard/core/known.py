@@ -73,6 +73,7 @@ class Known:
         self.unheard: dict[str, bool] = {}  # instances whose pending Resume certainly reached nobody
         self.history: list[HistoryRecord] = []
         self.emitters: dict[str, int] = {}
+        self.duplicates: dict[tuple[str, Rank, NodeId], int] = {}  # when a rank that lives elsewhere was last claimed by that node
         self.replaced: dict[str, deque[int]] = {}  # incarnations of emitters that another one ended: they don't come back by dialling again
         self.delivered: dict[str, dict[SequenceId, bool]] = {}
         self.starts: dict[str, list[int]] = {}

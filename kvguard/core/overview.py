@@ -11,6 +11,8 @@ from kvguard.core.membership import ALIVE, DEAD, MS
 from kvguard.core.membership import Member as Place
 from kvguard.types import Rank
 
+CLAIM_NS = 2_000_000_000  # a claim that was not said again for so long is over
+
 
 def status(known: Known) -> dict:
     """kvguard.status/1."""
@@ -22,6 +24,7 @@ def status(known: Known) -> dict:
     ranks = [_rank(known, instance, rank, place) for instance, places in sorted(known.membership.members.items()) for rank, place in sorted(places.items())]
     for node in sorted(known.membership.nodes.values(), key=lambda node: node.node):
         ranks += [_standby(node.node, standby.instance, standby.standby) for standby in node.standbys if node.state != DEAD]
+    ranks[:0] = [_duplicate(known, *claim) for claim, seen_ns in sorted(known.duplicates.items()) if known.now_ns - seen_ns < CLAIM_NS]
     names = dict.fromkeys((*sorted(known.epochs), *sorted(known.membership.members)))
     instances = [_instance(known, name) for name in names]
     coordinator = {"issuer": known.issuer, "state": "running"}
@@ -77,6 +80,13 @@ def _schedulers(known: Known) -> list[dict]:
                 "sequences": beat.sequences, "ids": beat.ids, "acked_ids": beat.acked_ids, "epoch": beat.epoch.counter, "stream": str(beat.stream),
             })  # fmt: skip
     return found
+
+
+def _duplicate(known: Known, instance: str, rank: Rank, node: str) -> dict:
+    """A second live process of a rank: it is not served by anybody, and says so as long as it claims the place."""
+    home = known.membership.members.get(instance, {}).get(rank)
+    reason = f"a second process claims rank {rank}, which lives on {home.node if home else 'another node'}: the first keeps it"
+    return {"instance": instance, "rank": str(rank), "node": node, "holders": [], "state": "unprotected", "reason": reason, **_numbers((0,) * 7)}
 
 
 def _standby(node: str, instance: str, standby: int) -> dict:

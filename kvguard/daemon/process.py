@@ -15,7 +15,7 @@ from kvguard.errors import KvguardError
 
 log = logging.getLogger(__name__)
 
-LOUD = {"unprotected", "refused", "hung", "stale_epoch", "fenced", "broken_frame", "suspect", "failed"}
+LOUD = {"unprotected", "duplicate_rank", "refused", "hung", "stale_epoch", "fenced", "broken_frame", "suspect", "failed"}
 
 
 def noted(note: effects.Note) -> None:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import msgspec
 
 from kvguard.errors import BadFrame
-from kvguard.types import Epoch, Lineage, NodeId, Rank, SequenceId, StreamId
+from kvguard.limits import EPOCH_MAX
+from kvguard.types import NO_EPOCH, Epoch, Lineage, NodeId, Rank, SequenceId, StreamId
 
 VERSION = 1
 Ints = tuple[int, ...]
@@ -531,8 +532,17 @@ def unpack(data) -> Message:
         message = _decoder.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise BadFrame(f"not a message of this protocol: {error}") from error
+    check_epochs(message)
     check_columns(message)
     return message
+
+
+def check_epochs(message: Message) -> None:
+    """Raises BadFrame where an epoch is beyond limits.EPOCH_MAX: one such promise would fence an instance for ever."""
+    epoch = getattr(message, "epoch", NO_EPOCH)
+    promises = message.promises if type(message) is NodeHello else ()
+    if max(epoch.counter, *(promised.counter for _, promised in promises), 0) > EPOCH_MAX or epoch.counter < 0:
+        raise BadFrame(f"{type(message).__name__}: an epoch that no coordinator ever issued")
 
 
 def check_columns(message: Message) -> None:

@@ -135,7 +135,12 @@ def test_the_first_live_rank_keeps_its_place():
     cast = three_stages()
     cast.daemons["c"].host(R1, {"x": (1, 2)}, life=7)
     cast.run(500)
-    assert len(cast.noted("duplicate_rank")) == 1 and states(cast)["0.1.0"][0] == "b" and cast.epoch() == 0
+    assert len(cast.noted("duplicate_rank")) == 1 and cast.epoch() == 0
+    claims = {rank["node"]: rank for rank in cast.coordinator.status()["ranks"] if rank["rank"] == "0.1.0"}
+    assert claims["b"]["state"] == "protected" and claims["c"]["state"] == "unprotected" and "lives on b" in claims["c"]["reason"], "loud in the status"
+    cast.daemons["c"].ranks.pop(R1)
+    cast.run(3000)
+    assert [rank["node"] for rank in cast.coordinator.status()["ranks"] if rank["rank"] == "0.1.0"] == ["b"]
 
 
 def test_emitter_death_keeps_everything_in_the_pools():
