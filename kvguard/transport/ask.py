@@ -17,6 +17,7 @@ from kvguard.transport.base import Broken, Frame, Up
 from kvguard.transport.keys import Keys
 from kvguard.transport.zeromq import ZeromqTransport
 
+REFUSALS_SURE = 5
 _BY_CODE = {kind.exit_code: kind for kind in (errors.Unreachable, errors.Refused, errors.TimedOut, errors.Fenced, errors.NotAuthorised, errors.BadConfig)}
 
 
@@ -70,7 +71,9 @@ def _converse(transport: ZeromqTransport, address: str, node: str, query: messag
                 asked = transport.send(link, wire.encode(query))
             elif isinstance(event, Broken):
                 last = event.reason
-                if "key" in event.reason and transport.counters.get("handshake_failed"):
+                # Whether their refusal or only their closing is seen is a race; who refuses again and again refuses.
+                refusals = transport.counters.get("handshake_failed", 0)
+                if (refusals and "key" in event.reason) or refusals >= REFUSALS_SURE:
                     raise NotAuthorised(f"{address} refused us: {event.reason}. Try: list this process's public key there")
             elif isinstance(event, Frame):
                 message, _ = wire.decode(event.head)
