@@ -88,14 +88,14 @@ class Campaign:
         before, expected = self.references[kill.sampled]
         below = demo.positions(fault.resumed, len(self.prompts))
         timing = demo.timing_ms(self.world, client, fault, run)
-        recovered = report.recovery(fault.resumed, timing, fault.resumed["epoch"], lost=0)
+        recovered = report.recovery(fault.resumed, timing, fault.resumed["epoch"], lost=demo.lost_sequences(self.world, fault.resumed["epoch"]))
         found = {
             "seed": kill.seed, "kind": kill.kind, "target": fault.target, "at_token": kill.at_token, "sampled": kill.sampled, "fired": fault.fired,
             "identical": report.identical(before, after, self.max_tokens), "logits_identical": report.logits_identical(before, after),
             "kv_identical": report.kv_identical(expected, digests, below), "since_prefill_ms": since_prefill_ms,
             "rung": recovered["rung"], "rolled_back": recovered["rolled_back"], "ms": timing, "bytes_by_rung": recovered["bytes_by_rung"],
         }  # fmt: skip
-        found["passed"] = found["fired"] and found["identical"] and found["logits_identical"] is True and found["kv_identical"] is not False
+        found["passed"] = found["fired"] and not recovered["lost_sequences"] and found["identical"] and found["logits_identical"] is True and found["kv_identical"] is not False
         self.world.wait_until("the cluster whole again", lambda: faults.whole(self.world), 90.0)
         return found
 

@@ -97,7 +97,7 @@ class Kills:
         if not fault.fired or not report.identical(self.reference, transcript, TOKENS_BEFORE + TOKENS_AFTER):
             raise KvguardError(f"{run} of stage {stage}: {'not identical' if fault.fired else 'did not fire'}. Try: the logs in {self.world.root / 'logs'}")
         timing = demo.timing_ms(self.world, client, fault, run)
-        recovered = report.recovery(fault.resumed, timing, fault.resumed["epoch"], lost=0)
+        recovered = report.recovery(fault.resumed, timing, fault.resumed["epoch"], lost=demo.lost_sequences(self.world, fault.resumed["epoch"]))
         found = {"kind": kind, "stage": stage, "rolled_back": recovered["rolled_back"], "rung": recovered["rung"], "bytes": recovered["bytes"], **timing}
         found["to_tokens"] = timing["fence"] + timing["plan"] + timing["restore"]
         if kind == "rank":

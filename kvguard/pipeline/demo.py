@@ -194,7 +194,7 @@ class Demo:
         if fault and fault.resumed:
             below = positions(fault.resumed, options.sequences)
             timing = timing_ms(self.world, self.client, fault, "after")
-            recovered = report.recovery(fault.resumed, timing, fault.resumed["epoch"], lost=0)
+            recovered = report.recovery(fault.resumed, timing, fault.resumed["epoch"], lost=lost_sequences(self.world, fault.resumed["epoch"]))
             kv = report.kv_identical(before, after, below)
         else:
             kv = report.kv_identical(after, self.replica_sums(after), [1 << 62] * options.sequences)
@@ -245,6 +245,12 @@ def positions(resumed: dict, sequences: int) -> list[int]:
     """Each sequence's resume position; 0 for one that started over."""
     named = {one["sequence"]: one["resume_position"] for one in resumed["sequences"]}
     return [named.get(i, 0) for i in range(sequences)]
+
+
+def lost_sequences(world: World, epoch: int) -> int:
+    """How many the coordinator gave up in that epoch's recovery, by its own history."""
+    history = ask(world.coordinator_address, "history", {}, timeout=5.0)["history"]
+    return next(len(one["lost"]) for one in reversed(history) if one["epoch"] == epoch)
 
 
 def timing_ms(world: World, client: Client, fault: Fault, run: str) -> dict:
