@@ -63,6 +63,7 @@ class NodeConfig:
     uids: tuple[int, ...] = setting((), "ints", "users whose engines may attach; empty: only the daemon's own", 0, (1 << 32) - 2)
     fault_injection: bool = setting(False, "bool", "true lets drills damage replicas and frames on purpose; never in production")
     log_level: str = setting("info", "word", "least severity that is logged", choices=LEVELS)
+    bulk_port: int = setting(0, "int", "where peers bring payloads, on the host of `listen`; 0 takes a free one. Say it where a firewall has to know", 0, 65535)
 
     @property
     def socket_path(self) -> Path:

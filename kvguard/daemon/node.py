@@ -57,7 +57,7 @@ class NodeDaemon:
         promises = promises_of(self.journal)
         keys = keyring.load(config.keys) if config.keys else None
         self.control = ControlServer(config.socket_path, config.uids)
-        self.transport = ZeromqTransport(config.name, keys, config.insecure, incarnation=self.incarnation)
+        self.transport = ZeromqTransport(config.name, keys, config.insecure, incarnation=self.incarnation, bulk_port=config.bulk_port)
         listening = self.transport.listen(config.listen)
         self.address = config.advertise or listening
         self.core = Node(
