@@ -173,6 +173,15 @@ class ProcessDied(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class DeathSuspected(Event):
+    """A thread that lives as long as its process has ended; the pidfd hasn't fired yet."""
+
+    incarnation: int
+    stream: StreamId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class StandbyAttached(Event):
     """A spare process is ready to take a rank. `fingerprints`: by rank text, the shape it would have."""
 
@@ -272,7 +281,7 @@ class Asked(Event):
 
 
 __all__ = [
-    "Applied", "Arrived", "Asked", "Broken", "Captured", "Cut", "EngineRestored", "Event", "Grown", "LinkDown", "LinkUp", "Loaded", "Looked", "Opened",
-    "PlanCarried", "PlanOrder", "Probed", "ProcessDied", "Rebuild", "ReplicasSeen", "StandbyAttached", "StepsSeen", "StreamAttached", "StreamDetached", "Tick",
-    "TurnEnded",
+    "Applied", "Arrived", "Asked", "Broken", "Captured", "Cut", "DeathSuspected", "EngineRestored", "Event", "Grown", "LinkDown", "LinkUp", "Loaded", "Looked",
+    "Opened", "PlanCarried", "PlanOrder", "Probed", "ProcessDied", "Rebuild", "ReplicasSeen", "StandbyAttached", "StepsSeen", "StreamAttached",
+    "StreamDetached", "Tick", "TurnEnded",
 ]  # fmt: skip

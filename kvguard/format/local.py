@@ -3,7 +3,8 @@
 Knows: fields, types and which descriptors travel with which message. Must not know: sockets.
 Invariants: a message over limits.SOCKET_BYTES_MAX travels as Body with a sealed memfd that holds it; the engine never waits for any of these inside a step.
 
-Descriptor order: Attach rank [pidfd, bell eventfd, table memfd, pool...]; Attach scheduler [pidfd, bell, table]; Attach standby [pidfd].
+Descriptor order: Attach rank [pidfd, bell eventfd, table memfd, pool..., a lifeline's memfd where `lifeline`];
+Attach scheduler [pidfd, bell, table]; Attach standby [pidfd].
 ClaimOrder [table, pool...] when `adopt`, else one arena descriptor per entry of `replicas`.
 """
 
@@ -25,6 +26,7 @@ class Attach(Local, frozen=True):
     """engine -> daemon. `role`: rank | scheduler | standby. A re-attach says the same again with the epoch adopted since.
 
     `stream`: for a rank (pool drawn at allocation); for a scheduler its rank is (dp, 0, 0) and pool 0. `layouts`: one for a rank; for a standby by rank text.
+    `lifeline`: the last descriptor is a page with a word that the kernel marks when the process dies, before its pidfd says so (engine/lifeline.py).
     """
 
     role: str
@@ -35,6 +37,7 @@ class Attach(Local, frozen=True):
     stream: StreamId | None
     layouts: dict[str, Layout]
     version: int = 1
+    lifeline: bool = False
 
 
 class Attached(Local, frozen=True):
