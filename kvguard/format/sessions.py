@@ -1,0 +1,116 @@
+"""What emitters and the coordinator say to each other, and what anyone with a key may ask.
+
+Knows: fields and their types. Must not know: framing (wire.py), what is done with a message (core/).
+Invariants: as of all messages (messages.py).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvguard.format.orders import KnownIds
+from kvguard.format.shapes import Message
+from kvguard.types import Epoch, NodeId, Rank, SequenceId
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """Where a rank lives now: its node, the engine's endpoint, the daemon's address (for `releasable`)."""
+
+    rank: Rank
+    node: NodeId
+    endpoint: str
+    address: str
+
+
+class EmitterHello(Message, frozen=True):
+    """A session of the one emitter of an instance; a new incarnation ends the old one."""
+
+    instance: str
+    incarnation: int
+    epoch: Epoch
+
+
+class Welcome(Message, frozen=True):
+    """`recovering`: wait for Resume before the first step."""
+
+    instance: str
+    epoch: Epoch
+    members: tuple[Member, ...]
+    recovering: bool
+    sequences: int = 0
+
+
+class EmitterBeat(Message, frozen=True):
+    """`scheduled`: sequences with work in flight; `progress`: rises with every result that reached the emitter. Also says that the emitter lives.
+
+    `fenced`: the counter of the newest epoch announced to it: nothing of an older one reaches a client any more. Said at once after Fenced, because a round
+    may wait for it (house rule: "or the emitter has adopted the new epoch").
+    """
+
+    instance: str
+    incarnation: int
+    epoch: Epoch
+    scheduled: int
+    progress: int
+    fenced: int = 0
+
+
+class Fenced(Message, frozen=True):
+    """Stop: adopt nothing more of older epochs, wait for Resume."""
+
+    instance: str
+    epoch: Epoch
+    reason: str
+
+
+class ResumeSequence(msgspec.Struct, frozen=True, array_like=True):
+    """A resume token without what all tokens of one recovery share."""
+
+    sequence: SequenceId
+    position: int
+    rung: str
+    known: KnownIds
+
+
+class Resume(Message, frozen=True):
+    """The end of a recovery; or, with `error`, its explicit failure. `timing_ms`: detect, fence, plan, restore."""
+
+    instance: str
+    epoch: Epoch
+    members: tuple[Member, ...]
+    sequences: tuple[ResumeSequence, ...]
+    timing_ms: dict[str, float]
+    bytes_by_rung: dict[str, int]
+    error: str = ""
+
+
+class Adopted(Message, frozen=True):
+    """The emitter goes on in `epoch`. Answered by nothing; said again with every beat's epoch."""
+
+    instance: str
+    incarnation: int
+    epoch: Epoch
+
+
+class Delivered(Message, frozen=True):
+    """These sequences' answers have reached their clients: their ids may go after ids_retention_s. Passed on by the coordinator to all nodes."""
+
+    instance: str
+    sequences: tuple[SequenceId, ...]
+
+
+class Query(Message, frozen=True):
+    """A question of the command line or an emitter: `verb` with JSON arguments."""
+
+    id: int
+    verb: str
+    arguments: bytes = b"{}"
+
+
+class Answer(Message, frozen=True):
+    """`body`: JSON. `error`: not empty when there is none; `code` is the exit code it stands for."""
+
+    id: int
+    body: bytes
+    error: str = ""
+    code: int = 0
