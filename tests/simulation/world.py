@@ -141,15 +141,14 @@ class World:
         self._process(node).start_as_spare()
 
     def process_died(self, process: RankProcess) -> None:
-        """The node's supervisor starts another spare after a while."""
-        self.after(self.random.randrange(50, 400) * MS, lambda: self._supervise(process.node))
+        """The node's supervisor starts another spare after a while; a barren node's on another one, else ranks of barren nodes would use the spares up."""
+        node = process.node if process.node not in self.barren else next(name for name in self.nodes if name not in self.barren)
+        self.after(self.random.randrange(50, 400) * MS, lambda: self._supervise(node))
 
     def _supervise(self, node: str) -> None:
-        if node in self.barren:
-            return
         if self.nodes[node].life is None:
             self.after(100 * MS, lambda: self._supervise(node))
-        elif sum(1 for process in self.processes.values() if process.node == node and process.alive and process.guard is None) < 2:
+        elif sum(1 for process in self.processes.values() if process.node == node and process.alive and process.guard is None) < max(2, self.stages):
             self.spare(node)
 
     def to_rank(self, endpoint: str, order) -> None:
