@@ -83,6 +83,9 @@ class StreamId(NamedTuple):
         return f"{self.instance}/{self.rank}#{self.pool:016x}"
 
 
+Places = tuple[tuple[Rank, NodeId], ...]  # who has a part of a sequence, and where
+
+
 class Rung:
     """Where a sequence's KV comes back from, cheapest first. Values are the words of the documents; order() ranks them."""
 
@@ -102,6 +105,8 @@ class ResumeToken(NamedTuple):
     `position`: KV exists for [0, position) on every rank. `tokens`: all replicated ids from `position` on. Empty where the KV is ahead of them: the living
     emitter knows the next input itself; one that doesn't computes the last position once more.
     `prefix`: the ids below `position`, which a new emitter needs for text and penalties. `sampler`, `request`: opaque bytes as committed.
+    `places`: of a sequence that moves, every (rank, node) whose daemon can give [0, position) to an engine of another instance; empty: compute from the ids.
+    `proof`: what those daemons ask for.
     """
 
     instance: str
@@ -113,3 +118,16 @@ class ResumeToken(NamedTuple):
     sampler: bytes
     request: bytes
     rung: str
+    places: Places = ()
+    proof: bytes = b""
+
+
+class MovedToken(NamedTuple):
+    """What an engine of another instance fetches a moved sequence's KV with: a resume token without its ids. JSON form: format/moves.py."""
+
+    instance: str  # the dead one
+    sequence: SequenceId
+    epoch: Epoch
+    position: Position
+    proof: bytes
+    places: Places = ()

@@ -42,14 +42,16 @@ def connect(
     name: str = "",
     beat_ms: int = BEAT_MS,
     epoch: Epoch = NO_EPOCH,
+    moves: bool = False,
 ) -> Emitter:
     """The one emitter of `instance`; a later one anywhere ends this one's session. `coordinator`: its address. `epoch`: what an earlier life had adopted.
+    `moves`: sequences can be submitted to other instances of the same model: then no recovery waits for a standby (Resumption.moved).
 
     Returns at once, whether or not the coordinator is there. Raises BadConfig for an address that can't be dialled without keys.
     """
     if not instance or len(instance.encode()) > NAME_BYTES_MAX:
         raise BadConfig(f"instance {instance!r} isn't 1 to {NAME_BYTES_MAX} bytes. Try: the name in the daemons' configuration")
-    return Emitter(instance, coordinator, keys, insecure, name or own_name(keys).replace("ask-", "emitter-"), beat_ms, epoch)
+    return Emitter(instance, coordinator, keys, insecure, name or own_name(keys).replace("ask-", "emitter-"), beat_ms, epoch, moves)
 
 
 class _Question:
@@ -68,9 +70,9 @@ class _Question:
 class Emitter:
     """Made by connect(). All methods may be called from any thread."""
 
-    def __init__(self, instance: str, coordinator: str, keys: Keys | None, insecure: bool, name: str, beat_ms: int, epoch: Epoch):
+    def __init__(self, instance: str, coordinator: str, keys: Keys | None, insecure: bool, name: str, beat_ms: int, epoch: Epoch, moves: bool = False):
         self.instance, self.incarnation = instance, int.from_bytes(os.urandom(8), "little") >> 1 or 1
-        self._coordinator, self._beat_s = coordinator, beat_ms / 1000
+        self._coordinator, self._beat_s, self._moves = coordinator, beat_ms / 1000, moves
         self._changed = threading.Condition()
         self._adopted, self._announced = epoch, messages.Fenced(instance, epoch, "")
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -253,7 +255,7 @@ class Emitter:
             self._session = True
             self._undelivered = len(self._delivered)
             self._adopt_unsaid = self._adopted != NO_EPOCH
-            self._say(messages.EmitterHello(self.instance, self.incarnation, self._adopted))
+            self._say(messages.EmitterHello(self.instance, self.incarnation, self._adopted, self._moves))
         elif isinstance(event, Down):
             if event.link == COORDINATOR:
                 self._session = False

@@ -15,7 +15,10 @@ from kvguard.types import Epoch, ResumeToken
 
 
 class Resumption:
-    """One recovery's end: iterate it for its ResumeTokens. `members`: where the ranks live now; `timing_ms`, `bytes_by_rung`: as the coordinator saw it."""
+    """One recovery's end: iterate it for its ResumeTokens. `members`: where the ranks live now; `timing_ms`, `bytes_by_rung`: as the coordinator saw it.
+
+    `moved`: tokens with a proof name sequences that go on in another instance of the same model (moves.encode); the others go on here.
+    """
 
     def __init__(self, resume: Resume):
         self.instance: str = resume.instance
@@ -23,6 +26,7 @@ class Resumption:
         self.members: tuple[Member, ...] = resume.members
         self.timing_ms = dict(resume.timing_ms)
         self.bytes_by_rung = dict(resume.bytes_by_rung)
+        self.moved: bool = resume.moved
         self.tokens: tuple[ResumeToken, ...] = tuple(self._token(entry) for entry in resume.sequences)
 
     def __iter__(self) -> Iterator[ResumeToken]:
@@ -39,4 +43,6 @@ class Resumption:
         if not 0 <= entry.position <= len(ids):
             raise BadFrame(f"sequence {entry.sequence!r}: position {entry.position} is beyond its {len(ids)} ids")
         prefix, tokens = ids[: entry.position], ids[entry.position :]
-        return ResumeToken(self.instance, entry.sequence, self.epoch, entry.position, tokens, prefix, known.sampler, known.request, entry.rung)
+        return ResumeToken(
+            self.instance, entry.sequence, self.epoch, entry.position, tokens, prefix, known.sampler, known.request, entry.rung, entry.places, entry.proof
+        )

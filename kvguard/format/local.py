@@ -15,7 +15,7 @@ import msgspec
 from kvguard.errors import BadFrame
 from kvguard.format.layout import Layout
 from kvguard.format.messages import PlanOrder, Rebuild, StreamShape
-from kvguard.types import Epoch, Lineage, Rank, SequenceId, StreamId
+from kvguard.types import Epoch, Lineage, MovedToken, Rank, SequenceId, StreamId
 
 
 class Local(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -106,13 +106,42 @@ class Restored(Local, frozen=True):
     restore_ms: float = 0.0
 
 
+class Fetch(Local, frozen=True):
+    """rank -> daemon: where is the KV of this moved sequence, for the (pp, tp) of the rank that asks? `number`: chosen by the engine, comes back."""
+
+    number: int
+    token: MovedToken
+
+
+class FetchGiven(Local, frozen=True):
+    """daemon -> rank, with one descriptor, opened for reading alone: of an arena of `shape` (format/pages.py), or of a dead pool where there is a `layout`.
+
+    `blocks`, `generations`: of [0, position), where they stand in that arena or pool. A pool has no sums: nothing writes it any more.
+    """
+
+    number: int
+    position: int
+    blocks: tuple[int, ...]
+    generations: tuple[int, ...]
+    shape: StreamShape
+    layout: Layout | None = None
+
+
+class FetchRefused(Local, frozen=True):
+    """daemon -> rank. `again`: it may be there in a moment (the old process is being ended)."""
+
+    number: int
+    reason: str
+    again: bool = False
+
+
 class Body(Local, frozen=True):
     """The message itself is in the memfd that comes first; `descriptors` of it follow."""
 
     bytes: int
 
 
-ALL = Attach | Attached | AttachRefused | Detach | RestoreOrder | ClaimOrder | Restored | Body
+ALL = Attach | Attached | AttachRefused | Detach | RestoreOrder | ClaimOrder | Restored | Body | Fetch | FetchGiven | FetchRefused
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ALL)

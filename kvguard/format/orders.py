@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from kvguard.format.shapes import Holding, Ints, Message
-from kvguard.types import Epoch, Lineage, NodeId, Rank, SequenceId, StreamId
+from kvguard.types import Epoch, Lineage, NodeId, Places, Rank, SequenceId, StreamId
 
 
 class RankBeat(msgspec.Struct, frozen=True, array_like=True):
@@ -34,6 +34,7 @@ class RankBeat(msgspec.Struct, frozen=True, array_like=True):
     lag_bytes: int
     lag_ms: float
     progress: int
+    fingerprint: int = 0  # of its shape: equal ones of two instances hold interchangeable bytes
 
 
 class StandbyBeat(msgspec.Struct, frozen=True, array_like=True):
@@ -159,6 +160,9 @@ class PlanOrder(Message, frozen=True):
     `ids`: how many ids are known. A sequence that isn't named is over: survivors release it, holders drop it.
     `explanations`: why this position and this rung, for people. `survivors`: the lives of the ranks that go on; whoever else still lives as one of these
     ranks is a former life that was taken for dead.
+
+    `moved`: ranks that nobody rebuilds: whoever lives as one ends, its sequences go on in other instances. `places`: then, by sequence, every (rank, node) that
+    keeps [0, position) for them until it is delivered. `secret`: what moved tokens are proved with; daemons keep it from engines.
     """
 
     instance: str
@@ -174,6 +178,9 @@ class PlanOrder(Message, frozen=True):
     transfers: tuple[tuple[NodeId, NodeId, str, StreamId], ...]  # holder, target, target's address, stream
     explanations: tuple[str, ...]
     survivors: tuple[StreamId, ...] = ()
+    moved: tuple[Rank, ...] = ()
+    places: tuple[Places, ...] = ()
+    secret: bytes = b""
 
 
 class RebuildOrder(Message, frozen=True):

@@ -10,7 +10,7 @@ import msgspec
 
 from kvguard.format.orders import KnownIds
 from kvguard.format.shapes import Message
-from kvguard.types import Epoch, NodeId, Rank, SequenceId
+from kvguard.types import Epoch, NodeId, Places, Rank, SequenceId
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):
@@ -23,11 +23,12 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EmitterHello(Message, frozen=True):
-    """A session of the one emitter of an instance; a new incarnation ends the old one."""
+    """A session of the one emitter of an instance; a new incarnation ends the old one. `moves`: it can go on with sequences in other instances."""
 
     instance: str
     incarnation: int
     epoch: Epoch
+    moves: bool = False
 
 
 class Welcome(Message, frozen=True):
@@ -64,16 +65,21 @@ class Fenced(Message, frozen=True):
 
 
 class ResumeSequence(msgspec.Struct, frozen=True, array_like=True):
-    """A resume token without what all tokens of one recovery share."""
+    """A resume token without what all tokens of one recovery share. `places`, `proof`: of a sequence that moves (types.ResumeToken)."""
 
     sequence: SequenceId
     position: int
     rung: str
     known: KnownIds
+    places: Places = ()
+    proof: bytes = b""
 
 
 class Resume(Message, frozen=True):
-    """The end of a recovery; or, with `error`, its explicit failure. `timing_ms`: detect, fence, plan, restore."""
+    """The end of a recovery; or, with `error`, its explicit failure. `timing_ms`: detect, fence, plan, restore.
+
+    `moved`: sequences with `proof` go on in other instances: their ranks are not rebuilt.
+    """
 
     instance: str
     epoch: Epoch
@@ -82,6 +88,7 @@ class Resume(Message, frozen=True):
     timing_ms: dict[str, float]
     bytes_by_rung: dict[str, int]
     error: str = ""
+    moved: bool = False
 
 
 class Adopted(Message, frozen=True):
