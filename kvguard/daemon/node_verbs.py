@@ -133,7 +133,7 @@ class NodeVerbs:
         changed = []
         for stream, entry in self._entries({key: arguments[key] for key in ("instance", "rank", "sequence")}):
             if not entry["released"] and entry["positions"] > arguments["position"]:
-                self._shell.store.damage(stream, entry["sequence"], arguments["position"])
+                self._shell.store.damage(stream, entry["sequence"], arguments["position"], bool(arguments.get("bytes_only")))
                 changed.append(entry["stream"])
         return {"changed": bool(changed), "streams": changed}
 

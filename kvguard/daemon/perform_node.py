@@ -210,6 +210,7 @@ def push_replica(shell: NodeShell, effect: effects.PushReplica) -> Events:
     replica = shell.store.replica(effect.stream)
     if effect.stream in shell.local:
         raise Refused(f"{effect.stream} lives here: it is not a replica")
+    shell.store.scrub(effect.stream)  # sums are taken anew from what is pushed: damage would arrive as truth
     stream, told = pushing.source(replica, effect.node, shell.epochs.get(effect.stream.instance, NO_EPOCH))
     shell.streams[effect.stream] = stream
     return told

@@ -179,10 +179,12 @@ class Arena:
         at = block * self.page_bytes
         return self._memory[at : at + self.shape.block_bytes].toreadonly()
 
-    def damage(self, block: int, slot: int) -> None:
-        """The negative control of drills: change a byte of a token *and* its sum, so that only a comparison with the pool can tell."""
+    def damage(self, block: int, slot: int, bytes_only: bool = False) -> None:
+        """Change a byte of a token, for drills: *and* its sum, so that only a comparison with the pool can tell; or the byte alone, which the sum must tell."""
         at = block * self.page_bytes + (slot * self.shape.token_bytes if self.shape.addressable else 0)
         self._memory[at] ^= 0xFF
+        if bytes_only:
+            return
         if self.shape.addressable:
             self.write_tokens(block, slot, self.tokens(block, slot, 1), pages.sums_of(self.tokens(block, slot, 1), self.shape.token_bytes))
         else:

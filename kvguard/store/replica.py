@@ -302,12 +302,26 @@ class Replica:
             held += count
         return held
 
-    def damage(self, name: SequenceId, position: int) -> None:
-        """The negative control: see Arena.damage."""
+    def scrub(self) -> int:
+        """Read everything that is held; what lies beyond the first damaged position of a sequence goes, its ids stay. Returns how many positions went."""
+        gone = 0
+        for sequence in self.live():
+            held = self.verify(sequence.name)
+            if held < sequence.position:
+                index = held // self.shape.block_tokens
+                if self.arena.refs[sequence.blocks[index]] > 1:
+                    held = index * self.shape.block_tokens  # a page that others name too is only written anew once nobody does
+                gone += sequence.position - held
+                self._cut_kv(sequence, held)
+                self._readmit(sequence)
+        return gone
+
+    def damage(self, name: SequenceId, position: int, bytes_only: bool = False) -> None:
+        """For drills: see Arena.damage."""
         sequence = self._named(name)
         if not 0 <= position < sequence.position:
             raise Refused(f"position {position} of {name}: held are {sequence.position}")
-        self.arena.damage(sequence.blocks[position // self.shape.block_tokens], position % self.shape.block_tokens)
+        self.arena.damage(sequence.blocks[position // self.shape.block_tokens], position % self.shape.block_tokens, bytes_only)
 
     def _named(self, name: SequenceId) -> Sequence:
         if name not in self.sequences:

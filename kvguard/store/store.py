@@ -267,9 +267,16 @@ class ReplicaStore:
             (stream, len(replica.live()), replica.arena.pages_live() * replica.arena.page_bytes) for stream, replica in self._replicas.items()
         )
 
-    def damage(self, stream: StreamId, sequence: SequenceId, position: int) -> None:
-        """The negative control of drills: a held position's byte *and* sum change, so that only a comparison with the pool can tell."""
-        self.replica(stream).damage(sequence, position)
+    def scrub(self, stream: StreamId) -> int:
+        """Somebody found damage: a replica is read whole and cut to what its sums vouch for, so that the next report is true. How many positions went."""
+        replica = self._replicas.get(stream)
+        gone = replica.scrub() if replica is not None else 0
+        self.counters["positions_damaged"] += gone
+        return gone
+
+    def damage(self, stream: StreamId, sequence: SequenceId, position: int, bytes_only: bool = False) -> None:
+        """For drills: a held position's byte changes; with its sum (the negative control), or alone."""
+        self.replica(stream).damage(sequence, position, bytes_only)
 
     def close(self) -> None:
         for stream in tuple(self._replicas):

@@ -402,3 +402,21 @@ def test_shapes_out_of_bounds_are_refused(make):
     assert store.streams() == ()
     Sent(store)
     assert "another shape" in Sent(store, shape=WHOLE, session=2).held.reason
+
+
+@pytest.mark.parametrize("position, kept", [(0, 0), (5, 5), (9, 9)])
+def test_what_the_sums_do_not_vouch_for_goes_and_can_be_sent_again(make, position, kept):
+    """A byte that changed in memory is found by a pull; before anybody plans with this replica again, it says only what is whole."""
+    store = make()
+    sent = Sent(store)
+    sent.open(1, "a", 10)
+    sent.fill(1, "a", [5, 6, 7], 10)
+    assert store.scrub(STREAM) == 0
+    store.damage(STREAM, "a", position, bytes_only=True)
+    assert store.verify(STREAM) == {"a": position}
+    assert store.scrub(STREAM) == 10 - kept and store.counters["positions_damaged"] == 10 - kept
+    assert store.holding(STREAM).positions == (kept,) and store.holding(STREAM).ids == (10,)
+    again = Sent(store, session=2)
+    again.open(1, "a", 10)
+    again.fill(1, "a", [5, 6, 7], 10)
+    assert store.verify(STREAM) == {"a": 10}
