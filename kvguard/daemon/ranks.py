@@ -79,6 +79,7 @@ class Spare:
     pidfd: int
     connection: int
     killed: str = ""
+    sources: tuple[StreamId, ...] = ()  # replicas that it was told to pull
 
 
 class Ranks:
@@ -361,6 +362,7 @@ class Ranks:
                     descriptor, pages = self._store.pages(source.stream)
                     descriptors.append(descriptor)
                     replicas.append(pages)
+                spare.sources = tuple(source.stream for source in rebuild.sources)
                 order = local.ClaimOrder(plan.instance, rebuild.rank, plan.epoch, plan, rebuild, False, None, None, tuple(replicas))
             if not self._tell(spare.connection, order, descriptors):
                 raise Refused(f"standby {rebuild.standby} doesn't read its socket. Try: another standby")
@@ -378,8 +380,18 @@ class Ranks:
         told = self.look(stream) if rank else ()
         by_rung = tuple(sorted(message.bytes_by_rung.items()))
         endpoint = rank.stream.endpoint if rank else ""
+        if message.error:
+            self._scrub(connection)
         error = message.error or ("" if rank else "restored, but not attached as this rank")
         return [*told, events.EngineRestored(message.instance, stream.rank, message.epoch, stream, endpoint, error, by_rung, message.restore_ms)]
+
+    def _scrub(self, connection: int) -> None:
+        """A pull failed: whatever the replicas hold that their sums don't vouch for goes before anybody plans with it again."""
+        for spare in self.spares.values():
+            for stream in spare.sources if spare.connection == connection else ():
+                gone = self._store.scrub(stream)
+                if gone:
+                    log.warning("the replica of %s was damaged: %d positions of it are gone", stream, gone)
 
     def kill(self, incarnation: int) -> None:
         """SIGKILL through the pidfd: never through a number that may be another's by now."""
