@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvguard.engine.attach import allocate, attach, attach_scheduler, attach_standby
+from kvguard.engine.fetch import Fetch, Fetched
 from kvguard.engine.guard import Guard, Step
 from kvguard.engine.restore import Restored, RestoredSequence
 from kvguard.engine.standby import Claim, Standby
@@ -10,5 +11,5 @@ from kvguard.format.layout import Layout
 from kvguard.types import Rank
 
 __all__ = [
-    "Claim", "Guard", "Layout", "Rank", "Restored", "RestoredSequence", "Standby", "Step", "allocate", "attach", "attach_scheduler", "attach_standby",
+    "Claim", "Fetch", "Fetched", "Guard", "Layout", "Rank", "Restored", "RestoredSequence", "Standby", "Step", "allocate", "attach", "attach_scheduler", "attach_standby",
 ]  # fmt: skip

@@ -14,10 +14,12 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
 from kvguard.engine.client import Session, client
+from kvguard.engine.fetch import Fetch, Fetched, Fetches
 from kvguard.engine.table import TableWriter
 from kvguard.errors import Fenced, TimedOut
 from kvguard.format import local
@@ -25,7 +27,7 @@ from kvguard.format import rows as fmt
 from kvguard.format.layout import Layout
 from kvguard.format.lineage import forked
 from kvguard.format.messages import PlanOrder
-from kvguard.types import NO_EPOCH, Epoch, Rank, StreamId
+from kvguard.types import NO_EPOCH, Epoch, MovedToken, Rank, StreamId
 
 
 class Step:
@@ -112,6 +114,7 @@ class Guard:
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._take_words(table.views.word)
         self._step = Step(self)
+        self._fetches = Fetches(self)
         self._detached = False
 
     def _take_words(self, word) -> None:
@@ -226,6 +229,21 @@ class Guard:
         if self.session is not None:
             self.session.say(restored)
 
+    # ---- sequences that move here -------------------------------------------------------------------------------------------------
+
+    def fetch(self, moved: MovedToken, blocks: Sequence[int], timeout_s: float) -> Fetched:
+        """KV [0, moved.position) of a dead instance's sequence into this rank's own `blocks` (block n of the sequence into blocks[n]), verified; the tail block
+        whole where tokens aren't addressable. From any thread, beside steps; the blocks must be of no sequence that runs. Commit it as a sequence of your own.
+
+        Raises Refused (forged, stale, not on this node, another layout), TimedOut, BadFrame (a sum doesn't hold): compute it from its ids then.
+        """
+        with self.fetch_begin(moved, timeout_s) as found:
+            return found.pull(blocks)
+
+    def fetch_begin(self, moved: MovedToken, timeout_s: float = 5.0) -> Fetch:
+        """The first half of fetch: found and mapped, `.pull(blocks)` copies, for adapters that choose blocks and moment. Raises Refused, TimedOut."""
+        return self._fetches.begin(moved, timeout_s)
+
     # ---- the line to the daemon (client thread) -----------------------------------------------------------------------------------
 
     def connect(self, path: str) -> None:
@@ -243,6 +261,9 @@ class Guard:
         return message, [pidfd, self._bell, self.table.fd, *exported], [pidfd, *exported]
 
     def received(self, message: local.Local, descriptors: list[int]) -> None:
+        if isinstance(message, local.FetchGiven | local.FetchRefused):
+            self._fetches.answered(message, descriptors)
+            return
         for descriptor in descriptors:
             os.close(descriptor)
         again = None
@@ -276,6 +297,7 @@ class Guard:
         if self._detached:
             return
         self._detached = True
+        self._fetches.close()
         if self.session is not None:
             self.session.say(local.Detach())
             self.session.end(timeout_s)

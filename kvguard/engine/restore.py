@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvguard.engine.pull import pull_pages, token_counts
 from kvguard.errors import BadFrame, Refused, Stale
 from kvguard.format import local
 from kvguard.format.messages import PlanOrder
-from kvguard.format.pages import BATCH_BYTES, PageReader
+from kvguard.format.pages import PageReader
 from kvguard.types import Epoch, Lineage, Rung
 
 
@@ -200,21 +201,9 @@ class _Pull:
         blocks, generations = self.pages.blocks[column][:needed], self.pages.generations[column][:needed]
         if len(blocks) < needed or len(self.pages.ids[column]) < 4 * position:
             raise Refused(f"sequence {name!r}: the replica names {len(blocks)} blocks and {len(self.pages.ids[column]) // 4} ids for {position} positions")
-        counts = [min(tokens, position - n * tokens) for n in range(needed)]
+        counts = token_counts(position, tokens)
         wanted = [n for n in range(needed) if self._whole.get(blocks[n], 0) < counts[n]]
-        batch = max(1, BATCH_BYTES // self.pages.shape.block_bytes)
-        for first in range(0, len(wanted), batch):
-            part = wanted[first : first + batch]
-            self._copy([blocks[n] for n in part], [generations[n] for n in part], [counts[n] for n in part])
+        part = [blocks[n] for n in wanted], [generations[n] for n in wanted], [counts[n] for n in wanted]
+        self.bytes += pull_pages(self.pool, self._reader, *part, [self._remap(block) for block in part[0]])
+        self._whole.update(zip(part[0], part[2], strict=True))
         return [self._remap(block) for block in blocks], column
-
-    def _copy(self, blocks: list[int], generations: list[int], counts: list[int]) -> None:
-        parts = [self._reader.page(*piece) for piece in zip(blocks, generations, counts, strict=True)]
-        data = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
-        here = [self._remap(block) for block in blocks]
-        if self.pages.shape.addressable:
-            self.pool.scatter(here, [0] * len(here), counts, data)
-        else:
-            self.pool.scatter_blocks(here, data)
-        self._whole.update(zip(blocks, counts, strict=True))
-        self.bytes += data.nbytes

@@ -74,6 +74,10 @@ class PageReader:
         """Forget the mapping; it goes when the last view that was handed out does."""
         self._memory = memoryview(b"")
 
+    def holds(self, block: int, generation: int) -> bool:
+        """Whether page `block` is of that generation now."""
+        return struct.unpack_from("<Q", self._memory, block * self._page_bytes + self.shape.block_bytes)[0] == generation
+
     def page(self, block: int, generation: int, tokens: int) -> memoryview:
         """The canonical bytes of the first `tokens` tokens (the whole block where tokens aren't addressable). Raises Stale and BadFrame, naming the block."""
         shape = self.shape
