@@ -11,5 +11,6 @@ from kvguard.format.layout import Layout
 from kvguard.types import Rank
 
 __all__ = [
-    "Claim", "Fetch", "Fetched", "Guard", "Layout", "Rank", "Restored", "RestoredSequence", "Standby", "Step", "allocate", "attach", "attach_scheduler", "attach_standby",
+    "Claim", "Fetch", "Fetched", "Guard", "Layout", "Rank", "Restored", "RestoredSequence", "Standby", "Step", "allocate", "attach", "attach_scheduler",
+    "attach_standby",
 ]  # fmt: skip
