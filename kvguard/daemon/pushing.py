@@ -69,7 +69,7 @@ class PushedReplica:
             opened.append(events.Opened(row, sequence.name, generation, sequence.lineage, sequence.request))
             if sequence.blocks:
                 grown.append(events.Grown(row, 0, tuple(sequence.blocks), tuple(map(self._arena.generation, sequence.blocks))))
-            committed.append(sequence.position)
+            committed.append(self._replica.stated(sequence))
             ids.append(sequence.known)
         rows = tuple(range(len(self._rows)))
         return events.Looked(self._replica.stream, (), (), tuple(opened), tuple(grown), rows, tuple(committed), tuple(ids))

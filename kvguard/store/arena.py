@@ -4,11 +4,13 @@ Knows: pages (format/pages.py), references, fill, the file. Must not know: seque
 Invariants: what is written through the mapping was allocated before, so a full tmpfs is an error and never a SIGBUS; the file can't shrink under a
 puller's mapping; a page without references has fill 0; freed pages keep their memory until the budget needs it.
 Cost: 4 bytes a page here; block lists cost 4 more per reference (store/replica.py), generation and sums live in the page itself.
+
+The file may outlive the process (store/shelf.py); references and fill don't: whoever opens it again says them (`adopt`), and punches the rest.
 """
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -20,61 +22,53 @@ from kvguard.errors import StoreFull
 from kvguard.format import pages
 from kvguard.format.messages import StreamShape
 from kvguard.store.budget import Budget
+from kvguard.store.index import punch
 
 REFS_MAX = 65535
-SUFFIX = ".arena"
 LAZY_BYTES_MIN = 64 * 1024  # pages from here on get their memory token by token: a step in which many sequences enter a block must not zero all of them
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _word = struct.Struct("<Q")
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class Arena:
     """Pages of `shape` in `descriptor`, which this object owns from now on."""
 
-    def __init__(self, descriptor: int, shape: StreamShape, budget: Budget, path: str | None = None) -> None:
+    def __init__(self, descriptor: int, shape: StreamShape, budget: Budget) -> None:
+        """Raises OSError where the file can't have the shape's size."""
         self.shape = shape
         self.page_bytes = pages.page_bytes(shape)
         self.refs = memoryview(np.zeros(shape.blocks, dtype=np.uint16))  # plain ints come out of a memoryview, for a third of the time
         self.fill = memoryview(np.zeros(shape.blocks, dtype=np.uint16))
         self._lazy = self.page_bytes >= LAZY_BYTES_MIN
         self._descriptor = descriptor
-        self._path = path
         self._budget = budget
         self._retained: set[int] = set()
         os.ftruncate(descriptor, shape.blocks * self.page_bytes)
         self._mapped = mmap.mmap(descriptor, shape.blocks * self.page_bytes)
         self._memory = memoryview(self._mapped)
+        self._seal()
         budget.reclaimers.append(self.punch)
 
-    @classmethod
-    def create(cls, directory: str | None, name: str, shape: StreamShape, budget: Budget) -> Arena:
-        """In a memfd, or in a file `name` of `directory` (a tmpfs), readable by this user alone. Raises OSError."""
-        if directory is None:
-            path, descriptor = None, os.memfd_create(f"kvguard-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        else:
-            path = os.path.join(directory, name + SUFFIX)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    def _seal(self) -> None:
+        """A memfd can't shrink under a puller's mapping; a file has no seals (EINVAL), and is opened by this user alone."""
         try:
-            arena = cls(descriptor, shape, budget, path)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        if directory is None:
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        return arena
+            if not fcntl.fcntl(self._descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SEAL:
+                fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+
+    def inode(self) -> int:
+        """Which file this is, as long as anybody has it open or mapped."""
+        return os.fstat(self._descriptor).st_ino
 
     def close(self) -> None:
-        """Give everything back, the file's name too. Pullers' mappings live on."""
+        """Give the mapping back. Pullers' mappings, and what a shelf keeps, live on."""
         self._budget.reclaimers.remove(self.punch)
         self._budget.retained -= len(self._retained) * self.page_bytes
         self._retained.clear()
         self._memory.release()
         self._mapped.close()
         os.close(self._descriptor)
-        if self._path is not None:
-            os.unlink(self._path)
 
     def export(self) -> int:
         """A duplicate of the descriptor: the caller's to close."""
@@ -83,7 +77,7 @@ class Arena:
     # ---- references -----------------------------------------------------------------------------------------------------------------
 
     def generation(self, block: int) -> int:
-        """Of a page with references."""
+        """Of a page with references; of one of a former life, what stands there."""
         return _word.unpack_from(self._memory, block * self.page_bytes + self.shape.block_bytes)[0]
 
     def pages_live(self) -> int:
@@ -115,6 +109,21 @@ class Arena:
             except OSError as error:
                 raise StoreFull(f"no memory for page {block}: {error}. Try: a larger tmpfs, or a smaller arena budget") from error
 
+    def adopt(self, block: int, filled: int) -> None:
+        """One reference to a page of a former life, which has `filled` slots at least; its bytes were promised."""
+        if not self.refs[block]:
+            self._budget.use(self.page_bytes)
+        self.refs[block] += 1
+        self.fill[block] = max(self.fill[block], filled)
+
+    def punch_unused(self) -> None:
+        """After `adopt`: memory of pages that nobody named goes back to the system."""
+        run = 0
+        for block in (*np.flatnonzero(np.asarray(self.refs)).tolist(), self.shape.blocks):
+            if block > run:
+                punch(self._descriptor, run * self.page_bytes, (block - run) * self.page_bytes)
+            run = block + 1
+
     def refer(self, block: int) -> None:
         """One more sequence holds this page. Raises StoreFull at the counter's end."""
         if self.refs[block] == REFS_MAX:
@@ -134,7 +143,7 @@ class Arena:
         run: list[int] = []
         for block in (*sorted(self._retained), None):
             if run and block != run[-1] + 1:
-                _punch(self._descriptor, run[0] * self.page_bytes, len(run) * self.page_bytes)
+                punch(self._descriptor, run[0] * self.page_bytes, len(run) * self.page_bytes)
                 run = []
             if block is not None:
                 run.append(block)
@@ -189,9 +198,3 @@ class Arena:
             self.write_tokens(block, slot, self.tokens(block, slot, 1), pages.sums_of(self.tokens(block, slot, 1), self.shape.token_bytes))
         else:
             self.write_block(block, self.block(block), pages.sums_of(self.block(block), self.shape.block_bytes)[0])
-
-
-def _punch(descriptor: int, start: int, size: int) -> None:
-    if _libc.fallocate(descriptor, _KEEP_SIZE | _PUNCH_HOLE, start, size):
-        error = ctypes.get_errno()
-        raise OSError(error, f"punching {size} bytes at {start}: {os.strerror(error)}")

@@ -2,7 +2,8 @@
 
 Knows: positions, ids, generations, lineage, admission. Must not know: sessions, frames, lanes, time.
 Invariants (check): every sequence's blocks hold [0, position) whole, verified, without a hole; a page's references are the block lists that name it; what was
-admitted fits the budget, so growth that was promised can't fail for want of it; a sequence that can't be kept is dropped whole.
+admitted fits the budget, so growth that was promised can't fail for want of it; a sequence that can't be kept is dropped whole. What was found in a former
+life's arena is stated only as far as it has been read and verified since (`unchecked`); until all of it is, no session writes here.
 
 A released sequence gives its pages back at once and keeps its ids (the store decides how long).
 """
@@ -19,15 +20,20 @@ from kvguard.format.messages import PIECE_BLOCK, PIECE_REFERENCE, PIECE_TOKENS, 
 from kvguard.limits import IDS_PER_ROW_MAX, ROWS_MAX
 from kvguard.store.arena import Arena
 from kvguard.store.budget import Budget
-from kvguard.types import Lineage, SequenceId, Span, StreamId
+from kvguard.store.changes import Changes
+from kvguard.store.index import Index
+from kvguard.types import Epoch, Lineage, SequenceId, Span, StreamId
 
 ID_BYTES = 4
 
 
 class Sequence:
-    """One sequence of a replica. `promised`: pages reserved beyond `blocks`. `expires_ns`: 0 until delivered."""
+    """One sequence of a replica. `promised`: pages reserved beyond `blocks`. `expires_ns`: 0 until delivered. `number`, `logged_*`: store/changes.py's."""
 
-    __slots__ = ("blocks", "expires_ns", "generation", "ids", "lineage", "name", "position", "promised", "released", "request", "sampler")
+    __slots__ = (
+        "blocks", "expires_ns", "generation", "ids", "lineage", "logged_blocks", "logged_ids", "name", "number", "position", "promised", "released", "request",
+        "sampler",
+    )  # fmt: skip
 
     def __init__(self, name: SequenceId, generation: int, lineage: Lineage, request: bytes) -> None:
         self.name = name
@@ -41,6 +47,7 @@ class Sequence:
         self.promised = 0
         self.released = False
         self.expires_ns = 0
+        self.number = self.logged_blocks = self.logged_ids = 0
 
     @property
     def known(self) -> int:
@@ -51,12 +58,16 @@ class Sequence:
 class Replica:
     """All operations raise StoreFull where a sequence can't be kept (the caller drops it) and BadFrame where what arrives doesn't fit what is held."""
 
-    def __init__(self, stream: StreamId, shape: StreamShape, arena: Arena, budget: Budget) -> None:
+    def __init__(self, stream: StreamId, shape: StreamShape, arena: Arena, budget: Budget, index: Index | None = None) -> None:
         self.stream = stream
         self.shape = shape
         self.arena = arena
+        self.index = index
+        self.changes = Changes(arena.generation)
         self.sequences: dict[SequenceId, Sequence] = {}
         self.released: list[SequenceId] = []  # since the store last looked
+        self.unchecked: dict[SequenceId, int] = {}  # of a former life: how many positions were read and verified since
+        self.carried: Epoch | None = None  # the newest whose plan was carried out here
         self._budget = budget
         self._lineage: Lineage = ()  # the last one seen: sequences of one epoch share the object
 
@@ -69,7 +80,7 @@ class Replica:
         if held is not None and held.generation == generation and not held.released:
             agreed = lineages.agreed(held.lineage, lineage)
             self.cut(held, min(agreed, held.position), min(agreed, held.known))
-            held.lineage = lineage
+            self.fork(held, generation, lineage)
             return held
         if held is not None:
             self.drop(held)
@@ -79,7 +90,14 @@ class Replica:
             raise self._budget.full(f"the request of {name}")
         self._budget.use(len(request))
         sequence = self.sequences[name] = Sequence(name, generation, lineage, request)
+        self.changes.begun(sequence)
         return sequence
+
+    def fork(self, sequence: Sequence, generation: int, lineage: Lineage) -> None:
+        """What follows is of this generation and lineage."""
+        if (generation, lineage) != (sequence.generation, sequence.lineage):
+            sequence.generation, sequence.lineage = generation, lineage
+            self.changes.lives[sequence] = None
 
     def extend_ids(self, sequence: Sequence, start: int, ids, sampler: bytes) -> None:
         """Token ids from position `start` on (u32 LE); what is known already changes nothing. Room for their KV is reserved before they are taken."""
@@ -97,6 +115,7 @@ class Replica:
             sequence.ids += more
         if sampler and end >= known:
             sequence.sampler = sampler
+        self.changes.told[sequence] = None
 
     def cut(self, sequence: Sequence, position: int, ids: int) -> None:
         """KV beyond `position` and ids beyond `ids` are void."""
@@ -105,12 +124,15 @@ class Replica:
         if gone:
             del sequence.ids[ids * ID_BYTES :]
             self._budget.free(gone)
-        self._readmit(sequence)
+            sequence.logged_ids = min(sequence.logged_ids, sequence.known)
+            self.changes.cut[sequence] = None
+        self.readmit(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Pages go, ids stay."""
         self._clear(sequence)
         sequence.released = True
+        self.changes.lives[sequence] = None
         self.released.append(sequence.name)
 
     def _clear(self, sequence: Sequence) -> None:
@@ -123,11 +145,23 @@ class Replica:
         self._clear(sequence)
         self._budget.free(len(sequence.ids) + len(sequence.request))
         del self.sequences[sequence.name]
+        self.unchecked.pop(sequence.name, None)
+        self.changes.dropped(sequence)
 
     def close(self) -> None:
+        """Forget it here; what a shelf keeps of it stays as it is."""
         for sequence in list(self.sequences.values()):
             self.drop(sequence)
         self.arena.close()
+        if self.index is not None:
+            self.index.close()
+
+    def record(self) -> None:
+        """Write down what changed, before anything is acknowledged or stated."""
+        if self.index is None or not self.changes.any():
+            self.changes.forget()
+        elif self.index.append(self.changes.record()):
+            self.index.rewrite(self.changes.snapshot(self.sequences.values(), self.carried))
 
     def _shared(self, lineage: Lineage) -> Lineage:
         if lineage != self._lineage:
@@ -144,7 +178,7 @@ class Replica:
                 raise self._budget.full(f"{positions} positions of {sequence.name}")
             sequence.promised = need
 
-    def _readmit(self, sequence: Sequence) -> None:
+    def readmit(self, sequence: Sequence) -> None:
         """After a cut: what its known length still needs, as far as it can be had (growth asks again)."""
         need = max(0, -(-max(sequence.known, sequence.position) // self.shape.block_tokens) - len(sequence.blocks))
         if self._budget.promise((need - sequence.promised) * self.arena.page_bytes):
@@ -178,6 +212,7 @@ class Replica:
             raise BadFrame(f"sequence {sequence.name}: refers to {slot + count} slots of block {block}, held are {arena.fill[block]}")
         if end > sequence.position:
             sequence.position = end
+        self.changes.grown[sequence] = None
 
     def _verify(self, block: int, data: memoryview, sums: tuple[int, ...]) -> None:
         if pages.sums_of(data, len(data) // len(sums)) != sums:
@@ -188,7 +223,7 @@ class Replica:
         if slot or sequence.position > end:
             raise BadFrame(f"sequence {sequence.name}: another block at {index * self.shape.block_tokens} without a cut, held are {sequence.position}")
         self._cut_kv(sequence, index * self.shape.block_tokens)
-        self._readmit(sequence)
+        self.readmit(sequence)
 
     def _attach(self, sequence: Sequence, end: int, block: int, generation: int, flag: int, filled: int) -> None:
         arena = self.arena
@@ -214,7 +249,7 @@ class Replica:
         for sequence in self.sequences.values():
             if block in sequence.blocks:
                 self._cut_kv(sequence, sequence.blocks.index(block) * self.shape.block_tokens)
-                self._readmit(sequence)
+                self.readmit(sequence)
 
     def _write_tokens(self, sequence: Sequence, index: int, slot: int, count: int, block: int, data: memoryview, sums: tuple[int, ...]) -> None:
         arena, width = self.arena, self.shape.token_bytes
@@ -253,6 +288,9 @@ class Replica:
             arena.release(sequence.blocks.pop())
         if position < sequence.position and position % tokens and arena.refs[sequence.blocks[-1]] == 1:
             arena.fill[sequence.blocks[-1]] = position % tokens
+        if position < sequence.position or len(sequence.blocks) < sequence.logged_blocks:
+            sequence.logged_blocks = min(sequence.logged_blocks, len(sequence.blocks))
+            self.changes.cut[sequence] = None
         sequence.position = position
 
     # ---- what is held ---------------------------------------------------------------------------------------------------------------------
@@ -260,18 +298,22 @@ class Replica:
     def live(self) -> list[Sequence]:
         return [sequence for sequence in self.sequences.values() if not sequence.released]
 
+    def stated(self, sequence: Sequence) -> int:
+        """How many positions of it are known to be whole."""
+        return min(sequence.position, self.unchecked.get(sequence.name, sequence.position))
+
     def holding(self) -> Holding:
         live = self.live()
         return Holding(
             self.stream, "replica", False, tuple(s.name for s in live), tuple(s.generation for s in live), tuple(s.lineage for s in live),
-            tuple(s.position for s in live), tuple(s.known for s in live),
+            tuple(map(self.stated, live)), tuple(s.known for s in live),
         )  # fmt: skip
 
     def pages(self) -> ReplicaPages:
         live = self.live()
         return ReplicaPages(
             self.stream, self.shape, tuple(s.name for s in live), tuple(tuple(s.blocks) for s in live),
-            tuple(tuple(map(self.arena.generation, s.blocks)) for s in live), tuple(s.position for s in live), tuple(s.lineage for s in live),
+            tuple(tuple(map(self.arena.generation, s.blocks)) for s in live), tuple(map(self.stated, live)), tuple(s.lineage for s in live),
             tuple(bytes(s.ids) for s in live), tuple(s.sampler for s in live), tuple(s.request for s in live),
         )  # fmt: skip
 
@@ -289,32 +331,40 @@ class Replica:
 
     def verify(self, name: SequenceId) -> int:
         """How many leading positions' bytes match their sums."""
-        sequence, shape, arena = self._named(name), self.shape, self.arena
-        held = 0
+        sequence, held = self._named(name), 0
         for block in sequence.blocks:
-            count = min(shape.block_tokens, sequence.position - held)
-            if shape.addressable:
-                found, kept = pages.sums_of(arena.tokens(block, 0, count), shape.token_bytes), arena.sums(block, 0, count)
-            else:
-                found, kept = pages.sums_of(arena.block(block), shape.block_bytes), arena.sums(block, 0, 1)
-            if found != kept:
-                return held + (next(n for n, (a, b) in enumerate(zip(found, kept, strict=True)) if a != b) if shape.addressable else 0)
-            held += count
+            count = min(self.shape.block_tokens, sequence.position - held)
+            good = self.sound(block, count)
+            held += good
+            if good < count:
+                break
         return held
+
+    def sound(self, block: int, count: int) -> int:
+        """How many of a page's first `count` positions match their sums."""
+        shape, arena = self.shape, self.arena
+        if not shape.addressable:
+            return count if pages.sums_of(arena.block(block), shape.block_bytes) == arena.sums(block, 0, 1) else 0
+        found, kept = pages.sums_of(arena.tokens(block, 0, count), shape.token_bytes), arena.sums(block, 0, count)
+        return count if found == kept else next(n for n, (a, b) in enumerate(zip(found, kept, strict=True)) if a != b)
 
     def scrub(self) -> int:
         """Read everything that is held; what lies beyond the first damaged position of a sequence goes, its ids stay. Returns how many positions went."""
-        gone = 0
-        for sequence in self.live():
-            held = self.verify(sequence.name)
-            if held < sequence.position:
-                index = held // self.shape.block_tokens
-                if self.arena.refs[sequence.blocks[index]] > 1:
-                    held = index * self.shape.block_tokens  # a page that others name too is only written anew once nobody does
-                gone += sequence.position - held
-                self._cut_kv(sequence, held)
-                self._readmit(sequence)
+        gone = sum(self.cut_damaged(sequence, self.verify(sequence.name)) for sequence in self.live())
+        self.unchecked.clear()
         return gone
+
+    def cut_damaged(self, sequence: Sequence, sound: int) -> int:
+        """Only the first `sound` positions match their sums: what lies beyond goes. Returns how many positions went."""
+        held = sequence.position
+        if sound >= held:
+            return 0
+        index = sound // self.shape.block_tokens
+        if self.arena.refs[sequence.blocks[index]] > 1:
+            sound = index * self.shape.block_tokens  # a page that others name too is only written anew once nobody does
+        self._cut_kv(sequence, sound)
+        self.readmit(sequence)
+        return held - sequence.position
 
     def damage(self, name: SequenceId, position: int, bytes_only: bool = False) -> None:
         """For drills: see Arena.damage."""

@@ -128,7 +128,7 @@ class Session:
             if not 0 <= op.position or op.generation < 0 or not 0 < len(op.lineage) <= FORKS_MAX:
                 raise BadFrame(f"sequence {sequence.name}: a cut to {op.position} is out of bounds")
             self.replica.cut(sequence, op.position, op.position)
-            sequence.generation, sequence.lineage = op.generation, op.lineage
+            self.replica.fork(sequence, op.generation, op.lineage)
             self._cuts.setdefault(op.no, []).append((number, op.position))
         else:
             del self._sequences[op.no]

@@ -2,7 +2,8 @@
 
 Knows: who may write (epochs), which plan was carried out, one byte budget. Must not know: links, order of frames, what a coordinator is.
 Invariants: a frame of an epoch older than the instance's promise changes nothing (I3); a plan cuts once per (instance, epoch), however often it comes; used +
-promised bytes never exceed the budget; ids of released sequences go ids_retention_ns after delivery, undelivered ones at RELEASED_MAX, counted.
+promised bytes never exceed the budget; ids of released sequences go ids_retention_ns after delivery, undelivered ones at RELEASED_MAX, counted. What changed is
+in the index when a call returns, so that whatever is acknowledged or stated outlives this process wherever the shelf keeps anything.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from kvguard.format import lineage as lineages
 from kvguard.format.local import ReplicaPages
 from kvguard.format.messages import IDS_ONLY, Held, Hello, Holding, IdsFrame, KnownIds, KvFrame, PlanOrder, StreamShape
 from kvguard.limits import IDS_PER_ROW_MAX, PAYLOAD_BYTES_MAX
-from kvguard.store.arena import SUFFIX, Arena
+from kvguard.store import adoption
+from kvguard.store.adoption import ARENA, INDEX, Dropped
+from kvguard.store.arena import Arena
 from kvguard.store.budget import Budget
+from kvguard.store.index import VERSION, Head, Index, Unreadable
 from kvguard.store.replica import ID_BYTES, Replica
 from kvguard.store.session import Refusals, Session
+from kvguard.store.shelf import Memfds, Shelf
 from kvguard.types import NO_EPOCH, Epoch, NodeId, SequenceId, Span, StreamId, is_scheduler
 
 STREAMS_MAX = 1024
@@ -45,13 +50,16 @@ class Kept(NamedTuple):
 
 
 class ReplicaStore:
-    """`directory`: on a tmpfs, for the arenas' files; None keeps them in memfds. `clock`: monotonic nanoseconds."""
+    """`shelf`: keeps arenas and indexes beyond this process, or doesn't (None: memfds). `owner`: a mark; only what bears it is read back.
+    `clock`: monotonic nanoseconds."""
 
-    def __init__(self, directory: str | None, budget_bytes: int, ids_retention_ns: int, clock: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(
+        self, shelf: Shelf | None, budget_bytes: int, ids_retention_ns: int, clock: Callable[[], int] = time.monotonic_ns, owner: bytes = b""
+    ) -> None:
         self.budget = Budget(budget_bytes)
         self.counters: Counter[str] = Counter()
-        self._directory = directory
-        self._discard_leftovers()
+        self._shelf = shelf if shelf is not None else Memfds()
+        self._owner = owner
         self._retention_ns = ids_retention_ns
         self._clock = clock
         self._replicas: dict[StreamId, Replica] = {}
@@ -61,12 +69,52 @@ class ReplicaStore:
         self._carried: dict[str, Epoch] = {}
         self._released: dict[tuple[StreamId, SequenceId], None] = {}
 
-    def _discard_leftovers(self) -> None:
-        """Arenas of a former life name pages whose sequences nobody remembers: they go, counted, and the senders fill new ones from their pools."""
-        for entry in os.scandir(self._directory) if self._directory is not None else ():
-            if entry.name.endswith(SUFFIX):
-                os.unlink(entry.path)
-                self.counters["arenas_discarded"] += 1
+    # ---- a former life ------------------------------------------------------------------------------------------------------------------
+
+    def read_back(self) -> tuple[Dropped, ...]:
+        """Take up what a former life left on the shelf; what can't be is dropped, and returned. All of it is unchecked until `check_some` has been over it."""
+        dropped = []
+        for name, arena, index in adoption.pairs(self._shelf.kept()):
+            try:
+                replica = adoption.read_back(arena, index, self._owner, self.budget)
+            except Unreadable as error:
+                dropped.append(Dropped(name, str(error)))
+                self._unshelve(name)
+                continue
+            stream = replica.stream
+            assert name == name_of(stream) and stream not in self._replicas
+            self._replicas[stream] = replica
+            if replica.carried is not None:
+                self._carried[stream.instance] = max(replica.carried, self._carried.get(stream.instance, replica.carried))
+            for sequence in replica.sequences.values():
+                if sequence.released:
+                    self._released[stream, sequence.name] = None
+                if sequence.expires_ns:
+                    sequence.expires_ns = self._clock() + self._retention_ns
+        self.counters["replicas_read_back"] += len(self._replicas)
+        self.counters["replicas_unreadable"] += len(dropped)
+        return tuple(dropped)
+
+    def check_some(self, cost_bytes: int) -> tuple[StreamId, ...]:
+        """Verify what was read back, for about `cost_bytes` of hashing; the streams that are through with it now."""
+        done = []
+        for stream, replica in self._replicas.items():
+            if replica.unchecked and cost_bytes > 0:
+                cost_bytes, cut = adoption.check(replica, cost_bytes)
+                self.counters["positions_unsound"] += cut
+                if not replica.unchecked:
+                    done.append(stream)
+        return tuple(done)
+
+    def unchecked(self, stream: StreamId | None = None, instance: str | None = None) -> int:
+        """How many sequences of a stream, of an instance, or of all are read back and not yet verified."""
+        if stream is not None:
+            return len(self._replicas[stream].unchecked) if stream in self._replicas else 0
+        return sum(len(replica.unchecked) for held, replica in self._replicas.items() if instance in (None, held.instance))
+
+    def _unshelve(self, name: str) -> None:
+        self._shelf.remove(name + ARENA)
+        self._shelf.remove(name + INDEX)
 
     # ---- fencing ------------------------------------------------------------------------------------------------------------------------
 
@@ -92,16 +140,37 @@ class ReplicaStore:
             return Held(hello.session, hello.epoch, empty, reason)
         replica = self._replicas.get(hello.stream)
         if replica is None:
-            name = f"{xxhash.xxh3_64_intdigest(str(hello.stream).encode()):016x}"
             try:
-                arena = Arena.create(self._directory, name, hello.shape, self.budget)
+                replica = self._replicas[hello.stream] = self._made(hello.stream, hello.shape)
             except (OSError, OverflowError, ValueError) as error:
                 return Held(hello.session, hello.epoch, empty, f"no arena: {error}")
-            replica = self._replicas[hello.stream] = Replica(hello.stream, hello.shape, arena, self.budget)
+        assert not replica.unchecked, "a session would write what nobody has verified"
         self._sessions.pop(self._current.get(hello.stream, 0), None)
         self._current[hello.stream] = hello.session
         self._sessions[hello.session] = Session(hello.session, replica)
         return Held(hello.session, hello.epoch, replica.holding())
+
+    def _made(self, stream: StreamId, shape: StreamShape) -> Replica:
+        """A new replica, with an index where anything outlives this process. Raises OSError."""
+        name = name_of(stream)
+        descriptor = self._shelf.create(name + ARENA)
+        try:
+            arena = Arena(descriptor, shape, self.budget)
+        except BaseException:
+            os.close(descriptor)
+            self._shelf.remove(name + ARENA)
+            raise
+        replica = Replica(stream, shape, arena, self.budget)
+        replica.carried = self._carried.get(stream.instance)
+        if self._shelf.keeps:
+            try:
+                replica.index = Index(self._shelf.create(name + INDEX), Head(VERSION, self._owner, stream, shape, arena.inode()))
+            except OSError:
+                replica.close()
+                self._unshelve(name)
+                raise
+            replica.index.rewrite(replica.changes.snapshot((), replica.carried))
+        return replica
 
     def _unfit(self, hello: Hello) -> str:
         shape, known = hello.shape, self._replicas.get(hello.stream)
@@ -131,6 +200,7 @@ class ReplicaStore:
             return (), gap
         refused, gap = found.apply_ids(frame)
         self._keep_released(found.replica)
+        self._record(found.replica)
         self._count(refused, gap)
         return refused, gap
 
@@ -143,8 +213,15 @@ class ReplicaStore:
         if gap:
             return (), gap
         refused, gap = found.apply_kv(frame, payload)
+        self._record(found.replica)
         self._count(refused, gap)
         return refused, gap
+
+    def _record(self, replica: Replica) -> None:
+        whole = replica.index is None or not replica.index.broken
+        replica.record()
+        if whole and replica.index is not None and replica.index.broken:
+            self.counters["indexes_broken"] += 1
 
     def _count(self, refused: Refusals, gap: str) -> None:
         if refused:
@@ -164,6 +241,7 @@ class ReplicaStore:
         for key in [key for key in self._released if key[0] == stream]:
             del self._released[key]
         replica.close()
+        self._unshelve(name_of(stream))
 
     # ---- released ids -------------------------------------------------------------------------------------------------------------------
 
@@ -181,6 +259,7 @@ class ReplicaStore:
         sequence = replica.sequences.get(key[1]) if replica else None
         if sequence is not None and sequence.released:
             replica.drop(sequence)
+            self._record(replica)
 
     def delivered(self, instance: str, sequences: tuple[SequenceId, ...]) -> None:
         """These answers have reached their clients: ids may go ids_retention_ns from now, once released."""
@@ -190,6 +269,8 @@ class ReplicaStore:
                 sequence = replica.sequences.get(name)
                 if sequence is not None and not sequence.expires_ns:
                     sequence.expires_ns = at
+                    replica.changes.lives[sequence] = None
+            self._record(replica)
 
     def expire(self) -> int:
         """Drop released ids whose time is up; how many."""
@@ -217,12 +298,12 @@ class ReplicaStore:
         stale = self._stale(plan.instance, plan.epoch)
         if stale:
             raise Fenced(f"plan of {plan.instance}: {stale}")
-        carried = self._carried.get(plan.instance)
-        if carried is None or carried.counter < plan.epoch.counter:
-            for stream, replica in self._replicas.items():
-                if stream.instance == plan.instance:
-                    _cut_to_plan(replica, plan)
-            self._carried[plan.instance] = plan.epoch
+        for stream, replica in self._replicas.items():
+            if stream.instance == plan.instance and (replica.carried is None or replica.carried.counter < plan.epoch.counter):
+                _cut_to_plan(replica, plan)
+                replica.carried = replica.changes.carried = plan.epoch
+                self._record(replica)
+        self._carried[plan.instance] = max(plan.epoch, self._carried.get(plan.instance, plan.epoch))
         known = []
         for name, ids, answers, stream in zip(plan.sequences, plan.ids, plan.ids_node, plan.ids_stream, strict=True):
             replica = self._replicas.get(stream)
@@ -262,15 +343,16 @@ class ReplicaStore:
         )
 
     def beat(self) -> tuple[tuple[StreamId, int, int], ...]:
-        """Beat.replicas: (stream, live sequences, bytes of pages)."""
-        return tuple(
-            (stream, len(replica.live()), replica.arena.pages_live() * replica.arena.page_bytes) for stream, replica in self._replicas.items()
-        )
+        """Beat.replicas: (stream, live sequences that are verified, bytes of pages)."""
+        held = self._replicas.items()
+        return tuple((stream, len(one.live()) - len(one.unchecked), one.arena.pages_live() * one.arena.page_bytes) for stream, one in held)
 
     def scrub(self, stream: StreamId) -> int:
         """Somebody found damage: a replica is read whole and cut to what its sums vouch for, so that the next report is true. How many positions went."""
         replica = self._replicas.get(stream)
         gone = replica.scrub() if replica is not None else 0
+        if replica is not None:
+            self._record(replica)
         self.counters["positions_damaged"] += gone
         return gone
 
@@ -279,8 +361,13 @@ class ReplicaStore:
         self.replica(stream).damage(sequence, position, bytes_only)
 
     def close(self) -> None:
-        for stream in tuple(self._replicas):
-            self.drop(stream)
+        """Forget everything here. What the shelf keeps stays for the next life; `drop` what shall not."""
+        for replica in self._replicas.values():
+            replica.close()
+        self._replicas.clear()
+        self._sessions.clear()
+        self._current.clear()
+        self._released.clear()
 
     def check(self) -> None:
         """Asserts what holds between calls; for tests and sampled in production."""
@@ -298,6 +385,11 @@ class ReplicaStore:
         return self._replicas[stream]
 
 
+def name_of(stream: StreamId) -> str:
+    """Under which a shelf keeps a stream's arena and index."""
+    return f"{xxhash.xxh3_64_intdigest(str(stream).encode()):016x}"
+
+
 def _cut_to_plan(replica: Replica, plan: PlanOrder) -> None:
     places = {name: index for index, name in enumerate(plan.sequences)}
     for sequence in replica.live():
@@ -308,4 +400,4 @@ def _cut_to_plan(replica: Replica, plan: PlanOrder) -> None:
         agreed = lineages.agreed(sequence.lineage, plan.lineages[index])
         ids = plan.ids[index] if agreed >= plan.positions[index] else agreed  # of a copy that forked earlier nothing beyond that is of this sequence
         replica.cut(sequence, min(agreed, plan.positions[index]), min(ids, IDS_PER_ROW_MAX))
-        sequence.lineage = plan.lineages[index]
+        replica.fork(sequence, sequence.generation, plan.lineages[index])

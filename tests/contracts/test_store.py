@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "store"))
-from streams import LINEAGE, SHAPE, STREAM, WHOLE, Sent  # noqa: E402
+from streams import LINEAGE, SHAPE, STREAM, WHOLE, Kept, Sent  # noqa: E402
 
 from kvguard.format import pages  # noqa: E402
 from kvguard.format.messages import PIECE_BLOCK, PIECE_REFERENCE, PIECE_TOKENS, CutOp, OpenOp, ReleaseOp, StreamShape  # noqa: E402
@@ -44,13 +44,20 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = ReplicaStore(None, self.budget_pages * pages.page_bytes(self.shape), 0)
+        self.shelf = self.new_shelf()
+        self.store = self._store()
         self.sent = Sent(self.store, shape=self.shape)
         self.lives: dict[str, Life] = {}
         self.free = list(range(12))
         self.generations = [0] * 12
         self.users: dict[tuple[int, int], int] = {}
         self.counter = 0
+
+    def new_shelf(self):
+        return None
+
+    def _store(self) -> ReplicaStore:
+        return ReplicaStore(self.shelf, self.budget_pages * pages.page_bytes(self.shape), 0)
 
     # ---- the engine
 
@@ -243,10 +250,45 @@ class WholeBlocks(StoreMachine):
     shape = WHOLE
 
 
+class Restarted(StoreMachine):
+    """The daemon dies between two frames and another one reads back what was kept: nothing that was held is lost."""
+
+    def new_shelf(self) -> Kept:
+        return Kept()
+
+    @rule(slices=st.integers(1, 5))
+    def restart(self, slices: int) -> None:
+        self.store.close()
+        self.store = self._store()
+        assert self.store.read_back() == ()
+        stated = sum(self.store.holding(STREAM).positions)
+        assert stated == 0 or not any(life.sent for life in self.lives.values())
+        while self.store.unchecked():
+            self.store.check_some(slices * 20_000)
+            held = self.store.holding(STREAM)
+            assert all(held.positions[n] <= self.lives[name].sent for n, name in enumerate(held.sequences))
+        assert not self.store.counters["positions_unsound"]
+        self.reconnect()
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.shelf.close()
+
+
+class RestartedWholeBlocks(Restarted):
+    shape = WHOLE
+
+
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestWholeBlocks = WholeBlocks.TestCase
 TestWholeBlocks.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+
+
+TestRestarted = Restarted.TestCase
+TestRestarted.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestRestartedWholeBlocks = RestartedWholeBlocks.TestCase
+TestRestartedWholeBlocks.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 
 
 def test_metadata_stays_within_its_budget():

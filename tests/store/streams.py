@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 
 from kvguard.format import pages
 from kvguard.format.messages import PIECE_BLOCK, PIECE_REFERENCE, PIECE_TOKENS, CutOp, Hello, IdsFrame, KvFrame, OpenOp, ReleaseOp, StreamShape
+from kvguard.store.shelf import new_memfd
 from kvguard.types import Epoch, Fork, Rank, StreamId
 
 STREAM = StreamId("i", Rank(0, 0, 0), 7)
@@ -14,6 +16,31 @@ EPOCH = Epoch(1, "c")
 LINEAGE = (Fork(1, 0),)
 SHAPE = StreamShape(99, 4, 24, 96, 64, True)
 WHOLE = StreamShape(98, 4, 24, 96, 64, False)
+
+
+class Kept:
+    """A shelf whose descriptors outlive stores, as a service manager's do."""
+
+    keeps = True
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+
+    def create(self, name: str) -> int:
+        self.remove(name)
+        self.held[name] = new_memfd(name)
+        return os.dup(self.held[name])
+
+    def kept(self) -> dict[str, int]:
+        return {name: os.dup(descriptor) for name, descriptor in self.held.items()}
+
+    def remove(self, name: str) -> None:
+        if name in self.held:
+            os.close(self.held.pop(name))
+
+    def close(self) -> None:
+        for name in list(self.held):
+            self.remove(name)
 
 
 def token(key: str, position: int, size: int = SHAPE.token_bytes) -> bytes:

@@ -12,11 +12,14 @@ from streams import EPOCH, LINEAGE, SHAPE, STREAM, WHOLE, Sent, token
 from kvguard.errors import BadFrame, Fenced, Refused, Stale
 from kvguard.format import pages
 from kvguard.format.messages import PIECE_REFERENCE, CutOp, OpenOp, PlanOrder, StreamShape
+from kvguard.store.adoption import ARENA, INDEX
+from kvguard.store.shelf import Files
 from kvguard.store.store import ReplicaStore
 from kvguard.types import Epoch, Fork, Span
 
 PAGE = pages.page_bytes(SHAPE)
 PLENTY = 100 * PAGE
+SUFFIXES = (ARENA, INDEX)
 
 
 class Clock:
@@ -31,12 +34,14 @@ def make(request, tmp_path):
     made = []
 
     def build(budget=PLENTY, **more):
-        made.append(ReplicaStore(None if request.param == "memfd" else str(tmp_path), budget, 1000, **more))
+        made.append(ReplicaStore(None if request.param == "memfd" else Files(tmp_path, SUFFIXES), budget, 1000, **more))
         return made[-1]
 
     yield build
     for store in made:
         store.check()
+        for stream in store.streams():
+            store.drop(stream)
         store.close()
         assert (store.budget.used, store.budget.promised, store.budget.retained) == (0, 0, 0)
         assert list(tmp_path.iterdir()) == []
@@ -380,19 +385,6 @@ def test_a_full_tmpfs_refuses_the_sequence_whole(make, monkeypatch, call):
     assert gap == "" and [no for no, _ in refused] == [1] and "Try: a larger tmpfs" in refused[0][1]
     assert sent.kv(((2, 0, 4, 6, 1, 0), data, sums)) == ((), "")
     assert positions(store) == {"b": 4} and store.beat()[0][2] == pages.page_bytes(big)
-
-
-def test_a_restarted_store_starts_empty_and_says_so(tmp_path):
-    former = ReplicaStore(str(tmp_path), PLENTY, 0)
-    Sent(former).open(1, "a", 4)
-    (left,) = tmp_path.iterdir()
-    assert left.stat().st_mode & 0o777 == 0o600
-    former.close()
-    left.write_bytes(b"what a killed daemon leaves")
-    store = ReplicaStore(str(tmp_path), PLENTY, 0)
-    assert store.counters["arenas_discarded"] == 1 and list(tmp_path.iterdir()) == []
-    assert Sent(store).held.holding.sequences == ()
-    store.close()
 
 
 def test_shapes_out_of_bounds_are_refused(make):
