@@ -72,6 +72,7 @@ class Emitter:
 
     def __init__(self, instance: str, coordinator: str, keys: Keys | None, insecure: bool, name: str, beat_ms: int, epoch: Epoch, moves: bool = False):
         self.instance, self.incarnation = instance, int.from_bytes(os.urandom(8), "little") >> 1 or 1
+        self._link = f"{COORDINATOR}/{instance}"  # one process may be the emitter of several instances, with one key
         self._coordinator, self._beat_s, self._moves = coordinator, beat_ms / 1000, moves
         self._changed = threading.Condition()
         self._adopted, self._announced = epoch, messages.Fenced(instance, epoch, "")
@@ -91,7 +92,7 @@ class Emitter:
         self._transport = ZeromqTransport(name, keys, insecure, bulk=False, incarnation=self.incarnation)
         self._dialled: dict[str, str] = {}
         try:
-            self._transport.dial(COORDINATOR, coordinator)
+            self._transport.dial(self._link, coordinator)
             self._wakeup = Wakeup()
         except BadConfig:
             self._transport.close()
@@ -251,13 +252,13 @@ class Emitter:
                 self._changed.notify_all()
 
     def _take(self, event) -> None:
-        if isinstance(event, Up) and event.link == COORDINATOR:
+        if isinstance(event, Up) and event.link == self._link:
             self._session = True
             self._undelivered = len(self._delivered)
             self._adopt_unsaid = self._adopted != NO_EPOCH
             self._say(messages.EmitterHello(self.instance, self.incarnation, self._adopted, self._moves))
         elif isinstance(event, Down):
-            if event.link == COORDINATOR:
+            if event.link == self._link:
                 self._session = False
             else:  # its answers won't come: ask again once it is back
                 for number, question in self._questions.items():
@@ -273,7 +274,7 @@ class Emitter:
                 return
             if isinstance(message, messages.Answer):
                 self._on_answer(event.link, message)
-            elif event.link == COORDINATOR and getattr(message, "instance", None) == self.instance:
+            elif event.link == self._link and getattr(message, "instance", None) == self.instance:
                 self._on_message(message)
 
     def _on_message(self, message: messages.Message) -> None:
@@ -349,7 +350,7 @@ class Emitter:
                     question.unsent.discard(number)
 
     def _say(self, message: messages.Message) -> bool:
-        return self._transport.send(COORDINATOR, wire.encode(message))
+        return self._transport.send(self._link, wire.encode(message))
 
 
 def _nothing(events: int) -> None:
