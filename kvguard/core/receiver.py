@@ -35,6 +35,7 @@ class Receiver:
         self._kv_held: deque[tuple[KvFrame, int]] = deque()
         self._ids_seen = self._kv_seen = 0  # the highest number arrived, held ones included
         self._refused: list[tuple[int, str]] = []
+        self._refusals = 0
         self._resync, self._what = "", "after_end"
         self._owes = False
         self._out: list[Effect] = []
@@ -140,6 +141,7 @@ class Receiver:
             return
         if event.refused:
             self._refused.extend(event.refused)
+            self._refusals += len(event.refused)
             self._owes = True
         if event.gap:
             self._break(event.gap)
@@ -178,5 +180,5 @@ class Receiver:
             return
         self._owes = False
         resync = self._resync if self.state == "broken" else ""
-        self._out.append(Send(self.link, Ack(self.session, self.epoch, self._ids_done, self._kv_done, tuple(self._refused), resync)))
+        self._out.append(Send(self.link, Ack(self.session, self.epoch, self._ids_done, self._kv_done, tuple(self._refused), resync, self._refusals)))
         self._refused.clear()

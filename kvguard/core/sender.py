@@ -53,6 +53,7 @@ class Sender:
         self.state, self.reason = "down", "holder unreachable"
         self.linked = False
         self.session = 0
+        self._refusals = 0  # how many of this session have been heard of
         self.deadline: int | None = None
         self._failures = 0
         for number, row in ledger.rows.items():
@@ -149,7 +150,7 @@ class Sender:
     def _probe(self, now: int) -> None:
         self._stop("probe", "waiting for the holder's answer")
         count = next(self._sessions)
-        self.session = (self._settings.incarnation & 0xFFFFFFFF) << 32 | count
+        self.session, self._refusals = (self._settings.incarnation & 0xFFFFFFFF) << 32 | count, 0
         self._failures += 1
         self.deadline = now + self._settings.answer_ns * min(1 << self._failures - 1, 16)
         self.flow.out.append(Send(self.link, Hello(self.stream, self.session, self.epoch, self._settings.node, self.ledger.shape)))
@@ -264,6 +265,10 @@ class Sender:
             flow.out.append(Note("protocol_error", f"{self.stream} -> {self.holder}", wrong))
             self._resync(now, "protocol error")
             return
+        if ack.refusals - len(ack.refused) > self._refusals and not ack.resync:
+            self._resync(now, f"{ack.refusals - self._refusals} refusals, {len(ack.refused)} of them told: an acknowledgement was lost")
+            return
+        self._refusals = max(self._refusals, ack.refusals)
         for no, reason in ack.refused:
             flow.shed(no, reason, now + self._settings.retry_ns)
         if flow.acknowledged(now, ack.ids_number, ack.kv_number):

@@ -108,7 +108,8 @@ PIECE_TOKENS, PIECE_REFERENCE, PIECE_BLOCK = 0, 1, 2
 class Ack(Message, frozen=True):
     """Cumulative, once per loop turn and session. `refused`: sequences the holder won't keep, with the reason.
 
-    `resync`: why Hello must be said again (a gap, a broken frame), else empty.
+    `refusals`: how many it has refused in this session, these included: an acknowledgement that was lost is noticed by the next one, else what was refused in it
+    would be taken for held. `resync`: why Hello must be said again (a gap, a broken frame), else empty.
     """
 
     session: int
@@ -117,6 +118,7 @@ class Ack(Message, frozen=True):
     kv_number: int
     refused: tuple[tuple[int, str], ...] = ()
     resync: str = ""
+    refusals: int = 0
 
 
 class StreamEnd(Message, frozen=True):

@@ -58,7 +58,7 @@ def test_one_cumulative_ack_per_turn() -> None:
     assert arrive(receiver, kv(1, 1), 8) == (Apply(LINK, 5, kv(1, 1), 8),)
     assert arrive(receiver, ids(2)) == (Apply(LINK, 5, ids(2), 0),)
     applied(receiver, "ids", 1), applied(receiver, "kv", 1, refused=((3, "store full"),)), applied(receiver, "ids", 2)
-    assert receiver.step(0, TurnEnded()) == (Send(LINK, Ack(5, NO_EPOCH, 2, 1, ((3, "store full"),))),)
+    assert receiver.step(0, TurnEnded()) == (Send(LINK, Ack(5, NO_EPOCH, 2, 1, ((3, "store full"),), "", 1)),)
     assert receiver.step(0, TurnEnded()) == ()
 
 

@@ -226,11 +226,33 @@ def test_refused_sequence_is_shed_and_offered_again() -> None:
     pair.step(look())
     _, capture = pair.stream()
     pair.captured(capture)
-    assert pair.say(Ack(S1, NO_EPOCH, 1, 1, ((1, "store full"),))) == (Note("unprotected", f"{STREAM} s", "store full"),)
+    assert pair.say(Ack(S1, NO_EPOCH, 1, 1, ((1, "store full"),), refusals=1)) == (Note("unprotected", f"{STREAM} s", "store full"),)
     assert pair.step(more(7, 8)) == () and pair.sender.flow.copies[0].acked == 0
     pair.now = pair.sender.next_deadline()
     ids, capture = pair.step(Tick())
     assert ids.message.ops == (OpenOp(2, "s", 5, OLD, b"r"),) and capture.starts == (0, 4)
+
+
+def test_a_refusal_that_was_lost_on_the_way_is_noticed_by_the_next_acknowledgement() -> None:
+    """Simulation seed 2445949862: what the holder had dropped was called acknowledged for ever."""
+    pair = Pair()
+    pair.step(look())
+    _, capture = pair.stream()
+    pair.captured(capture)
+    [note] = pair.say(Ack(S1, NO_EPOCH, 1, 1, (), refusals=1))
+    assert note.what == "resync" and "lost" in note.reason and pair.sender.flow.copies[0].acked == 0
+    pair.now = pair.sender.next_deadline()
+    [hello] = pair.step(Tick())
+    assert type(hello.message) is Hello
+
+
+def test_a_refusal_that_is_told_twice_counts_once() -> None:
+    pair = Pair()
+    pair.step(look())
+    _, capture = pair.stream()
+    pair.captured(capture)
+    told = Ack(S1, NO_EPOCH, 1, 1, ((1, "store full"),), refusals=1)
+    assert len(pair.say(told)) == 1 and pair.say(told) == () and pair.sender.state == "stream"
 
 
 @pytest.mark.parametrize(
