@@ -24,8 +24,9 @@ from rich.progress import track
 from rich.table import Table
 
 from kvguard.errors import KvguardError
-from kvguard.pipeline import demo, faults, report
+from kvguard.pipeline import demo
 from kvguard.pipeline.client import Client
+from kvguard.pipeline.load import Load, strike_run
 from kvguard.pipeline.world import World, WorldSettings
 
 SAMPLED_SEED = 7
@@ -53,50 +54,33 @@ class Campaign:
     """One world, a reference run per way of sampling, then a run per kill."""
 
     def __init__(self, world: World, prompts: list, max_tokens: int):
-        self.world, self.prompts, self.max_tokens = world, prompts, max_tokens
-        self.client = Client(world)
-        self.references: dict[bool, tuple[report.Transcript, dict]] = {}
+        self.world, self.client = world, Client(world)
+        self.load = Load(self.client, prompts, max_tokens)
 
     def start(self) -> None:
         self.world.start()
         self.world.wait_ready()
         self.client.connect("ready")
-        for sampled in (False, True):
-            self.references[sampled] = self.whole_run(f"reference-{int(sampled)}", sampled)
-
-    def whole_run(self, run: str, sampled: bool) -> tuple[report.Transcript, dict]:
-        self.client.begin(run, self.prompts, self.max_tokens, SAMPLED_SEED if sampled else None)
-        return self.ended(run)
-
-    def ended(self, run: str) -> tuple[report.Transcript, dict]:
-        self.client.finished(run, 600.0)
-        digests = self.client.digest(run)
-        self.client.release(run)
-        return self.client.transcripts.pop(run), digests
+        for seed in (None, SAMPLED_SEED):
+            self.load.reference(seed)
 
     def strike(self, kill: Kill) -> dict:
         """One run with its kill; what came of it."""
-        run, client = f"kill-{kill.seed}", self.client
-        client.begin(run, self.prompts, self.max_tokens, SAMPLED_SEED if kill.sampled else None)
-        transcript = client.transcripts[run]
-        client.wait("the moment to strike", lambda: client.last("prefill", run) and min(transcript.emitted()) >= kill.at_token, 300.0)
-        fault = faults.aim(self.world, client, kill.kind, kill.stage)
-        faults.strike(self.world, client, fault)
-        faults.mend(self.world, client, fault, run)
-        since_prefill_ms = (fault.struck_ns - max(mark["t_ns"] for mark in client.marks["prefill"] if mark["run"] == run)) / 1e6
-        after, digests = self.ended(run)
-        before, expected = self.references[kill.sampled]
-        below = demo.positions(fault.resumed, len(self.prompts))
-        timing = demo.timing_ms(self.world, client, fault, run)
-        recovered = report.recovery(fault.resumed, timing, fault.resumed["epoch"], lost=demo.lost_sequences(self.world, fault.resumed["epoch"]))
+        load, seed = self.load, SAMPLED_SEED if kill.sampled else None
+
+        def moment() -> bool:
+            return self.client.last("prefill", load.wave.run) is not None and load.reached(kill.at_token)
+
+        struck = strike_run(load, f"kill-{kill.seed}", seed, kill.kind, kill.stage, moment)
+        prefilled_ns = max(mark["t_ns"] for mark in self.client.marks["prefill"] if mark["run"] == load.wave.run and mark["t_ns"] <= struck.fault.struck_ns)
         found = {
-            "seed": kill.seed, "kind": kill.kind, "target": fault.target, "at_token": kill.at_token, "sampled": kill.sampled, "fired": fault.fired,
-            "identical": report.identical(before, after, self.max_tokens), "logits_identical": report.logits_identical(before, after),
-            "kv_identical": report.kv_identical(expected, digests, below), "since_prefill_ms": since_prefill_ms,
-            "rung": recovered["rung"], "rolled_back": recovered["rolled_back"], "ms": timing, "bytes_by_rung": recovered["bytes_by_rung"],
+            "seed": kill.seed, "kind": kill.kind, "target": struck.fault.target, "at_token": kill.at_token, "sampled": kill.sampled, "fired": struck.fault.fired,
+            "identical": struck.identical, "logits_identical": struck.logits_identical, "kv_identical": struck.kv_identical,
+            "since_prefill_ms": (struck.fault.struck_ns - prefilled_ns) / 1e6, "rung": struck.recovery["rung"], "rolled_back": struck.recovery["rolled_back"],
+            "ms": struck.recovery["ms"], "bytes_by_rung": struck.recovery["bytes_by_rung"],
         }  # fmt: skip
-        found["passed"] = found["fired"] and not recovered["lost_sequences"] and found["identical"] and found["logits_identical"] is True and found["kv_identical"] is not False
-        self.world.wait_until("the cluster whole again", lambda: faults.whole(self.world), 90.0)
+        equal = struck.identical and struck.logits_identical is True and struck.kv_identical is not False
+        found["passed"] = struck.fault.fired and not struck.recovery["lost_sequences"] and equal
         return found
 
 

@@ -31,8 +31,9 @@ from rich.progress import track
 from rich.table import Table
 
 from kvguard.errors import KvguardError
-from kvguard.pipeline import demo, faults, report
+from kvguard.pipeline import demo, faults
 from kvguard.pipeline.client import Client
+from kvguard.pipeline.load import Load, strike_run
 from kvguard.pipeline.world import World, WorldSettings
 
 TOKENS_BEFORE, TOKENS_AFTER = 8, 8  # emitted before the strike, and wanted after it
@@ -68,42 +69,32 @@ class Kills:
     """One world and its undisturbed run; then kills, one by one."""
 
     def __init__(self, world: World, prompts: list[list[int]]):
-        self.world, self.prompts, self.client = world, prompts, Client(world)
-        self.reference: report.Transcript | None = None
+        self.world, self.client = world, Client(world)
+        self.load = Load(self.client, prompts, TOKENS_BEFORE + TOKENS_AFTER)
 
     def start(self) -> None:
         self.world.start()
         self.world.wait_ready()
         self.client.connect("ready")
-        self.client.begin("reference", self.prompts, TOKENS_BEFORE + TOKENS_AFTER, None)
-        self.reference = self.ended("reference")
-
-    def ended(self, run: str) -> report.Transcript:
-        self.client.finished(run, RUN_TIMEOUT_S)
-        self.client.release(run)
-        return self.client.transcripts.pop(run)
+        self.load.reference(None)
 
     def strike(self, kind: str, stage: int, number: int) -> dict:
-        run, client = f"{kind}-{number}", self.client
-        client.begin(run, self.prompts, TOKENS_BEFORE + TOKENS_AFTER, None)
-        transcript = client.transcripts[run]
-        client.wait("the moment to strike", lambda: min(transcript.emitted()) >= TOKENS_BEFORE, RUN_TIMEOUT_S)
-        fault = faults.aim(self.world, client, kind, stage)
-        death = Death(fault.process.pid)
-        faults.strike(self.world, client, fault)
-        death.join(10.0)
-        faults.mend(self.world, client, fault, run)
-        self.ended(run)
-        if not fault.fired or not report.identical(self.reference, transcript, TOKENS_BEFORE + TOKENS_AFTER):
+        run, deaths = f"{kind}-{number}", []
+
+        def watched(fault: faults.Fault):
+            deaths.append(Death(fault.process.pid))
+            return lambda: deaths[0].join(10.0)
+
+        struck = strike_run(self.load, run, None, kind, stage, lambda: self.load.reached(TOKENS_BEFORE), watched)
+        fault, recovered = struck.fault, struck.recovery
+        if not fault.fired or not struck.identical:
             raise KvguardError(f"{run} of stage {stage}: {'not identical' if fault.fired else 'did not fire'}. Try: the logs in {self.world.root / 'logs'}")
-        timing = demo.timing_ms(self.world, client, fault, run)
-        recovered = report.recovery(fault.resumed, timing, fault.resumed["epoch"], lost=demo.lost_sequences(self.world, fault.resumed["epoch"]))
+        timing = recovered["ms"]
         found = {"kind": kind, "stage": stage, "rolled_back": recovered["rolled_back"], "rung": recovered["rung"], "bytes": recovered["bytes"], **timing}
         found["to_tokens"] = timing["fence"] + timing["plan"] + timing["restore"]
         if kind == "rank":
-            found["gone"] = (death.seen_ns - fault.struck_ns) / 1e6
+            found["gone"] = (deaths[0].seen_ns - fault.struck_ns) / 1e6
             found["told"] = timing["detect"] - found["gone"]
-        self.world.wait_until("the cluster whole again", lambda: faults.whole(self.world), 120.0)
         return found
 
 

@@ -21,6 +21,7 @@ from kvguard.errors import BadConfig, KvguardError
 from kvguard.pipeline import faults, report
 from kvguard.pipeline.client import Client
 from kvguard.pipeline.faults import KILLS, Fault
+from kvguard.pipeline.observing import replicas_equal
 from kvguard.pipeline.world import INSTANCE, World, WorldSettings
 from kvguard.transport.ask import ask
 
@@ -172,18 +173,12 @@ class Demo:
             changed = faults.corrupt_replica(self.world, self.stage, "after-0", position=3)
             self.corruption = {"kind": "replica", "fired": changed, "detected": False}
         if options.kill in ("daemon", "coordinator"):
-            acked, epoch = self.totals()
+            acked, epoch = faults.totals(self.world)
             self.outage = {"kind": options.kill, "acked_before": acked, "epoch_before": epoch}
         self.at_position = client.position("after")
         self.say(f"killing {options.kill} {self.fault.target}, position {self.at_position}")
         faults.strike(self.world, client, self.fault)
         faults.mend(self.world, client, self.fault, "after")
-
-    def totals(self) -> tuple[int, int]:
-        """(acknowledged positions over all ranks, the instance's epoch)."""
-        status = self.world.status()
-        acked = sum(rank["acked"] for rank in status["ranks"])
-        return acked, next((one["epoch"] for one in status["instances"] if one["instance"] == INSTANCE), 0)
 
     # ---- the document
 
@@ -197,9 +192,9 @@ class Demo:
             recovered = report.recovery(fault.resumed, timing, fault.resumed["epoch"], lost=lost_sequences(self.world, fault.resumed["epoch"]))
             kv = report.kv_identical(before, after, below)
         else:
-            kv = report.kv_identical(after, self.replica_sums(after), [1 << 62] * options.sequences)
+            kv = replicas_equal(self.world, after, "after")
         if self.outage:
-            acked, epoch = self.totals()
+            acked, epoch = faults.totals(self.world)
             self.outage |= {"down_ms": fault.down_ms, "tokens_meanwhile": fault.tokens_meanwhile, "acked_after": acked, "epoch_after": epoch}
         stats = self.stats()
         if self.corruption and self.corruption["kind"] == "frame":
@@ -222,23 +217,6 @@ class Demo:
 
     def stats(self) -> list[dict]:
         return [self.world.query(node, "stats", {}) for node in self.world.nodes if node.daemon and node.daemon.alive()]
-
-    def replica_sums(self, digests: dict) -> dict:
-        """What holders have, by rank and sequence, once they have all that the pools have (their last acknowledgements may be under way)."""
-        found: dict = {}
-        sequences = range(self.options.sequences)
-
-        def complete() -> bool:
-            for rank in self.world.status()["ranks"]:
-                if rank["rank"] not in digests or rank["state"] == "standby" or not rank["holders"]:
-                    continue
-                arguments = {"instance": INSTANCE, "rank": rank["rank"], "sequences": [f"after-{i}" for i in sequences]}
-                sums = self.world.query(self.world.node_named(rank["holders"][0]), "sums", arguments)["sums"]
-                found[rank["rank"]] = {str(i): [f"{value:016x}" for value in sums.get(f"after-{i}", [])] for i in sequences}
-            return all(len(found.get(rank, {}).get(i, [])) >= len(sums) for rank, one in digests.items() for i, sums in one.items())
-
-        self.world.wait_until("the replicas complete", complete, 15.0)
-        return found
 
 
 def positions(resumed: dict, sequences: int) -> list[int]:

@@ -7,7 +7,8 @@ Invariants: a fault counts as fired only if its process lived before and is dead
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from kvguard.errors import KvguardError
 from kvguard.pipeline.client import Client
@@ -31,6 +32,7 @@ class Fault:
     resumed: dict | None = None  # the driver's event, for kinds that need a recovery
     down_ms: float = 0.0
     tokens_meanwhile: int = 0
+    evidence: dict = field(default_factory=dict)  # what `fired` was concluded from
 
     @property
     def target(self) -> str:
@@ -53,7 +55,14 @@ def strike(world: World, client: Client, fault: Fault) -> None:
         world.kill_node(fault.node)
     else:
         fault.process.kill()
+    fault.evidence["waitpid"] = fault.process.popen.returncode
     fault.fired = was_alive and fault.process.popen.returncode == SIGKILLED
+
+
+def resumption(client: Client, fault: Fault, wait: Callable, timeout_s: float = 90.0) -> None:
+    """Waits until the driver goes on in a newer epoch than the fault struck in."""
+    wait("the resumption", lambda: client.last("resumed") and client.last("resumed")["t_ns"] > fault.struck_ns, timeout_s)
+    fault.resumed = client.last("resumed")
 
 
 def mend(world: World, client: Client, fault: Fault, run: str) -> None:
@@ -62,8 +71,7 @@ def mend(world: World, client: Client, fault: Fault, run: str) -> None:
         client.disconnect()
         fault.resumed = client.connect("resumed")
     elif fault.kind in ("rank", "node"):
-        client.wait("the resumption", lambda: client.last("resumed") and client.last("resumed")["t_ns"] > fault.struck_ns, 90.0)
-        fault.resumed = client.last("resumed")
+        resumption(client, fault, client.wait)
         world.replenish(client.endpoints)
     elif fault.kind in ("daemon", "coordinator"):
         _end_outage(world, client, fault, run)
@@ -104,14 +112,25 @@ def whole(world: World) -> bool:
     return standbys >= sum(len(node.engines) for node in world.nodes) - world.settings.stages
 
 
-def corrupt_replica(world: World, stage: int, sequence: str, position: int) -> bool:
-    """The negative control: an acknowledged position of the replica and its sum change together, so that no checksum can tell."""
+def holder_of(world: World, stage: int) -> Node:
+    """Who holds a stage's replica now. Raises KvguardError where nobody does."""
     for rank in world.status()["ranks"]:
         if rank["rank"] == f"0.{stage}.0" and rank["holders"]:
-            holder = world.node_named(rank["holders"][0])
-            arguments = {"instance": INSTANCE, "rank": rank["rank"], "sequence": sequence, "position": position}
-            return bool(world.query(holder, "corrupt_replica", arguments)["changed"])
-    raise KvguardError(f"rank 0.{stage}.0 has no holder whose replica could be damaged. Try: kvguard status")
+            return world.node_named(rank["holders"][0])
+    raise KvguardError(f"rank 0.{stage}.0 has no holder. Try: kvguard status")
+
+
+def corrupt_replica(world: World, stage: int, sequence: str, position: int, bytes_only: bool = False) -> bool:
+    """An acknowledged position of the replica changes. With its sum, so that no checksum can tell: the negative control; or `bytes_only`: the sum must tell."""
+    arguments = {"instance": INSTANCE, "rank": f"0.{stage}.0", "sequence": sequence, "position": position, "bytes_only": bytes_only}
+    return bool(world.query(holder_of(world, stage), "corrupt_replica", arguments)["changed"])
+
+
+def totals(world: World) -> tuple[int, int]:
+    """(acknowledged positions over all ranks, the instance's epoch)."""
+    status = world.status()
+    acked = sum(rank["acked"] for rank in status["ranks"])
+    return acked, next((one["epoch"] for one in status["instances"] if one["instance"] == INSTANCE), 0)
 
 
 def arm_corrupt_frame(node: Node, world: World) -> None:

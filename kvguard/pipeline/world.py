@@ -25,6 +25,7 @@ from pathlib import Path
 from kvguard import config
 from kvguard.errors import BadConfig, KvguardError, TimedOut
 from kvguard.pipeline import settings
+from kvguard.pipeline.proxy import Gate, Proxy
 from kvguard.transport.ask import ask
 
 INSTANCE = "demo"
@@ -46,6 +47,7 @@ class WorldSettings:
     guarded: bool = True
     arena_bytes: int = 1 << 30
     standbys: bool = True
+    gated: bool = False  # peers reach each daemon through a cable of ours that can be cut and slowed (proxy.py)
     node_overrides: dict = field(default_factory=dict)
     coordinator_overrides: dict = field(default_factory=dict)
 
@@ -117,6 +119,8 @@ class Node:
     def __init__(self, index: int, name: str, address: str):
         self.index, self.name, self.address = index, name, address
         self.generation = 0
+        self.bulk_port = 0
+        self.gate: Gate | None = None
         self.daemon: Process | None = None
         self.engines: list[Process] = []
 
@@ -132,14 +136,24 @@ class World:
         self.root = wanted.root
         (self.root / "logs").mkdir(parents=True, exist_ok=True)
         count = max(2, wanted.stages) if wanted.guarded else wanted.stages
-        ports = free_ports(2 + count)
+        ports = free_ports(2 + (2 if wanted.gated else 1) * count)
         self.coordinator_address = f"tcp://127.0.0.1:{ports[0]}"
         self.driver_address = f"tcp://127.0.0.1:{ports[1]}"
-        self.nodes = [Node(i, f"node-{i}", f"tcp://127.0.0.1:{port}") for i, port in enumerate(ports[2:])]
+        self.nodes = [Node(i, f"node-{i}", f"tcp://127.0.0.1:{port}") for i, port in enumerate(ports[2 : 2 + count])]
+        self.proxy: Proxy | None = None
+        if wanted.gated:
+            self._lay_cables(ports[2:])
         self.coordinator: Process | None = None
         self.driver: Process | None = None
         self._started = 0
         self.endpoints: list[str] = []
+
+    def _lay_cables(self, ports: list[int]) -> None:
+        """A gate in front of each daemon, at a loopback address of its own and the daemon's port numbers."""
+        self.proxy = Proxy()
+        for node, port, bulk in zip(self.nodes, ports, ports[len(self.nodes) :], strict=False):
+            node.bulk_port = bulk
+            node.gate = self.proxy.gate(f"127.0.1.{node.index + 1}", "127.0.0.1", {port: port, bulk: bulk})
 
     # ---- starting
 
@@ -163,14 +177,17 @@ class World:
         path.write_text(config.template(config.CoordinatorConfig, values), encoding="utf-8")
         self.coordinator = self._process("coordinator", ["kvguard.cli", "coordinator", "--config", str(path)])
 
-    def start_daemon(self, node: Node) -> None:
+    def start_daemon(self, node: Node, **overrides) -> None:
+        """`overrides`: of its configuration, for this life of it."""
         runtime = self.runtime_dir(node)
         runtime.mkdir(mode=0o700, exist_ok=True)
         path = self.root / f"{node.name}.toml"
         values = {
             "name": node.name, "runtime_dir": str(runtime), "listen": node.address, "coordinator": self.coordinator_address,
-            "arena_bytes": self.settings.arena_bytes, "fault_injection": True, **self.settings.node_overrides,
+            "arena_bytes": self.settings.arena_bytes, "fault_injection": True, **self.settings.node_overrides, **overrides,
         }  # fmt: skip
+        if node.gate is not None:
+            values |= {"advertise": node.address.replace("127.0.0.1", node.gate.host), "bulk_port": node.bulk_port}
         path.write_text(config.template(config.NodeConfig, values), encoding="utf-8")
         alive = next((process for process in node.processes() if process.alive()), None)
         node.daemon = self._process(node.name, ["kvguard.cli", "node", "--config", str(path)], group=self.group(node) if alive else 0)
@@ -264,6 +281,9 @@ class World:
             for pipe in (process.popen.stdin, process.popen.stdout):
                 if pipe:
                     pipe.close()
+        if self.proxy is not None:
+            self.proxy.close()
+            self.proxy = None
 
     # ---- looking
 
