@@ -99,6 +99,7 @@ def history(known: Known) -> list[dict]:
         {"instance": record.instance, "epoch": record.epoch.counter, "issuer": record.epoch.issuer, "reason": record.reason,
          "ranks": [str(rank) for rank in record.ranks],
          "targets": record.targets, "timing_ms": record.timing_ms, "positions": record.positions, "rungs": record.rungs, "lost": record.lost,
-         "bytes_by_rung": record.bytes_by_rung, "attempts": record.attempt, "error": record.error, "verdict_ns": record.verdict_ns}
+         "bytes_by_rung": record.bytes_by_rung, "attempts": record.attempt, "error": record.error, "verdict_ns": record.verdict_ns,
+         "recomputed": record.recomputed}
         for record in known.history
     ]  # fmt: skip

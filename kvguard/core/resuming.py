@@ -127,13 +127,14 @@ def _resume(known: Known, instance: str) -> None:
     record, order = current.record, current.record.order
     move_in(known, current, [rebuild.rank for rebuild in order.rebuilds])
     ids = {(node, entry.sequence): entry for (node, part), done in current.dones.items() if part == "holders" for entry in done.known}
-    sequences, lost = [], dict(record.lost_sequences)
+    sequences, lost, recomputed = [], dict(record.lost_sequences), 0
     for sequence, position, rung, node in zip(order.sequences, order.positions, order.rungs, order.ids_node, strict=True):
         entry = ids.get((node, sequence))
         if entry is None:
             lost[sequence] = f"{node} did not give the ids that it had reported"
         else:
             sequences.append(ResumeSequence(sequence, position, rung, entry))
+            recomputed += max(0, len(entry.ids) // 4 - 1 - position)
     moved: dict[str, int] = {}
     for done in current.dones.values():
         for rung, count in done.bytes_by_rung.items():
@@ -145,7 +146,7 @@ def _resume(known: Known, instance: str) -> None:
     targets = {str(rebuild.rank): rebuild.node for rebuild in order.rebuilds}
     known.keep_history(HistoryRecord(
         instance, record.epoch, record.reason, record.lost, targets, timing, dict(zip(order.sequences, order.positions, strict=True)),
-        dict(zip(order.sequences, order.rungs, strict=True)), lost, moved, record.attempt, verdict_ns=record.verdict_ns,
+        dict(zip(order.sequences, order.rungs, strict=True)), lost, moved, record.attempt, verdict_ns=record.verdict_ns, recomputed=recomputed,
     ))  # fmt: skip
     _keep_resume(known, instance, resume)
     known.keep_round(instance, record)

@@ -18,13 +18,15 @@ from kvguard.core import effects, events
 from kvguard.core.coordinator import Coordinator
 from kvguard.core.known import Settings
 from kvguard.core.membership import Patience
-from kvguard.daemon import logs
+from kvguard.daemon import drilled, logs
 from kvguard.daemon.journal import Journal
 from kvguard.daemon.loop import Loop, obey_signals
 from kvguard.daemon.mail import Mail, answering
+from kvguard.daemon.metrics import CoordinatorFigures
 from kvguard.daemon.perform import SHARED, Events, Shell, performer
 from kvguard.daemon.process import noted, reloading
 from kvguard.daemon.questions import Questions
+from kvguard.daemon.scrape import Scrapes
 from kvguard.format.messages import Answer, Query
 from kvguard.transport import keys as keyring
 from kvguard.transport.zeromq import ZeromqTransport
@@ -51,11 +53,18 @@ class CoordinatorDaemon:
         self._answer = answering(self.shell)
         self._asked: dict[int, tuple[str, int]] = {}
         self._numbers = itertools.count(1)
-        verbs = {"status": lambda arguments: self.core.status(time.monotonic_ns()), "history": self._history, "stats": self._stats}
+        self.drilled = drilled.Drilled(self.journal)
+        verbs = {
+            "status": lambda arguments: self.core.status(time.monotonic_ns()), "history": self._history, "stats": self._stats, "drilled": self.drilled.told,
+        }  # fmt: skip
         self.mail = Mail(self.shell, Questions(verbs, self._answer, self.loop.after), {Query: self._query})
         self.questions = self.mail.questions
-        self.loop.feed(events.Loaded(self.journal.load()))
+        self.loop.feed(events.Loaded(drilled.without(self.journal.load())))
         self.loop.watch(self.transport.fileno(), self.mail.read)
+        self.scrapes = None
+        if config.metrics:
+            figures = CoordinatorFigures(self.core, self.shell, self.drilled, lambda: dict(self.transport.counters))
+            self.scrapes = Scrapes(config.metrics, self.loop, figures.families)
 
     def _query(self, link: str, query: Query) -> None:
         """Orders go to the core, everything else is answered from what it knows."""
@@ -87,6 +96,8 @@ class CoordinatorDaemon:
         return {"counters": dict(sorted(self.shell.counters.items())), "transport": dict(self.transport.counters)}
 
     def close(self) -> None:
+        if self.scrapes is not None:
+            self.scrapes.close()
         self.transport.close()
         self.journal.close()
         self.loop.close()

@@ -7,6 +7,7 @@ at a holder that answers (without one they are UNPROTECTED, which is said elsewh
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
@@ -17,6 +18,27 @@ from kvguard.types import StreamId, is_scheduler
 WAITS_MAX = 1024
 OPEN_MAX = 65536
 FORGET_NS = 10_000_000_000
+SECONDS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0)  # upper bounds of the histograms' buckets
+
+
+class Histogram:
+    """Durations by bucket of SECONDS, for as long as the process lives. `counts` has one more: what is above all bounds."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(SECONDS) + 1)
+        self.sum_s = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(SECONDS, seconds)] += 1
+        self.sum_s += seconds
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Bounds as texts, the last "+Inf"; each counts all up to its bound."""
+        total, found = 0, []
+        for bound, count in zip((*map(str, SECONDS), "+Inf"), self.counts, strict=True):
+            total += count
+            found.append((bound, float(total)))
+        return found
 
 
 class Measures:
@@ -28,6 +50,7 @@ class Measures:
         self._lags: Counter[int] = Counter()  # tokens -> how many (sequence, step)
         self._waits_ms: deque[float] = deque(maxlen=WAITS_MAX)
         self._opened: dict[tuple[StreamId, int], int] = {}
+        self.waits = Histogram()
 
     def looked(self, event: events.Looked) -> None:
         if is_scheduler(event.stream.rank):
@@ -59,6 +82,7 @@ class Measures:
                 continue
             elif known.committed and local.best(row) >= known.committed:
                 self._waits_ms.append((now - since) / 1e6)
+                self.waits.add((now - since) / 1e9)
                 del self._opened[stream, row]
 
     @property

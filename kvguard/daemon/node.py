@@ -24,11 +24,13 @@ from kvguard.daemon.journal import Journal
 from kvguard.daemon.loop import Loop, obey_signals
 from kvguard.daemon.mail import Mail, answering
 from kvguard.daemon.measure import Measures, watched
+from kvguard.daemon.metrics import NodeFigures
 from kvguard.daemon.node_verbs import NodeVerbs
 from kvguard.daemon.perform_node import PROMISE, NodeShell, node_performer, promised
 from kvguard.daemon.process import noted, reloading
 from kvguard.daemon.questions import Questions
 from kvguard.daemon.ranks import Ranks
+from kvguard.daemon.scrape import Scrapes
 from kvguard.device import open_device
 from kvguard.errors import BadConfig
 from kvguard.format import local
@@ -84,6 +86,10 @@ class NodeDaemon:
         self._polling = False
         self._every(max(config.heartbeat_ms * MS, FIGURES_NS), self._replicas_seen)
         self._every(EXPIRE_NS, self._expire)
+        self.scrapes = None
+        if config.metrics:
+            figures = NodeFigures(self.core, self.shell, self.measures, lambda: dict(self.transport.counters))
+            self.scrapes = Scrapes(config.metrics, self.loop, figures.families)
         self.transport.dial(COORDINATOR, config.coordinator)
 
     # ---- sources ------------------------------------------------------------------------------------------------------------------
@@ -151,6 +157,8 @@ class NodeDaemon:
             self.shell.store.delivered(message.instance, message.sequences)
 
     def close(self) -> None:
+        if self.scrapes is not None:
+            self.scrapes.close()
         self.ranks.close()
         self.control.close()
         self.transport.close()

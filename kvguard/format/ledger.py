@@ -68,6 +68,7 @@ class HistoryRecord(msgspec.Struct, frozen=True, array_like=True):
     attempt: int
     error: str = ""
     verdict_ns: int = 0  # the coordinator's monotonic clock when the loss was told; comparable on its machine alone
+    recomputed: int = 0  # known positions, but for each sequence's last, whose KV has to be computed again
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -66,14 +66,15 @@ class Cluster:
         self.addresses = dict(zip(names, addresses, strict=True))
         self.running: dict[str, subprocess.Popen] = {}
         self.engines: list[Engine] = []
+        self.metrics = dict(zip(("coordinator", *names), free_addresses(1 + len(names)), strict=True))
         self.configure_coordinator()
         for name, address in self.addresses.items():
             values = {"name": name, "listen": address, "coordinator": self.coordinator_address, "runtime_dir": str(directory / name), "fault_injection": True}
-            self._write(config.NodeConfig, name, {**values, "arena_bytes": 64 << 20})
+            self._write(config.NodeConfig, name, {**values, "metrics": self.metrics[name], "arena_bytes": 64 << 20})
 
     def configure_coordinator(self, **values) -> None:
         """What else the coordinator's file says; before it is started."""
-        own = {"listen": self.coordinator_address, "state_dir": str(self.directory / "coordinator")}
+        own = {"listen": self.coordinator_address, "state_dir": str(self.directory / "coordinator"), "metrics": self.metrics["coordinator"]}
         self._write(config.CoordinatorConfig, "coordinator", {**own, **values})
 
     def _write(self, cls, name: str, values: dict) -> None:
@@ -102,7 +103,7 @@ class Cluster:
         assert engine.hear() in ({"attached": True}, {"standby": True})
         return engine
 
-    def ask(self, name: str, verb: str, **arguments) -> dict:
+    def ask(self, name: str, verb: str, /, **arguments) -> dict:
         return ask(self.coordinator_address if name == "coordinator" else self.addresses[name], verb, arguments, timeout=5.0)
 
     def cli(self, *arguments: str) -> tuple[int, dict]:
