@@ -6,6 +6,7 @@ Invariants: a holder is durable before it is assigned, so that a fence knows eve
 
 from __future__ import annotations
 
+from kvguard.core import hosting
 from kvguard.core.known import Known
 from kvguard.core.membership import DEAD
 from kvguard.core.placement import Seat, place
@@ -17,17 +18,19 @@ def assign(known: Known) -> None:
     nodes = known.membership.nodes.values()  # one known from the store alone is usable too: nothing moves because the coordinator restarted
     usable = tuple(node.node for node in nodes if node.state != DEAD and known.fair_ns - node.seen_ns < known.settings.replace_ns)
     spares = [(node.node, standby) for node in nodes for standby in node.standbys]
-    seats, fits = [], {}
+    seats, fits, hosts = [], {}, {}
     for instance, places in known.membership.members.items():
         if known.phase(instance):
             continue
+        if any(not member.worked or len(member.holders) < known.settings.replicas for member in places.values()):
+            hosts.update({(instance, rank): beside for rank, beside in hosting.preferred(known, instance).items()})
         for rank, member in places.items():
             if not member.lost:
                 seats.append(Seat(instance, rank, member.node, member.holders if member.worked else ()))  # before the first work, moving costs nothing
                 text = str(rank)
                 fits[instance, rank] = tuple(node for node, standby in spares if standby.instance == instance and text in standby.fingerprints)
     addresses = known.addresses()
-    for (instance, rank), answer in place(tuple(seats), usable, fits, known.settings.replicas).items():
+    for (instance, rank), answer in place(tuple(seats), usable, fits, known.settings.replicas, hosts).items():
         member = known.membership.members[instance][rank]
         known.reasons[instance, rank] = answer.reason
         if answer.holders != member.holders:

@@ -160,7 +160,7 @@ class Coordinator:
             if promised is None or promised.counter < epoch.counter:
                 known.tell_node(node, Fence(instance, epoch, (), "this epoch began while the node was away"))
             if current is not None:
-                resuming.say_resumed(known, instance)
+                resuming.say_resumed(known, instance, again=True)
             elif instance not in known.failed:
                 known.tell_node(node, Resumed(instance, epoch, ()))
 
@@ -235,7 +235,7 @@ class Coordinator:
             if member is not None and member.stream == message.stream and member.node == node and not member.lost:
                 self._leave(instance, rank, f"detached cleanly from {node}")
             return
-        self._lose(node, message.stream, f"{message.kind}: {message.reason}", message.since_ms, True, message.incarnation)
+        self._lose(node, message.stream, f"{message.kind}: {message.reason}", message.since_ms, message.kind != "suspected", message.incarnation)
 
     def _lose(self, node: NodeId, stream, reason: str, detect_ms: float, dead: bool, incarnation: int = 0) -> None:
         """The process behind a rank is gone. Only the one that is known to be the rank counts, or the replacement that a plan chose."""
@@ -246,8 +246,12 @@ class Coordinator:
             for rebuild in current.record.order.rebuilds:
                 if rebuild.rank == rank and rebuild.node == node and rebuild.standby == incarnation:
                     current.dones.pop((node, f"rank {rank}"), None)
-                    rounds.start(known, instance, (rank,), subject, detect_ms, (rank,), refused=((node, incarnation),))
+                    rounds.start(known, instance, (rank,), subject, detect_ms, (rank,) if dead else (), refused=((node, incarnation),))
                     return
+        if current is not None and current.record.phase == FENCING and member is not None and member.lost and member.stream == stream:
+            if (member.node, member.incarnation) == (node, incarnation) and rank in current.record.lost:
+                rounds.on_death(current, node, rank, dead, known.fair_ns)
+                return
         if member is None or member.stream != stream or member.node != node or member.lost or (incarnation and member.incarnation != incarnation):
             known.note_once("stale_fault", f"{instance}/{rank}", f"{subject}: not the one that is known", node, stream, incarnation)
             return
@@ -294,8 +298,10 @@ class Coordinator:
             if current.record.phase == FENCING:
                 due += [current.since_ns + wait for wait in (settings.exclude_ns, settings.seal_ns, settings.standby_ns)]
                 due += [rounds.answer_due(known, current, node) for node in current.asked_ns]
-                due.append(current.not_before_ns)
+                due += [current.not_before_ns, current.since_ns + settings.move_ns]
             elif current.record.phase == PLANNED:
                 due.append(current.since_ns + settings.restore_ns)
+            elif current.record.order is not None:
+                due.append(current.since_ns + settings.moved_ns)
         later = [at for at in due if at > known.fair_ns]
         return min(later) if later else None

@@ -37,6 +37,8 @@ class Settings(NamedTuple):
     window_ns: int = 60_000 * MS
     attempts_max: int = 8
     replicas: int = 1
+    move_ns: int = 0  # so long a standby is waited for where the emitter could go on elsewhere
+    moved_ns: int = 600_000 * MS  # what moved stays so long where it is, undelivered
 
 
 class Round:
@@ -44,7 +46,7 @@ class Round:
 
     __slots__ = (
         "asked", "asked_ns", "changed", "dones", "heard", "mark_ns", "not_before_ns", "ordered", "plan_open", "record", "reports", "since_ns", "tried",
-        "waiting",
+        "undelivered", "waiting",
     )  # fmt: skip
 
     def __init__(self, record: RecoveryRecord, fair_ns: int, now_ns: int):
@@ -56,6 +58,7 @@ class Round:
         self.asked_ns: dict[NodeId, int] = {}  # and when its Fence was
         self.waiting, self.tried, self.heard = "", None, 0  # `heard`: how many reports have come, so that one that is said anew is planned with
         self.plan_open = self.changed = False
+        self.undelivered: dict[SequenceId, bool] | None = None  # of those that moved, once they are waited for
 
 
 class Known:
@@ -84,6 +87,8 @@ class Known:
         self.strays: dict[tuple, bool] = {}
         self.unlisted: dict[tuple[NodeId, StreamId], int] = {}  # schedulers' replicas by holder: fair ns since when no node lists the scheduler
         self.paused = False
+        self.movers: dict[str, bool] = {}  # whose emitter can submit sequences to other instances
+        self.secret = b""
 
     # ---- durable facts
 
@@ -135,6 +140,10 @@ class Known:
         session = self.membership.sessions.get(instance)
         return session is not None and not session.ended and bool(session.link)
 
+    def moves(self, instance: str) -> bool:
+        """Whether its sequences may go on elsewhere now: their emitter says so, and there is a secret to prove their tokens with."""
+        return bool(self.secret) and self.movers.get(instance, False) and self.emitter_lives(instance)
+
     def tell_emitter(self, instance: str, message: Message) -> bool:
         session = self.membership.sessions.get(instance)
         if session is None or not session.link:
@@ -177,4 +186,4 @@ class Known:
 
 
 def member_record(place: Place) -> MemberRecord:
-    return MemberRecord(place.node, place.stream, place.incarnation, place.endpoint, place.holders, place.former)
+    return MemberRecord(place.node, place.stream, place.incarnation, place.endpoint, place.holders, place.former, place.fingerprint)

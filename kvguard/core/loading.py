@@ -31,6 +31,8 @@ def load(known: Known, values: dict[str, bytes]) -> None:
             known.emitters[name] = record
         elif kind == "history":
             known.history.append(record)
+        elif kind == "secret":
+            known.secret = record
         elif kind == "paused":
             known.paused = record
     known.history.sort(key=lambda record: (record.instance, record.epoch))
@@ -41,7 +43,7 @@ def load(known: Known, values: dict[str, bytes]) -> None:
 
 def _load_member(known: Known, instance: str, rank: Rank, record: ledger.MemberRecord, start_ns: int) -> Member:
     member = Member(record.node, record.stream, record.incarnation, record.endpoint)
-    member.holders, member.former = record.holders, record.former
+    member.holders, member.former, member.fingerprint = record.holders, record.former, record.fingerprint
     known.membership.members.setdefault(instance, {})[rank] = member
     for node in (record.node, *record.holders):
         if node not in known.membership.nodes:

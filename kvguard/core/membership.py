@@ -71,7 +71,9 @@ class Member:
     `worked`: it has (or may have) had sequences, so that its holders have something to keep.
     """
 
-    __slots__ = ("absent_ns", "beat", "endpoint", "former", "holders", "incarnation", "lost", "node", "progress", "rose_ns", "stream", "worked")
+    __slots__ = (
+        "absent_ns", "beat", "endpoint", "fingerprint", "former", "holders", "incarnation", "lost", "node", "progress", "rose_ns", "stream", "worked",
+    )  # fmt: skip
 
     def __init__(self, node: NodeId, stream: StreamId, incarnation: int, endpoint: str):
         self.node, self.stream, self.incarnation, self.endpoint = node, stream, incarnation, endpoint
@@ -81,6 +83,7 @@ class Member:
         self.progress, self.rose_ns = -1, -1
         self.absent_ns: int | None = None
         self.lost, self.worked = False, True
+        self.fingerprint = 0  # of its shape; 0: not said yet
 
 
 class Session:
@@ -194,6 +197,7 @@ class Membership:
             member.rose_ns = fair_ns
         member.progress = max(member.progress, rank_beat.progress)
         member.worked = member.worked or rank_beat.sequences > 0
+        member.fingerprint = rank_beat.fingerprint or member.fingerprint
         member.beat, member.absent_ns, member.endpoint, member.incarnation = rank_beat, None, rank_beat.endpoint, rank_beat.incarnation
 
     def _on(self, node: NodeId):

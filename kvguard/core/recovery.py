@@ -4,19 +4,22 @@ Knows: holdings with lineage, who is lost, which standbys are there, forks that 
 Must not know: messages' way, time, how a plan is carried out.
 Invariants (I1): a sequence's position is never beyond what each survivor's live pool and each lost rank's chosen source has of the authoritative lineage,
 and leaves an id that somebody knows to compute; a sequence whose ids nobody knows is lost and named; every sequence planned has an explanation; the same
-reports in the same order give the same plan. A rank that is called a survivor but reports no live pool is lost.
+reports in the same order give the same plan. A rank that is called a survivor but reports no live pool is lost. Where ranks can't be rebuilt and the emitter
+moves, every rank of their dp ends, and its sequences go on elsewhere (moving.py).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvguard.core import ladder
+from msgspec.structs import replace
+
+from kvguard.core import ladder, moving
 from kvguard.core.columns import Copy, Longest, align, authoritative, highest, lowest, newest_lives, table, valid
 from kvguard.format.lineage import forked
 from kvguard.format.messages import Holding, PlanOrder, Rebuild, Report, StandbyBeat
 from kvguard.limits import FORKS_MAX
-from kvguard.types import Epoch, Fork, Lineage, NodeId, Rank, Rung, SequenceId, StreamId, scheduler_of
+from kvguard.types import Epoch, Fork, Lineage, NodeId, Places, Rank, Rung, SequenceId, StreamId, scheduler_of
 
 Ints = tuple[int, ...]
 
@@ -27,6 +30,7 @@ class Situation(NamedTuple):
     `members`: every rank of the instance and its node. `lost`: which of them. `reports`: one per node that answered.
     `standbys`: not yet claimed, fitting or not. `forks`: lineages that former plans decided, by sequence.
     `excluded`: nodes whose copies don't count. `over`: sequences known to be delivered. `emitter_lives`: the emitter knows ids that were never replicated.
+    `moves`: it can submit sequences elsewhere, and needn't wait for a standby; `hosts`: to whom.
     """
 
     instance: str
@@ -40,6 +44,8 @@ class Situation(NamedTuple):
     excluded: tuple[NodeId, ...] = ()
     over: frozenset[SequenceId] = frozenset()
     emitter_lives: bool = False
+    moves: bool = False
+    hosts: tuple[moving.Host, ...] = ()
 
 
 class Plan(NamedTuple):
@@ -87,7 +93,7 @@ def plan(situation: Situation) -> Plan | Unplannable:
     seats = ladder.assign(wishes)
     missing = tuple(_without_seat(need.rank, wishes[need.rank], situation.standbys) for need in needs if need.rank not in seats)
     if missing:
-        return Unplannable(missing)
+        return _moved(situation, held, lost) if situation.moves else Unplannable(missing)
     return _compose(situation, groups, seats, lost, held, tuple(live[rank][1].stream for rank in sorted(live)))
 
 
@@ -170,12 +176,7 @@ def _compose(situation: Situation, groups: list[_Group], seats: dict, lost: tupl
     for group in groups:
         choices = [ladder.choose(need, seats[need.rank], len(group.base)) for need in group.needs]
         positions = lowest([group.caps, *(choice.positions for choice in choices)])
-        kept = [i for i, sequence in enumerate(group.base) if group.ids.counts[i] and sequence not in situation.over and sequence not in seen]
-        for i, sequence in enumerate(group.base):
-            if not group.ids.counts[i] and sequence not in situation.over and sequence not in seen:
-                written = max((column[i] for column in group.written), default=0)
-                gone.append((sequence, f"nobody knows its token ids; {written} positions of KV without them are worth nothing"))
-        seen.update(dict.fromkeys(group.base))
+        kept = _kept(situation, group, seen, gone)
         parts.append(_columns(situation.epoch, group, choices, positions, kept))
         kept_of.append((kept, choices, positions))
     total = sum(len(kept) for kept, _, _ in kept_of)
@@ -197,6 +198,50 @@ def _compose(situation: Situation, groups: list[_Group], seats: dict, lost: tupl
     return Plan(order, lost, tuple(gone), tuple(former))
 
 
+def _kept(situation: Situation, group: _Group, seen: dict, gone: list[tuple[SequenceId, str]]) -> list[int]:
+    """Which of the group's sequences go on; those whose ids nobody knows are told in `gone`."""
+    kept = [i for i, sequence in enumerate(group.base) if group.ids.counts[i] and sequence not in situation.over and sequence not in seen]
+    for i, sequence in enumerate(group.base):
+        if not group.ids.counts[i] and sequence not in situation.over and sequence not in seen:
+            written = max((column[i] for column in group.written), default=0)
+            gone.append((sequence, f"nobody knows its token ids; {written} positions of KV without them are worth nothing"))
+    seen.update(dict.fromkeys(group.base))
+    return kept
+
+
+def _moved(situation: Situation, held: list[tuple[NodeId, Holding]], lost: tuple[Rank, ...]) -> Plan:
+    """No rank is rebuilt. Those that live beside a lost one are ended, so that their pools count as a dead process's do; other dps go on."""
+    dps = dict.fromkeys(rank.dp for rank in lost)
+    ending = tuple(sorted(rank for rank in situation.members if rank.dp in dps))
+    ended = [rank for rank in ending if rank not in lost]
+    held = [
+        (node, replace(holding, alive=False) if holding.stream.rank in ended and situation.members[holding.stream.rank] == node else holding)
+        for node, holding in held
+    ]
+    situation = situation._replace(lost=ending)
+    live = _live_pools(situation, held)
+    parts, gone, seen, transfers = [], [], {}, []
+    places: tuple[Places, ...] = ()
+    for dp in sorted({rank.dp for rank in situation.members}):
+        group = _group(situation, dp, held, live, ending)
+        kept = _kept(situation, group, seen, gone)
+        if not group.needs:
+            parts.append(_columns(situation.epoch, group, [], group.caps, kept))
+            places += ((),) * len(kept)
+            continue
+        spread = moving.spread(group.needs, situation.hosts, len(group.base))
+        parts.append(_rows(situation.epoch, group, spread.positions, spread.rungs, [spread.explanations[i] for i in kept], kept))
+        places += tuple([spread.places[i] for i in kept])
+        transfers += [(holder, target, situation.addresses.get(target, ""), stream) for holder, target, stream in spread.transfers]
+    columns = [tuple(entry for part in parts for entry in part[k]) for k in range(8)]
+    survivors = tuple(live[rank][1].stream for rank in sorted(live))
+    order = PlanOrder(
+        situation.instance, situation.epoch, *columns[:7], (), tuple(dict.fromkeys(transfers)), columns[7], survivors, ending, places,
+    )  # fmt: skip
+    former = dict.fromkeys(holding.stream for _, holding in held if holding.stream.rank in ending)
+    return Plan(order, ending, tuple(gone), tuple(former))
+
+
 def _columns(epoch: Epoch, group: _Group, choices: list[ladder.Choice], positions: Ints, kept: list[int]) -> tuple:
     """sequences, positions, rungs, lineages, ids, ids_node, ids_stream, explanations of the sequences at indices `kept`."""
     moved = Rung.worst([Rung.POOL if choice.kind == "pool" else Rung.REPLICA for choice in choices])
@@ -205,12 +250,16 @@ def _columns(epoch: Epoch, group: _Group, choices: list[ladder.Choice], position
         for i, position in enumerate(positions):
             if not position:
                 rungs[i] = Rung.TOKENS if any(column[i] for column in group.written) else Rung.POOL
+    return _rows(epoch, group, positions, rungs, _explanations(group, choices, positions, rungs, kept), kept)
+
+
+def _rows(epoch: Epoch, group: _Group, positions: Ints, rungs, explanations, kept: list[int]) -> tuple:
     lineages = [_fork(group.lineages[i], epoch.counter, positions[i]) for i in kept]
     where = [group.ids.where[i] for i in kept]
     return (
         tuple([group.base[i] for i in kept]), tuple([positions[i] for i in kept]), tuple([rungs[i] for i in kept]), tuple(lineages),
         tuple([group.ids.counts[i] for i in kept]), tuple([place[0] for place in where]), tuple([place[1] for place in where]),
-        _explanations(group, choices, positions, rungs, kept),
+        tuple(explanations),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 Knows: a planned round and its Done messages. Must not know: how the plan came about.
 Invariants: a rank is given away only when its target has carried the plan and every transfer to it is acknowledged; Resume follows only when all parts are done
 and is durable before it is sent; every order may be said again (by link, or after a restart) with the same epoch; former streams stay pinned until every
-rebuilt rank is protected in the new epoch.
+rebuilt rank is protected in the new epoch, and where sequences moved until all of those are delivered, or a bound has passed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import msgspec
 from kvguard.core.known import Known, Round
 from kvguard.core.membership import DEAD, MS
 from kvguard.core.membership import Member as Place
+from kvguard.format import moves
 from kvguard.format.ledger import PLANNED, RESUMED, HistoryRecord, RecoveryRecord
 from kvguard.format.messages import Done, Fence, RebuildOrder, Resume, Resumed, ResumeSequence
-from kvguard.types import NodeId, Rank, StreamId, is_scheduler
+from kvguard.types import NodeId, Rank, SequenceId, StreamId, is_scheduler
 
 
 def say_plan(known: Known, instance: str) -> None:
@@ -128,12 +129,14 @@ def _resume(known: Known, instance: str) -> None:
     move_in(known, current, [rebuild.rank for rebuild in order.rebuilds])
     ids = {(node, entry.sequence): entry for (node, part), done in current.dones.items() if part == "holders" for entry in done.known}
     sequences, lost, recomputed = [], dict(record.lost_sequences), 0
-    for sequence, position, rung, node in zip(order.sequences, order.positions, order.rungs, order.ids_node, strict=True):
+    proofs, places = _proofs(record), order.places or ((),) * len(order.sequences)
+    columns = zip(order.sequences, order.positions, order.rungs, order.ids_node, places, strict=True)
+    for sequence, position, rung, node, there in columns:
         entry = ids.get((node, sequence))
         if entry is None:
             lost[sequence] = f"{node} did not give the ids that it had reported"
         else:
-            sequences.append(ResumeSequence(sequence, position, rung, entry))
+            sequences.append(ResumeSequence(sequence, position, rung, entry, there, proofs.get(sequence, b"")))
             recomputed += max(0, len(entry.ids) // 4 - 1 - position)
     moved: dict[str, int] = {}
     for done in current.dones.values():
@@ -141,20 +144,51 @@ def _resume(known: Known, instance: str) -> None:
             moved[rung] = moved.get(rung, 0) + count
     timing = {**record.timing_ms, "restore": (known.now_ns - current.mark_ns) / MS}
     timing["total"] = sum(timing.values())
-    resume = Resume(instance, record.epoch, known.directory(instance), tuple(sequences), timing, moved)
-    record = msgspec.structs.replace(record, phase=RESUMED, timing_ms=timing, order=None)
+    _end_moved(known, record)
+    resume = Resume(instance, record.epoch, known.directory(instance), tuple(sequences), timing, moved, moved=bool(order.moved))
+    record = msgspec.structs.replace(record, phase=RESUMED, timing_ms=timing, order=order if order.moved else None)
     targets = {str(rebuild.rank): rebuild.node for rebuild in order.rebuilds}
     known.keep_history(HistoryRecord(
         instance, record.epoch, record.reason, record.lost, targets, timing, dict(zip(order.sequences, order.positions, strict=True)),
         dict(zip(order.sequences, order.rungs, strict=True)), lost, moved, record.attempt, verdict_ns=record.verdict_ns, recomputed=recomputed,
+        moved=len(proofs),
     ))  # fmt: skip
     _keep_resume(known, instance, resume)
     known.keep_round(instance, record)
     known.membership.recovering.pop(instance, None)
-    current.asked, current.waiting, current.changed = {}, "", True
+    current.asked, current.waiting, current.changed, current.since_ns = {}, "", True, known.fair_ns
     _say_resume(known, instance, resume)
     say_resumed(known, instance)
     known.note("resumed", instance, record.reason, epoch=record.epoch.counter, sequences=len(sequences), lost=len(lost), total_ms=round(timing["total"], 3))
+
+
+def _proofs(record: RecoveryRecord) -> dict[SequenceId, bytes]:
+    """Of the sequences that move: those of the dps that end."""
+    order, dps = record.order, dict.fromkeys(rank.dp for rank in record.order.moved)
+    return {
+        sequence: moves.prove(order.secret, order.instance, sequence, order.epoch, position)
+        for sequence, position, stream in zip(order.sequences, order.positions, order.ids_stream, strict=True) if stream.rank.dp in dps
+    }  # fmt: skip
+
+
+def _end_moved(known: Known, record: RecoveryRecord) -> None:
+    """Ranks whose sequences went elsewhere are nobody's any more: whoever attaches as one of them later begins empty."""
+    for rank in record.order.moved:
+        known.membership.members.get(record.instance, {}).pop(rank, None)
+        known.assigned.pop((record.instance, rank), None)
+        known.keep_member(record.instance, rank)
+
+
+def away(known: Known, instance: str) -> tuple[SequenceId, ...]:
+    """Names that are elsewhere by now: what is left of them here is nothing that a plan may bring back. Not those whose Resume nobody has adopted."""
+    current = known.rounds.get(instance)
+    if current is None:
+        return ()
+    names = current.record.away
+    if current.record.phase == RESUMED and current.record.order is not None and instance not in known.resumes:
+        names += tuple(_proofs(current.record))
+    delivered = known.delivered.get(instance, {})
+    return tuple(dict.fromkeys(name for name in names if name not in delivered))
 
 
 def _keep_resume(known: Known, instance: str, resume: Resume) -> None:
@@ -170,17 +204,39 @@ def _say_resume(known: Known, instance: str, resume: Resume) -> None:
         known.unheard[instance] = True
 
 
-def say_resumed(known: Known, instance: str) -> None:
-    """To every node that hasn't heard it on its present link."""
+def say_resumed(known: Known, instance: str, again: bool = False) -> None:
+    """To every node that hasn't heard it on its present link. `again`: with the plan before it, where it is still needed to answer fetches."""
     current = known.rounds[instance]
     for node in known.linked():
         link = known.membership.nodes[node].link
         if current.asked.get(node) != link:
             current.asked[node] = link
+            if again and current.record.order is not None:
+                known.tell_node(node, current.record.order)
             known.tell_node(node, Resumed(instance, current.record.epoch, ()))
 
 
+def _unpin_moved(known: Known, instance: str) -> None:
+    """Once all that moved is delivered; at the latest when the bound has passed, counted."""
+    current = known.rounds[instance]
+    if current.undelivered is None:
+        delivered = known.delivered.get(instance, {})
+        current.undelivered = {sequence: True for sequence in _proofs(current.record) if sequence not in delivered}
+    left = len(current.undelivered)
+    if left and known.fair_ns - current.since_ns < known.settings.moved_ns:
+        return
+    record = current.record
+    for node in known.linked():
+        known.tell_node(node, Resumed(instance, record.epoch, record.former))
+    why = f"{left} undelivered after {known.settings.moved_ns // MS} ms" if left else "all that moved is delivered"
+    known.note("moved_undelivered" if left else "unpinned", instance, f"{_count(record.former)} may go: {why}", epoch=record.epoch.counter, sequences=left)
+    known.keep_round(instance, None)
+
+
 def _unpin(known: Known, instance: str) -> None:
+    if known.rounds[instance].record.order is not None:
+        _unpin_moved(known, instance)
+        return
     record, session = known.rounds[instance].record, known.membership.sessions.get(instance)
     busy = session is not None and session.scheduled > 0
     for rank in record.lost:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import msgspec
 
-from kvguard.core import resuming
+from kvguard.core import hosting, resuming
 from kvguard.core.known import Known, Round, member_record
 from kvguard.core.membership import DEAD, MS
 from kvguard.core.recovery import Situation, Unplannable, plan
-from kvguard.format import ledger
+from kvguard.format import ledger, moves
 from kvguard.format.ledger import FENCING, PLANNED, RecoveryRecord
 from kvguard.format.messages import Fence, Fenced, Report
 from kvguard.types import Epoch, NodeId, Rank
@@ -34,6 +34,7 @@ def start(
         return
     before = known.rounds.get(instance)
     attempt, timing = 1, {"detect": detect_ms}
+    away = resuming.away(known, instance)
     if before is not None and before.record.phase != ledger.RESUMED:
         record = before.record
         attempt, timing = record.attempt + 1, {**record.timing_ms, "earlier": record.timing_ms.get("earlier", 0.0) + (known.now_ns - before.mark_ns) / MS}
@@ -50,7 +51,7 @@ def start(
     record = RecoveryRecord(
         instance, epoch, FENCING, reason, tuple(sorted(dict.fromkeys(ranks))), {str(rank): member_record(place) for rank, place in sorted(places.items())},
         tuple(dict.fromkeys(excluded)), tuple(sorted(dict.fromkeys(dead_writers))), attempt, tuple(dict.fromkeys(refused)), timing_ms=timing,
-        verdict_ns=known.now_ns,
+        verdict_ns=known.now_ns, away=away,
     )  # fmt: skip
     current = known.rounds[instance] = Round(record, known.fair_ns, known.now_ns)
     known.epochs[instance] = epoch
@@ -110,6 +111,15 @@ def on_report(known: Known, node: NodeId, report: Report) -> None:
     current.reports[node] = report
     current.heard += 1
     advance(known, report.instance)
+
+
+def on_death(current: Round, node: NodeId, rank: Rank, seen: bool, fair_ns: int) -> None:
+    """More of the death that this round is about. Seen: an old writer less; it is kept with the next record, and without it the round only waits for more.
+    Still suspected: the node lives, and its report waits for that death, so that it isn't excluded for it."""
+    if seen:
+        current.record = msgspec.structs.replace(current.record, dead_writers=tuple(sorted(dict.fromkeys((*current.record.dead_writers, rank)))))
+    else:
+        current.asked_ns[node] = fair_ns
 
 
 def advance(known: Known, instance: str) -> None:
@@ -173,7 +183,9 @@ def _try_plan(known: Known, instance: str) -> None:
         (node.node, standby) for node in known.membership.nodes.values() if node.node in current.reports
         for standby in node.standbys if standby.instance == instance and (node.node, standby.standby) not in record.refused
     )  # fmt: skip
-    key = (current.heard, standbys)
+    may_move = known.moves(instance) and known.fair_ns - current.since_ns >= known.settings.move_ns
+    hosts = hosting.hosts(known, instance, tuple(current.reports)) if may_move else ()
+    key = (current.heard, standbys, may_move, hosts)
     if current.tried != key:
         current.tried = key
         members = {rank: place.node for rank, place in sorted(known.membership.members[instance].items())}
@@ -182,7 +194,7 @@ def _try_plan(known: Known, instance: str) -> None:
         over = frozenset() if lives else frozenset(known.delivered.get(instance, ()))
         situation = Situation(
             instance, record.epoch, members, record.lost, tuple(current.reports.values()), standbys, known.addresses(), known.forks.get(instance, {}),
-            record.excluded, over, lives,
+            record.excluded, over.union(record.away), lives, may_move, hosts,
         )  # fmt: skip
         answer = plan(situation)
         if not isinstance(answer, Unplannable):
@@ -207,6 +219,9 @@ def _order(known: Known, instance: str, answer) -> None:
         members={str(rank): member_record(place) for rank, place in sorted(known.membership.members[instance].items())},
         excluded=tuple(dict.fromkeys((*record.excluded, *(node.node for node in known.membership.nodes.values() if node.node not in current.reports)))),
     )  # fmt: skip
+    if answer.order.moved:
+        secret = moves.secret_of(known.secret, instance, record.epoch)
+        record = msgspec.structs.replace(record, order=msgspec.structs.replace(answer.order, secret=secret))
     known.keep_round(instance, record)  # first: forks of a plan that nobody was told would cut the next one for nothing
     known.forks[instance] = dict(zip(answer.order.sequences, answer.order.lineages, strict=True))
     known.persist(f"forks/{instance}", known.forks[instance])

@@ -38,6 +38,7 @@ def on_hello(known: Known, link: str, message: EmitterHello, start) -> None:
         session.progress, session.rose_ns, session.scheduled, session.busy_ns = old.progress, old.rose_ns, old.scheduled, old.busy_ns
         session.fenced = max(session.fenced, old.fenced)
     known.membership.sessions[instance] = session
+    known.movers[instance] = message.moves
     if again:
         _adopted(known, instance, message.epoch.counter)
     pending = known.resumes.get(instance)
@@ -117,9 +118,12 @@ def _adopted(known: Known, instance: str, counter: int) -> None:
 def on_delivered(known: Known, message: Delivered) -> None:
     names = known.delivered.setdefault(message.instance, {})
     forks = known.forks.get(message.instance, {})
+    current = known.rounds.get(message.instance)
+    undelivered = (current.undelivered if current is not None else None) or {}
     for sequence in message.sequences:
         names[sequence] = True
         forks.pop(sequence, None)
+        undelivered.pop(sequence, None)
     while len(names) > DELIVERED_MAX:
         del names[next(iter(names))]
     for node in known.membership.nodes:  # whoever holds their ids may let them go

@@ -4,7 +4,8 @@ Knows: the records and their keys. Must not know: databases, when a record is wr
 Invariants: fields are only added at the end with a default; a record that can't be read raises BadFrame, it is never taken for an empty one.
 
 Keys: epoch/INSTANCE -> Epoch; holders/INSTANCE/RANK -> MemberRecord; recovery/INSTANCE -> RecoveryRecord; resume/INSTANCE -> messages.Resume;
-forks/INSTANCE -> lineages by sequence; emitter/INSTANCE -> the incarnation of its session; history/N -> HistoryRecord; paused -> bool.
+forks/INSTANCE -> lineages by sequence; emitter/INSTANCE -> the incarnation of its session; history/N -> HistoryRecord; paused -> bool; secret -> bytes, made by
+the shell (never by the core), from which each recovery's secret is made.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ class MemberRecord(msgspec.Struct, frozen=True, array_like=True):
     endpoint: str
     holders: tuple[NodeId, ...]
     former: tuple[NodeId, ...] = ()
+    fingerprint: int = 0
 
 
 class RecoveryRecord(msgspec.Struct, frozen=True, array_like=True):
     """One round of one recovery. `attempt` counts rounds since the instance last ran; `dead_writers`: lost ranks whose process is known to be gone.
 
     `refused`: (node, standby) that failed in an earlier round; `former`: streams pinned until the rebuilt ranks are protected; times are of this round.
+    `order` of sequences that moved stays until they are delivered; `away`: names that earlier recoveries moved elsewhere, which no later one brings back.
     """
 
     instance: str
@@ -50,6 +53,7 @@ class RecoveryRecord(msgspec.Struct, frozen=True, array_like=True):
     former: tuple[StreamId, ...] = ()
     timing_ms: dict[str, float] = {}
     verdict_ns: int = 0
+    away: tuple[SequenceId, ...] = ()
 
 
 class HistoryRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -69,6 +73,7 @@ class HistoryRecord(msgspec.Struct, frozen=True, array_like=True):
     error: str = ""
     verdict_ns: int = 0  # the coordinator's monotonic clock when the loss was told; comparable on its machine alone
     recomputed: int = 0  # known positions, but for each sequence's last, whose KV has to be computed again
+    moved: int = 0  # sequences that went on in other instances
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -81,6 +86,7 @@ _decoders = {
     "emitter": msgspec.msgpack.Decoder(int),
     "history": msgspec.msgpack.Decoder(HistoryRecord),
     "paused": msgspec.msgpack.Decoder(bool),
+    "secret": msgspec.msgpack.Decoder(bytes),
 }
 
 
