@@ -25,7 +25,7 @@ EMPTY_NAMES = re.compile(r"(manager|handler|utils?|common|helpers?|misc|v2)s?$",
 # room -> rooms of kvguard that it may import (besides itself). The base is open to all.
 BASE = {"types", "limits", "errors"}
 FORMAT = BASE | {"format"}
-DAEMON = FORMAT | {"core", "stream", "device", "store", "transport", "engine.look", "engine.packets", "config"}
+DAEMON = FORMAT | {"core", "stream", "device", "store", "transport", "engine.look", "engine.packets", "engine.lifeline", "config"}
 ALLOWED = {
     "types": set(),
     "limits": set(),

@@ -28,7 +28,7 @@ class LocalStream:
         self.senders: dict[NodeId, Sender] = {}
         self.ending: dict[NodeId, str] = {}  # holders that others replace, and why
         self.alive, self.salvageable, self.death = True, False, ""
-        self.hung: tuple[str, int] | None = None  # reason and last sign of life, once it was told to die
+        self.condemned: tuple[str, str, int] | None = None  # once it was told to die: what its death is called, why, since when
         self.looks = 0
         self.ids_before: dict[int, int] = {}  # of a scheduler's rows, at the last beat (core/schedulers.py)
         self.fenced = False

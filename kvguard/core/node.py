@@ -8,10 +8,10 @@ every buffer that comes in goes out again; a dead rank's pool stays until the re
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from kvguard.core import events, schedulers
 from kvguard.core.effects import Effect, FreeBuffer, KillProcess, Note, Send, SendReport, SetEpoch
+from kvguard.core.faults import Faults
 from kvguard.core.inbound import Inbound
 from kvguard.core.local import LocalStream
 from kvguard.core.orders import Orders
@@ -44,14 +44,6 @@ class NodeSettings:
     answer_ns: int = 2_000_000_000
 
 
-class Seen(NamedTuple):
-    """A fault until the coordinator has fenced: what was said, when it struck, and in which epoch."""
-
-    fault: messages.Fault
-    since_ns: int
-    epoch: Epoch
-
-
 class Node:
     """`promises`: what the journal says (core/promises.py decodes it)."""
 
@@ -63,9 +55,9 @@ class Node:
         self.orders: dict[str, Orders] = {}
         self.standbys: dict[int, messages.StandbyBeat] = {}
         self.linked = False  # to the coordinator
-        self._faults: dict[tuple[StreamId, int], Seen] = {}
+        self._faults = Faults(settings.node, COORDINATOR, self.promises)
         self._running: dict[str, Epoch] = {}  # the epoch whose recovery is known to be over
-        self._fences: dict[str, Epoch] = {}  # answered with a report, not yet followed by a plan
+        self._fences: dict[str, messages.Fence] = {}  # to be answered with a report, or answered and not yet followed by a plan
         self._replicas = events.ReplicasSeen((), 0, 0)
         self._beat_ns: int | None = None
         self._beats = 0
@@ -75,7 +67,7 @@ class Node:
             events.TurnEnded: self._turn_ended, events.StreamAttached: self._attached, events.Looked: out.looked, events.StepsSeen: self._steps_seen,
             events.StreamDetached: self._detached, events.ProcessDied: self._died, events.StandbyAttached: self._standby, events.Captured: out.captured,
             events.EngineRestored: self._restored, events.Probed: into.completed, events.Applied: into.completed, events.PlanCarried: self._carried,
-            events.ReplicasSeen: self._replicas_seen,
+            events.ReplicasSeen: self._replicas_seen, events.DeathSuspected: self._suspected,
         }  # fmt: skip
         self._messages = {
             messages.Hello: self._hello, messages.IdsFrame: into.frame, messages.KvFrame: into.frame, messages.Held: out.answered, messages.Ack: out.answered,
@@ -113,8 +105,8 @@ class Node:
         settings = self.settings
         promises = tuple(sorted(self.promises.known.items()))
         out: list[Effect] = [Send(COORDINATOR, messages.NodeHello(settings.node, settings.incarnation, settings.address, promises, settings.version))]
-        out.extend(self._faults_again(now))
-        out.extend(SendReport(COORDINATOR, instance, epoch) for instance, epoch in self._fences.items())
+        out.extend(self._faults.again(now))
+        out.extend(effect for instance in self._fences for effect in self._report_again(instance))
         for orders in self.orders.values():
             out.extend(() if orders.finished else orders.again())
         return tuple(out)
@@ -171,11 +163,10 @@ class Node:
                 local.progress.step(now, event)
                 verdict = local.progress.verdict(now)
                 if verdict is not None:
-                    local.hung = (verdict.reason, verdict.since_ns)
-                    out += Note("hung", str(local.stream), verdict.reason), KillProcess(local.incarnation, local.stream, verdict.reason)
+                    out += Note("hung", str(local.stream), verdict.reason), _killed(local, "hung", verdict.reason, verdict.since_ns)
         if self._beat_ns is not None and now >= self._beat_ns:
             self._beat_ns = now + self.settings.heartbeat_ns
-            out += (*schedulers.succeeded(self.outbound), self._beat(now), *self._faults_again(now))
+            out += (*schedulers.succeeded(self.outbound), self._beat(now), *self._faults.again(now))
         return out
 
     def _beat(self, now: int) -> Send:
@@ -192,18 +183,6 @@ class Node:
             ),
         )
 
-    def _faults_again(self, now: int) -> Effects:
-        """Faults until the coordinator has raised the epoch that they struck in; a clean end is said once."""
-        out: list[Effect] = []
-        for key, seen in list(self._faults.items()):
-            if self.promises.of(key[0].instance).counter > seen.epoch.counter:
-                del self._faults[key]
-                continue
-            out.append(Send(COORDINATOR, _since(seen, now)))
-            if seen.fault.kind == "detached":
-                del self._faults[key]
-        return tuple(out)
-
     # ---- local ranks ----
 
     def _attached(self, now: int, event: events.StreamAttached) -> Effects:
@@ -217,7 +196,7 @@ class Node:
         if not known:
             local = self.outbound.streams[event.stream] = LocalStream(event, self._progress())
         elif local.incarnation != event.incarnation or not local.alive:
-            local.progress, local.hung = self._progress(), None
+            local.progress, local.condemned = self._progress(), None
             local.alive, local.death = True, ""
         local.incarnation, local.endpoint = event.incarnation, event.endpoint
         if verdict not in (SAME, NEWER):
@@ -250,7 +229,14 @@ class Node:
         out = self.outbound.detach(local, "detached")
         if is_scheduler(event.stream.rank):
             return (*out, Note("detached", str(event.stream), "the scheduler closed its table"))
-        return out + self._fault(now, local, "detached", "the engine closed its rank", False, now)
+        return out + self._fault(now, local, "detached", "the engine closed its rank", False, now) + self._report_again(event.stream.instance)
+
+    def _suspected(self, now: int, event: events.DeathSuspected) -> Effects:
+        """Said at once, and made true: what the coordinator plans waits for this node's report, and the report for the death."""
+        local = self.outbound.streams.get(event.stream)
+        if local is None or not local.alive or local.incarnation != event.incarnation or local.condemned is not None:
+            return ()
+        return (_killed(local, "died", event.reason, now), *self._fault(now, local, "suspected", event.reason, False, now))
 
     def _died(self, now: int, event: events.ProcessDied) -> Effects:
         if event.stream is None:
@@ -261,7 +247,7 @@ class Node:
             return (Note("stale_death", str(event.stream), event.reason),)
         if is_scheduler(event.stream.rank):
             return schedulers.died(self.outbound, local, event.reason)
-        kind, reason, since = ("hung", *local.hung) if local.hung is not None else ("died", event.reason, now)
+        kind, reason, since = local.condemned or ("died", event.reason, now)
         local.alive, local.death, local.salvageable = False, f"{kind}: {reason}", event.salvageable
         out = self._fault(now, local, kind, reason, event.salvageable, since)
         instance = local.stream.instance
@@ -270,16 +256,17 @@ class Node:
         return out + self._report_again(instance)
 
     def _report_again(self, instance: str) -> Effects:
-        """A report that no plan has followed yet said less than is known now: a rank was not back from its daemon's restart, or still lived."""
-        return (SendReport(COORDINATOR, instance, self._fences[instance]),) if instance in self._fences else ()
+        """A report that no plan has followed yet said less than is known now: a rank was not back from its daemon's restart, or still lived.
+
+        None while a process lives that was told to die for it: its pool may be salvaged once it is dead, and the coordinator doesn't wait for ever.
+        """
+        fence = self._fences.get(instance)
+        if fence is None or any(local.alive and local.condemned and local.stream.rank in fence.lost for local in self.outbound.of(instance)):
+            return ()
+        return (SendReport(COORDINATOR, instance, fence.epoch),)
 
     def _fault(self, now: int, local: LocalStream, kind: str, reason: str, salvageable: bool, since_ns: int) -> Effects:
-        fault = messages.Fault(self.settings.node, local.stream, local.incarnation, kind, reason, salvageable, 0.0)
-        seen = Seen(fault, since_ns, local.epoch)
-        if kind != "detached" or not self.linked:
-            self._faults[local.stream, local.incarnation] = seen
-        told = (Send(COORDINATOR, _since(seen, now)),) if self.linked else ()
-        return (*told, Note(kind, str(local.stream), reason))
+        return self._faults.struck(now, local, kind, reason, salvageable, since_ns, self.linked)
 
     def _standby(self, now: int, event: events.StandbyAttached) -> Effects:
         self.standbys[event.standby] = messages.StandbyBeat(event.instance, event.standby, event.endpoint, event.fingerprints)
@@ -320,15 +307,15 @@ class Node:
         if out:
             out += (Note("fenced", fence.instance, fence.reason, (("epoch", fence.epoch.counter),)),)
         if fence.instance not in self.orders:
-            self._fences[fence.instance] = fence.epoch
-        doomed = self._doomed(fence.instance, fence.lost, fence.reason)
-        if doomed and fence.instance in self._fences:  # its pool may be salvaged once it is dead: the report waits for that, the coordinator not for ever
-            return out + doomed
-        return (*out, *doomed, SendReport(COORDINATOR, fence.instance, fence.epoch))
+            self._fences[fence.instance] = fence
+        out += self._doomed(now, fence.instance, fence.lost, fence.reason)
+        if fence.instance in self._fences:
+            return out + self._report_again(fence.instance)
+        return (*out, SendReport(COORDINATOR, fence.instance, fence.epoch))
 
-    def _doomed(self, instance: str, lost: tuple[Rank, ...], reason: str) -> Effects:
+    def _doomed(self, now: int, instance: str, lost: tuple[Rank, ...], reason: str) -> Effects:
         """Processes that live here as a rank which is given to another: two must never both be that rank, and only a dead one leaves its seat."""
-        return _killed([local for local in self.outbound.of(instance) if local.alive and local.fenced and local.stream.rank in lost], reason)
+        return _given_away(now, [local for local in self.outbound.of(instance) if local.alive and local.fenced and local.stream.rank in lost], reason)
 
     def _plan(self, now: int, event: events.Arrived) -> Effects:
         plan = event.message
@@ -347,7 +334,7 @@ class Node:
         fenced = [local for local in self.outbound.of(plan.instance) if local.alive and local.fenced]
         former = [local for local in fenced if local.stream.rank in rebuilt or going_on.get(local.stream.rank, local.stream) != local.stream]
         survivors = [local.stream for local in fenced if local not in former]
-        return out + _killed(former, f"plan of epoch {plan.epoch.counter}") + orders.start(survivors)
+        return out + _given_away(now, former, f"plan of epoch {plan.epoch.counter}") + orders.start(survivors)
 
     def _carried(self, now: int, event: events.PlanCarried) -> Effects:
         orders = self._current(event.instance, event.epoch)
@@ -388,7 +375,7 @@ class Node:
         if resumed.instance in self.orders:
             self.orders[resumed.instance].finished = True
         mine = self.outbound.of(resumed.instance)
-        out += _killed([local for local in mine if local.alive and local.fenced and local.stream in resumed.ended], "a former life")
+        out += _given_away(now, [local for local in mine if local.alive and local.fenced and local.stream in resumed.ended], "a former life")
         for local in mine:
             if not local.alive and local.epoch != resumed.epoch:
                 out += self.outbound.forget(local, self.outbound.streams)
@@ -397,10 +384,11 @@ class Node:
         return out + tuple(effect for stream in resumed.unpinned for effect in self.inbound.forget(stream, why))
 
 
-def _killed(ranks: list[LocalStream], reason: str) -> Effects:
-    return tuple(KillProcess(local.incarnation, local.stream, f"its rank is given away: {reason}") for local in ranks)
+def _killed(local: LocalStream, kind: str, reason: str, since_ns: int) -> Effect:
+    """The first verdict is what its death will be called."""
+    local.condemned = local.condemned or (kind, reason, since_ns)
+    return KillProcess(local.incarnation, local.stream, reason)
 
 
-def _since(seen: Seen, now: int) -> messages.Fault:
-    fault = seen.fault
-    return messages.Fault(fault.node, fault.stream, fault.incarnation, fault.kind, fault.reason, fault.salvageable, (now - seen.since_ns) / 1e6)
+def _given_away(now: int, ranks: list[LocalStream], reason: str) -> Effects:
+    return tuple(_killed(local, "died", f"its rank is given away: {reason}", now) for local in ranks)

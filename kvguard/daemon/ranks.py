@@ -7,10 +7,11 @@ one process lives at a time; a death is told after a last look, so that facts co
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,7 +19,9 @@ from kvguard.core import events
 from kvguard.daemon import schedulers
 from kvguard.daemon.capture import Facts, Stream, as_event
 from kvguard.daemon.descriptors import is_eventfd, process_of, readable, same_file, stopped
+from kvguard.daemon.lifelines import Lifelines, Watches
 from kvguard.device.base import Device, Pool
+from kvguard.engine.lifeline import refuse_other
 from kvguard.engine.look import Steps, TableReader
 from kvguard.errors import Refused
 from kvguard.format import local
@@ -40,14 +43,6 @@ class Tells(Protocol):
     """control.ControlServer.send: descriptors stay the caller's; False where the connection is gone or doesn't read."""
 
     def __call__(self, connection: int, message: local.Local, descriptors: Sequence[int] = ()) -> bool: ...
-
-
-class Watches(Protocol):
-    """What is asked of loop.Loop."""
-
-    def watch(self, descriptor: int, ready: Callable[[], Events]) -> None: ...
-
-    def forget(self, descriptor: int) -> None: ...
 
 
 @dataclass
@@ -92,6 +87,7 @@ class Ranks:
         self._device = device
         self._store = store
         self._watches = watches
+        self._lifelines = Lifelines(watches)
         self._tell = tell
         self._streams, self._local, self._epochs = streams, local_streams, epochs
         self.ranks: dict[StreamId, LocalRank] = {}
@@ -129,15 +125,22 @@ class Ranks:
             return self._attach_spare(connection, message, descriptors, taken)
         if message.role == "scheduler":
             message = schedulers.described(message, len(descriptors))
-        elif not _is_rank(message) or len(descriptors) <= POOL:
+        elif not _is_rank(message) or len(descriptors) <= POOL + message.lifeline:
             raise Refused(f"{message.role!r} can't be attached as it was described. Try: kvguard.engine.attach, or attach_standby")
         if not is_eventfd(descriptors[BELL]):
             raise Refused("the second descriptor is not an eventfd: this daemon could not wait for it. Try: kvguard.engine.attach")
         self._refuse_second(message)
+        lifeline = descriptors[-1] if message.lifeline else None
+        if lifeline is not None:
+            refuse_other(lifeline)
+            descriptors = descriptors[:-1]
         known = self.ranks.get(message.stream)
         if known is not None:
-            return self._attach_again(known, connection, message, descriptors, taken)
-        return self._attach_new(connection, message, descriptors, taken)
+            told = self._attach_again(known, connection, message, descriptors, taken)
+        else:
+            told = self._attach_new(connection, message, descriptors, taken)
+        self._lifelines.hold(self.ranks[message.stream].stream, lifeline)
+        return told
 
     def _attach_spare(self, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
         former = self.spares.get(message.incarnation)
@@ -268,6 +271,7 @@ class Ranks:
             rank.watched = True
 
     def _unwatch(self, rank: LocalRank) -> None:
+        self._lifelines.let_go(rank.stream.id)
         if rank.watched:
             self._watches.forget(rank.bell)
             self._watches.forget(rank.pidfd)
@@ -397,8 +401,9 @@ class Ranks:
         """SIGKILL through the pidfd: never through a number that may be another's by now."""
         everyone = [rank for rank in self.ranks.values() if rank.stream.alive and rank.stream.incarnation == incarnation]
         for one in [*everyone, *(spare for spare in self.spares.values() if spare.incarnation == incarnation)]:
-            one.killed = "killed: it hung"
-            signal.pidfd_send_signal(one.pidfd, signal.SIGKILL)
+            one.killed = "killed by its node's daemon"
+            with contextlib.suppress(ProcessLookupError):  # dead and buried: its pidfd says so
+                signal.pidfd_send_signal(one.pidfd, signal.SIGKILL)
 
 
 def _is_rank(message: local.Attach) -> bool:

@@ -6,6 +6,7 @@ Invariants
 - The engine's own threads never touch the socket: they leave a message in a bounded list and go on.
 - A daemon that is slow, stopped, dead or restarted costs one connection attempt per back-off, and no memory that grows.
 - Whenever a connection is made anew, the attachment is said again with its descriptors, before anything else.
+- The thread holds a lifeline for as long as it serves anyone, and lets go before it ends: if it ends without, its process is dying. A rank brings it along.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
+
 from kvguard.engine import packets
+from kvguard.engine.lifeline import Lifeline, held_by_this_thread
 from kvguard.errors import BadFrame
 from kvguard.format import local
+from kvguard.limits import SOCKET_FDS_MAX
 
 RETRY_S_MIN, RETRY_S_MAX = 0.05, 2.0
 OUTGOING_MAX = 8
@@ -92,6 +97,7 @@ class Client:
         self._lock = threading.Lock()
         self._sessions: list[Session] = []
         self._thread: threading.Thread | None = None
+        self._lifeline: Lifeline | None = None  # of the thread that runs
 
     def wake(self) -> None:
         os.eventfd_write(self._bell, 1)
@@ -105,6 +111,15 @@ class Client:
         self.wake()
 
     def _run(self) -> None:
+        lifeline = self._lifeline = held_by_this_thread()
+        try:
+            self._serve_all()
+        finally:
+            if lifeline is not None:
+                lifeline.end()
+
+    def _serve_all(self) -> None:
+        """Until the last session has ended."""
         while True:
             with self._lock:
                 sessions = list(self._sessions)
@@ -172,6 +187,8 @@ class Client:
     def _say_attachment(self, session: Session) -> None:
         wanted = session.attach_wanted
         message, descriptors, temporary = session.attachment()
+        if isinstance(message, local.Attach) and message.role == "rank" and self._lifeline is not None and len(descriptors) < SOCKET_FDS_MAX:
+            message, descriptors = msgspec.structs.replace(message, lifeline=True), [*descriptors, self._lifeline.fd]
         try:
             packets.send_packet(session.line, message, descriptors)
             session.attach_said = wanted

@@ -13,6 +13,7 @@ from collections import deque
 import numpy as np
 from simulation.content import BLOCK_TOKENS, BLOCKS, layout_of, poison, slot_bytes, write_slots
 
+from kvguard.core.events import DeathSuspected
 from kvguard.device.host import HostDevice
 from kvguard.engine import memory
 from kvguard.engine.guard import Guard
@@ -117,13 +118,24 @@ class Process:
             self.backlog.popleft()()
 
     def kill(self, reason: str) -> None:
+        """At once, or with a sign of it before its memory is gone and its pidfd fires."""
         if not self.alive:
             return
         self.alive = False
         self.world.note(f"process {self.name} dies: {reason}")
         self.settle()
-        os.eventfd_write(self.death, 1)
         self.line.connection = 0
+        if self.world.random_deaths.random() < 0.5 and self.suspected():
+            self.world.after(self.world.random_deaths.randrange(1, 120) * MS, self._gone)
+        else:
+            self._gone()
+
+    def suspected(self) -> bool:
+        """The node's daemon, where there is one, sees the lifeline's mark. A spare has none."""
+        return False
+
+    def _gone(self) -> None:
+        os.eventfd_write(self.death, 1)
         self.world.wake(self.node)
         self.world.process_died(self)
 
@@ -249,6 +261,15 @@ class RankProcess(Process):
     def guard_received(self, message, descriptors: list[int]) -> None:
         self.guard.received(message, descriptors)
         self.later(self.world.random.randrange(20_000, 3 * MS), self._restore)
+
+    def suspected(self) -> bool:
+        life = self.world.nodes[self.node].life
+        if life is None or self.guard is None:
+            return False
+        self.world.count("suspected_early" if not self.alive else "suspected_alive")
+        life.loop.feed(DeathSuspected(self.guard.incarnation, self.guard.stream, "its lifeline is marked"))
+        self.world.wake(self.node)
+        return True
 
     # ---- a spare's life ----
 

@@ -92,7 +92,8 @@ class Faults:
         process = self._rank()
         if process is None:
             return False
-        process.kill("SIGKILL")
+        if self.world.random_deaths.random() >= 0.4 or not process.suspected():  # else a thread of it alone ends: its daemon makes that a death
+            process.kill("SIGKILL")
 
     def _kill_node(self):
         """The group dies: daemon, ranks, spares; memory gone. Its disk stays, or not."""

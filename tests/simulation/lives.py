@@ -152,7 +152,7 @@ class SimulatedRanks(Ranks):
             if incarnation in (process.incarnation, process.guard.incarnation if process.guard is not None else None):
                 for one in [*self.ranks.values(), *self.spares.values()]:
                     if (one.stream.incarnation if hasattr(one, "stream") else one.incarnation) == incarnation:
-                        one.killed = "killed: it hung"
+                        one.killed = "killed by its node's daemon"
                 self._world.count("killed_by_the_daemon")
                 process.kill("by its daemon")
 

@@ -51,6 +51,7 @@ class World:
         self.seed, self.verbose = seed, verbose
         self.random = random = Random(seed)
         self.random_checks = Random(seed)  # apart, so that looking more often changes nothing
+        self.random_deaths = Random(f"deaths {seed}")  # apart, so that worlds without deaths stay what they were
         self.now = 0
         self.network = Network(random, silence_ns=200 * MS)
         self.counts: Counter[str] = Counter()
