@@ -60,7 +60,7 @@ FORBIDDEN = {
 }
 # The one verb that starts the reference engine does so from the command line, lazily.
 EXCEPTIONS = {
-    ("cli/demo.py", "pipeline"), ("engine/transformers.py", "torch"), ("engine/vllm.py", "torch"),
+    ("cli/demo.py", "pipeline"), ("engine/transformers.py", "torch"), ("engine/vllm.py", "torch"), ("engine/vllm_pool.py", "torch"),
     ("engine/arena_cache.py", "torch"), ("engine/joining.py", "emitter"), ("engine/joining.py", "transport"),
 }  # fmt: skip
 

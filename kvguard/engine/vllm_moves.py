@@ -1,0 +1,107 @@
+"""The scheduler's side of restoring: which request comes with a moved sequence's token, how much of it is loaded, and how that ended.
+
+Knows: vLLM's Request by attribute, moved tokens. Must not know: torch, tables, how KV travels.
+
+Invariants
+- A token is tried once: whatever fails, and whatever is preempted later, is computed.
+- At least one position is left to compute; nothing is loaded where a local prefix exists (its blocks may be others', too).
+- A restored request shares its blocks with nobody unless that was asked for: it gets a cache salt of its own before its first lookup.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from kvguard.engine.vllm_facts import Load, LoadEnd
+from kvguard.engine.vllm_policy import refusal_of_request
+from kvguard.errors import BadFrame
+from kvguard.format import moves
+
+PARAMETER, SHARE_PARAMETER = "kvguard", "kvguard_share"  # keys of kv_transfer_params
+_NEW, _LOADING, _DONE = range(3)
+
+
+class _Moved:
+    """`outcome`: what the answer's kv_transfer_params say in the end."""
+
+    __slots__ = ("token", "position", "state", "outcome")
+
+    def __init__(self, token: dict, position: int) -> None:
+        self.token, self.position, self.state = token, position, _NEW
+        self.outcome: dict[str, Any] = {"restored": 0, "why": "it did not come to loading"}
+
+    def computed(self, why: str) -> None:
+        self.state, self.outcome = _DONE, {"restored": 0, "why": why}
+
+
+class Moves:
+    """`counts`: requests with a token, by what became of them."""
+
+    def __init__(self, share: bool, samples_by_position: bool) -> None:
+        self._share, self._samples_by_position = share, samples_by_position
+        self._moved: dict[str, _Moved] = {}
+        self._loads: list[Load] = []
+        self.counts = {"restored": 0, "computed": 0, "refused": 0}
+
+    def arrived(self, request: Any) -> None:
+        """A request that brings a token is remembered, and gets its salt."""
+        parameters = request.kv_transfer_params or {}
+        token = parameters.get(PARAMETER)
+        if token is None:
+            return
+        try:
+            position = moves.decode(token).position
+            refusal = refusal_of_request(request, self._samples_by_position)
+        except BadFrame as error:
+            position, refusal = 0, str(error)
+        moved = self._moved[request.request_id] = _Moved(token, min(position, request.num_tokens - 1))
+        if refusal:
+            self.counts["refused"] += 1
+            moved.computed(f"refused: {refusal}")
+        elif not (self._share or parameters.get(SHARE_PARAMETER) is True):
+            request.cache_salt = os.urandom(16).hex()
+            request.block_hashes.clear()
+            request.update_block_hashes()
+
+    def matched(self, request: Any, local: int) -> tuple[int, bool]:
+        """How many positions beyond `local` ones will be loaded, and that vLLM need not wait for them. Changes nothing but what is over."""
+        moved = self._moved.get(request.request_id)
+        if moved is None or moved.state != _NEW:
+            return 0, False
+        if local:
+            moved.computed(f"{local} positions are here already")
+        elif moved.position <= 0:
+            moved.computed("the token is of position 0")
+        else:
+            return moved.position, True
+        return 0, False
+
+    def allocated(self, request: Any, blocks: list[int], external: int) -> None:
+        """The request's blocks are there: load into them."""
+        moved = self._moved.get(request.request_id)
+        if moved is not None and moved.state == _NEW and external > 0:
+            moved.state = _LOADING
+            self._loads.append(Load(request.request_id, moved.token, list(blocks), external))
+
+    def taken(self) -> list[Load]:
+        """Loads to be begun with this step."""
+        loads, self._loads = self._loads, []
+        return loads
+
+    def ended(self, end: LoadEnd) -> None:
+        moved = self._moved.get(end.request_id)
+        if moved is None:
+            return
+        if end.error:
+            self.counts["computed"] += 1
+            moved.computed(end.error)
+        else:
+            self.counts["restored"] += 1
+            moved.state = _DONE
+            moved.outcome = {"restored": end.position, "bytes": end.moved_bytes, "restore_ms": round(end.load_ms, 3)}
+
+    def finished(self, request: Any) -> dict[str, Any] | None:
+        """What the router is told with the answer, in its kv_transfer_params."""
+        moved = self._moved.pop(request.request_id, None)
+        return None if moved is None else {PARAMETER: moved.outcome}
