@@ -90,6 +90,8 @@ class CoordinatorConfig:
     seal_ms: int = setting(10_000, "int", "how long a fence waits for proof that nothing of the old epoch can be acknowledged any more", 100, 600_000)
     standby_ms: int = setting(60_000, "int", "how long a lost rank waits for a standby or a restarted process", 100, 3_600_000)
     restore_ms: int = setting(60_000, "int", "a planned recovery that takes longer begins again, or fails, explicitly", 1000, 86_400_000)
+    move_after_ms: int = setting(0, "int", "how long a standby is waited for where the emitter can go on in another instance", 0, 3_600_000)
+    moved_retention_s: int = setting(600, "int", "how long what went on in another instance stays to be fetched, if nobody says that it was delivered", 1, 86_400)
     failovers_per_window: int = setting(10, "int", "automatic failovers of one instance within `window_s`; more need an operator", 1, 10_000)
     window_s: int = setting(60, "int", "see failovers_per_window", 1, 86_400)
     metrics: str = setting("", "address", "where Prometheus reads this process's metrics, such as tcp://127.0.0.1:9464; empty: nowhere")

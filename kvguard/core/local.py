@@ -95,7 +95,7 @@ class LocalStream:
         steps = self.progress.progress if self.progress is not None else 0
         return RankBeat(
             self.stream, self.epoch, self.incarnation, self.endpoint, state, reason, tuple(self.senders), len(self.ledger.rows), unprotected, committed, acked,
-            lag, (committed - acked) * self.shape.token_bytes, lag_ms, steps + self.looks,
+            lag, (committed - acked) * self.shape.token_bytes, lag_ms, steps + self.looks, self.shape.fingerprint,
         )  # fmt: skip
 
     def judged(self, promised: Epoch, answering: bool, unprotected: int) -> tuple[str, str]:

@@ -172,7 +172,7 @@ class Node:
     def _beat(self, now: int) -> Send:
         settings, seen = self.settings, self._replicas
         self._beats += 1
-        own = [local for local in self.outbound.streams.values() if not is_scheduler(local.stream.rank)]
+        own = [local for local in self.outbound.streams.values() if not is_scheduler(local.stream.rank) and not self._kept(local, finished=True)]
         ranks = tuple(local.beat(now, self.promises.of(local.stream.instance)) for local in own)
         standbys = tuple(self.standbys.values())
         return Send(
@@ -251,7 +251,7 @@ class Node:
         local.alive, local.death, local.salvageable = False, f"{kind}: {reason}", event.salvageable
         out = self._fault(now, local, kind, reason, event.salvageable, since)
         instance = local.stream.instance
-        if local.epoch != self.promises.of(instance) == self._running.get(instance):  # a former life, ended after the recovery that it missed
+        if local.epoch != self.promises.of(instance) == self._running.get(instance) and not self._kept(local):  # a former life, ended after the recovery that it missed
             return out + self.outbound.forget(local, self.outbound.streams)
         return out + self._report_again(instance)
 
@@ -330,9 +330,9 @@ class Node:
         for target, address, _ in orders.transfers():
             out += self.outbound.dial(target, address)
         going_on = {stream.rank: stream for stream in plan.survivors}
-        rebuilt = {rebuild.rank: None for rebuild in plan.rebuilds}
+        ending = dict.fromkeys((*(rebuild.rank for rebuild in plan.rebuilds), *plan.moved))
         fenced = [local for local in self.outbound.of(plan.instance) if local.alive and local.fenced]
-        former = [local for local in fenced if local.stream.rank in rebuilt or going_on.get(local.stream.rank, local.stream) != local.stream]
+        former = [local for local in fenced if local.stream.rank in ending or going_on.get(local.stream.rank, local.stream) != local.stream]
         survivors = [local.stream for local in fenced if local not in former]
         return out + _given_away(now, former, f"plan of epoch {plan.epoch.counter}") + orders.start(survivors)
 
@@ -360,6 +360,12 @@ class Node:
             return (*out, Note("restored", str(event.stream), event.error)) if event.error else out
         return out + orders.restored(event)
 
+    def _kept(self, local: LocalStream, finished: bool = False) -> bool:
+        """Whether it is a dead pool that other instances fetch from; `finished`: and nothing else any more."""
+        orders = self.orders.get(local.stream.instance)
+        dead = orders is not None and not local.alive and local.epoch != orders.plan.epoch
+        return dead and orders.keeps(local.stream.rank) and (orders.finished or not finished)
+
     def _current(self, instance: str, epoch: Epoch) -> Orders | None:
         orders = self.orders.get(instance)
         return orders if orders is not None and orders.plan.epoch == epoch else None
@@ -377,7 +383,7 @@ class Node:
         mine = self.outbound.of(resumed.instance)
         out += _given_away(now, [local for local in mine if local.alive and local.fenced and local.stream in resumed.ended], "a former life")
         for local in mine:
-            if not local.alive and local.epoch != resumed.epoch:
+            if not local.alive and local.epoch != resumed.epoch and (local.stream in resumed.unpinned or not self._kept(local)):
                 out += self.outbound.forget(local, self.outbound.streams)
         out += self.outbound.end_pushes(resumed.instance)
         why = f"unpinned in epoch {resumed.epoch.counter}"

@@ -1,11 +1,15 @@
 """What the coordinator ordered for one instance's recovery, and how far this node has come with it.
 
 Knows: the plan, the parts of it that are this node's, which are done. Must not know: how parts are carried out, other nodes' parts.
-Invariants: a deed is ordered once per (instance, epoch); the same order again repeats the answer; what belongs to another epoch is refused.
+Invariants: a deed is ordered once per (instance, epoch); the same order again repeats the answer; what belongs to another epoch is refused; no engine hears
+the plan's secret.
 """
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
+from kvguard.core import moving
 from kvguard.core.effects import CarryPlan, Claim, Effect, Note, OrderRestore, PushReplica, Send
 from kvguard.core.events import EngineRestored, PlanCarried
 from kvguard.format.messages import Done, PlanOrder, RebuildOrder
@@ -18,6 +22,8 @@ class Orders:
     def __init__(self, plan: PlanOrder, node: NodeId, coordinator: str) -> None:
         self.plan = plan
         self.finished = False  # the instance runs again
+        self._for_engines = replace(plan, secret=b"")
+        self._kept = dict.fromkeys(rank for rank in plan.moved if moving.stays(plan.places, rank, node))
         self._node, self._coordinator = node, coordinator
         self._done: dict[str, Done] = {}
         self._claimed: dict[Rank, RebuildOrder] = {}
@@ -25,8 +31,12 @@ class Orders:
 
     def start(self, survivors: list[StreamId]) -> tuple[Effect, ...]:
         """Replicas are cut, living ranks truncate. Pushing waits until the replicas are cut."""
-        restores = tuple(OrderRestore(stream, self.plan) for stream in survivors)
+        restores = tuple(OrderRestore(stream, self._for_engines) for stream in survivors)
         return (CarryPlan(self.plan, self._node), *restores)
+
+    def keeps(self, rank: Rank) -> bool:
+        """Whether the dead pool of a rank stays mapped here after the recovery: sequences that moved may be fetched from it until they are delivered."""
+        return rank in self._kept
 
     def again(self) -> tuple[Effect, ...]:
         """All answers so far, for a coordinator that may have missed them."""
@@ -57,7 +67,7 @@ class Orders:
             return (Note("refused", f"{order.instance}/{rank}", f"the rank is to be rebuilt on {order.rebuild.node}, not here"),)
         self._claimed[rank] = order
         self._done.pop(part, None)
-        return (Claim(self.plan, order.rebuild),)
+        return (Claim(self._for_engines, order.rebuild),)
 
     def died(self, standby: int, reason: str) -> tuple[Effect, ...]:
         """A standby that died before it had its rank: the coordinator takes another."""

@@ -15,7 +15,7 @@ import numpy as np
 from kvguard.core import effects, events
 from kvguard.format import pages
 from kvguard.format.messages import PIECE_BLOCK, PIECE_REFERENCE, PIECE_TOKENS, Holding, IdsFrame, KnownIds, StreamShape
-from kvguard.types import StreamId
+from kvguard.types import Lineage, StreamId
 
 
 class Table(Protocol):
@@ -138,6 +138,10 @@ class Facts:
         rows = [self._rows[row] for row in sorted(self._rows)]
         names, generations, lineages, positions, ids, _ = zip(*rows, strict=True) if rows else ((),) * 6
         return Holding(stream.id, "pool", stream.alive, names, generations, lineages, positions, ids, stream.shape.fingerprint)
+
+    def find(self, sequence: str) -> tuple[int, Lineage, int] | None:
+        """(row, lineage, committed positions) of a sequence that lives in the table."""
+        return next(((row, entry[2], entry[3]) for row, entry in self._rows.items() if entry[0] == sequence), None)
 
     def known(self, stream: Stream, sequences: tuple[str, ...], counts: tuple[int, ...]) -> list[KnownIds]:
         """Ids (as many as were planned), sampler and request of sequences that live in the table. One that isn't there any more is left out."""

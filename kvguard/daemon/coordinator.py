@@ -27,6 +27,7 @@ from kvguard.daemon.perform import SHARED, Events, Shell, performer
 from kvguard.daemon.process import noted, reloading
 from kvguard.daemon.questions import Questions
 from kvguard.daemon.scrape import Scrapes
+from kvguard.format import ledger, moves
 from kvguard.format.messages import Answer, Query
 from kvguard.transport import keys as keyring
 from kvguard.transport.zeromq import ZeromqTransport
@@ -59,7 +60,7 @@ class CoordinatorDaemon:
         }  # fmt: skip
         self.mail = Mail(self.shell, Questions(verbs, self._answer, self.loop.after), {Query: self._query})
         self.questions = self.mail.questions
-        self.loop.feed(events.Loaded(drilled.without(self.journal.load())))
+        self.loop.feed(events.Loaded(drilled.without(with_secret(self.journal))))
         self.loop.watch(self.transport.fileno(), self.mail.read)
         self.scrapes = None
         if config.metrics:
@@ -103,6 +104,15 @@ class CoordinatorDaemon:
         self.loop.close()
 
 
+def with_secret(journal: Journal) -> dict[str, bytes]:
+    """What the journal says. The secret behind the proofs of moved sequences is made with the journal, and lives as long as it."""
+    values = journal.load()
+    if "secret" not in values:
+        values["secret"] = ledger.pack(os.urandom(moves.SECRET_BYTES))
+        journal.persist("secret", values["secret"])
+    return values
+
+
 def settings_of(config: CoordinatorConfig) -> Settings:
     """The core's settings in ns."""
     patience = Patience(
@@ -112,6 +122,7 @@ def settings_of(config: CoordinatorConfig) -> Settings:
     return Settings(
         patience=patience, exclude_ns=config.exclude_ms * MS, seal_ns=config.seal_ms * MS, standby_ns=config.standby_ms * MS, restore_ns=config.restore_ms * MS,
         failovers_max=config.failovers_per_window, window_ns=config.window_s * 1000 * MS, backoff_ns=config.backoff_ms * MS, replicas=config.replicas,
+        move_ns=config.move_after_ms * MS, moved_ns=config.moved_retention_s * 1000 * MS,
     )  # fmt: skip
 
 

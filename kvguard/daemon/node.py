@@ -20,6 +20,7 @@ from kvguard.core.node import COORDINATOR, Node, NodeSettings
 from kvguard.core.promises import decode_epoch
 from kvguard.daemon import logs
 from kvguard.daemon.control import ControlServer, LocalIncoming
+from kvguard.daemon.fetching import Fetching
 from kvguard.daemon.journal import Journal
 from kvguard.daemon.loop import Loop, obey_signals
 from kvguard.daemon.mail import Mail, answering
@@ -75,6 +76,7 @@ class NodeDaemon:
         self.loop = Loop(self.core, node_performer(self.shell))
         self.ranks = Ranks(open_device(config.device), store, self, self.control.send, self.shell.streams, self.shell.local, self.shell.epochs)
         self.shell.engines = self.ranks
+        self.fetching = Fetching(self.shell, self.ranks, self.control.send)
         for instance, epoch in promises.items():
             promised(self.shell, instance, epoch)
         self.measures = Measures(self.core, time.monotonic_ns)
@@ -130,6 +132,9 @@ class NodeDaemon:
             return self.ranks.detach(incoming.connection)
         if type(message) is local.Restored:
             return self.ranks.restored(incoming.connection, message)
+        if type(message) is local.Fetch:
+            self.fetching.fetch(incoming.connection, message)
+            return ()
         self.shell.counters["local_refused"] += 1
         self.control.drop(incoming.connection)
         self.ranks.disconnected(incoming.connection)

@@ -58,6 +58,7 @@ class NodeShell(Shell):
     streams: dict[StreamId, Stream] = field(default_factory=dict)
     local: dict[StreamId, Stream] = field(default_factory=dict)
     epochs: dict[str, Epoch] = field(default_factory=dict)  # promised, by instance
+    moved: dict[str, PlanOrder] = field(default_factory=dict)  # by dead instance: what other instances' engines may fetch, and the secret that proves it
     corrupt_frames: int = 0  # drills: how many of the next KV frames leave with one byte changed
 
 
@@ -179,6 +180,10 @@ def send_report(shell: NodeShell, effect: effects.SendReport) -> Events:
 
 def carry_plan(shell: NodeShell, effect: effects.CarryPlan) -> Events:
     plan = effect.plan
+    if plan.moved:
+        shell.moved[plan.instance] = plan
+    else:
+        shell.moved.pop(plan.instance, None)
     known = list(shell.store.carry_plan(plan, effect.node))
     for stream in streams_of(shell, plan.instance):
         wanted = [n for n, node in enumerate(plan.ids_node) if node == effect.node and plan.ids_stream[n] == stream]

@@ -96,6 +96,8 @@ class Restored:
         """A scheduler, without KV: what it has accepted is cut to the plan, what it hasn't it need not have."""
         plan, table = self._plan, self._guard.table
         planned = dict(zip(plan.sequences, zip(plan.positions, plan.lineages, plan.ids, strict=True), strict=True))
+        if any(rank.dp == self._guard.rank.dp for rank in plan.moved):
+            planned = {}  # they go on elsewhere, under other names
         found = []
         for name, row in live.items():
             if name not in planned:
