@@ -3,8 +3,8 @@
 Knows: names, bounds and relations of settings, and where each value came from. Must not know: what the settings are used for.
 Invariants: a value that leaves this file has passed every check; one load reports *all* faults, each with file, line and key (exit code 78).
 
-A file has one section per process, `[node]` and `[coordinator]`; a file may hold both, and conf.d is shared, so a section that a process doesn't use is
-left alone. Environment: KVGUARD_NODE_NAME for `name` in `[node]`, KVGUARD_COORDINATOR_DEAD_MS for `dead_ms` in `[coordinator]`, lists joined by commas.
+A file has one section per process, `[node]`, `[coordinator]` and `[gateway]`; a file may hold several, and conf.d is shared, so a section that a process
+doesn't use is left alone. Environment: KVGUARD_NODE_NAME for `name` in `[node]`, KVGUARD_COORDINATOR_DEAD_MS for `dead_ms` in `[coordinator]`, lists joined by commas.
 Sizes are integers in bytes or texts such as "512MiB". The same form serves nodes on loopback and on three hosts.
 """
 
@@ -26,11 +26,12 @@ from kvguard.limits import MIB, NAME_BYTES_MAX, PAYLOAD_BYTES_MAX, WINDOW_BYTES_
 SIZES = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 LEVELS = ("debug", "info", "warning", "error")
 ADDRESS = re.compile(r"tcp://(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(?P<port>\d{1,5})")
+URL = re.compile(r"(?P<scheme>https?)://(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:(?P<port>\d{1,5}))?(/[A-Za-z0-9._~/-]*)?")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def setting(default, kind: str, doc: str, low: int | None = None, high: int | None = None, choices: tuple[str, ...] = ()):
-    """A field of a configuration. `kind`: name | path | address | bytes | int | bool | word | ints | text."""
+    """A field of a configuration. `kind`: name | path | address | url | bytes | int | bool | word | ints | instances | text."""
     metadata = {"kind": kind, "doc": doc, "low": low, "high": high, "choices": choices}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
@@ -47,7 +48,7 @@ class NodeConfig:
     SECTION = "node"
 
     name: str = setting(REQUIRED, "name", "this node's name, unique among all nodes of the coordinator")
-    runtime_dir: str = setting("/run/kvguard", "path", "the Unix socket and the promises; replicas live in memory and go with the daemon")
+    runtime_dir: str = setting("/run/kvguard", "path", "the Unix socket and the promises; on a tmpfs also the replicas, see keep_replicas")
     listen: str = setting("tcp://127.0.0.1:7420", "address", "where peers and the command line reach this daemon; port 0 takes a free one")
     advertise: str = setting("", "address", "how others reach `listen`; empty where it is that address itself")
     coordinator: str = setting("tcp://127.0.0.1:7400", "address", "the coordinator's address")
@@ -65,6 +66,11 @@ class NodeConfig:
     log_level: str = setting("info", "word", "least severity that is logged", choices=LEVELS)
     metrics: str = setting("", "address", "where Prometheus reads this process's metrics, such as tcp://127.0.0.1:9464; empty: nowhere")
     bulk_port: int = setting(0, "int", "where peers bring payloads, on the host of `listen`; 0 takes a free one. Say it where a firewall has to know", 0, 65535)
+
+    keep_replicas: str = setting(
+        "auto", "word", "where replicas stay while this daemon is away: with the service manager, in files of a runtime_dir on a tmpfs, or nowhere (no); "
+        "auto: the first of these that there is", choices=("auto", "service", "files", "no"),
+    )  # fmt: skip
 
     @property
     def socket_path(self) -> Path:
@@ -101,8 +107,37 @@ class CoordinatorConfig:
     log_level: str = setting("info", "word", "least severity that is logged", choices=LEVELS)
 
 
-KINDS: dict[str, type] = {cls.SECTION: cls for cls in (NodeConfig, CoordinatorConfig)}
-Config = TypeVar("Config", NodeConfig, CoordinatorConfig)
+@dataclass(frozen=True, kw_only=True)
+class GatewayConfig:
+    """`kvguard gateway`."""
+
+    SECTION = "gateway"
+
+    name: str = setting("gateway", "name", "this gateway's name among the coordinator's emitters; an instance has one emitter")
+    listen: str = setting("http://127.0.0.1:8000", "url", "where clients reach the gateway; port 0 takes a free one")
+    instances: tuple[str, ...] = setting(REQUIRED, "instances", 'the engine servers, each as "INSTANCE URL NODE": "llama-a http://10.0.0.1:8000 node-a"')
+    tokenizer: str = setting(REQUIRED, "path", "the model's directory, or its tokenizer.json: text is made from token ids here")
+    coordinator: str = setting("tcp://127.0.0.1:7400", "address", "the coordinator's address")
+    chat: str = setting("followed", "word", "relayed: never resume chats; for servers with a reasoning parser or a harmony format", choices=("followed", "relayed"))
+    seeded: str = setting("generator", "word", "how the engines draw seeded samples; only by position can they be resumed", choices=("generator", "position"))
+    max_tokens_default: int = setting(0, "int", "max_new_tokens of the engines' generation config; 0: none, the context is the bound", 0, 1 << 24)
+    in_flight_max: int = setting(256, "int", "requests at a time; more are refused with 429", 1, 65536)
+    body_bytes_max: int = setting(8 * MIB, "bytes", "of a request's body", 1024, 1 << 30)
+    attempts: int = setting(4, "int", "how many instances in turn are asked to go on with one answer", 1, 64)
+    fence_ms: int = setting(3000, "int", "how long a lost answer waits for the coordinator's fence, before it is computed again elsewhere", 0, 600_000)
+    resume_ms: int = setting(10_000, "int", "how long a fenced answer waits for its resume token, and then for an active instance", 100, 600_000)
+    connect_ms: int = setting(2000, "int", "to connect to an instance", 10, 600_000)
+    idle_ms: int = setting(120_000, "int", "silence after which an instance has lost an answer; longer than queue and prefill take", 100, 86_400_000)
+    client_ms: int = setting(60_000, "int", "how long a client may take to send its request, or not to read its answer", 100, 86_400_000)
+    probe_ms: int = setting(500, "int", "between two looks at each instance's health", 10, 600_000)
+    drain_ms: int = setting(60_000, "int", "how long SIGTERM waits for the answers that are under way", 0, 86_400_000)
+    keys: str = setting("", "path", "file with this process's key and the peers that are allowed (`kvguard keys generate`); empty: no encryption")
+    insecure: bool = setting(False, "bool", "true allows addresses off loopback without keys")
+    log_level: str = setting("info", "word", "least severity that is logged", choices=LEVELS)
+
+
+KINDS: dict[str, type] = {cls.SECTION: cls for cls in (NodeConfig, CoordinatorConfig, GatewayConfig)}
+Config = TypeVar("Config", NodeConfig, CoordinatorConfig, GatewayConfig)
 
 
 class Fault(NamedTuple):
@@ -271,6 +306,8 @@ def converted(field, value, text: bool):
         if not isinstance(parts, list | tuple):
             raise ValueError(f"{value!r} is not a list of integers|{field.name} = [1000]")
         return tuple(bounded(field, as_int(part, "int", text)) for part in parts)
+    if kind == "instances":
+        return checked_instances(field, [part for part in value.split(",") if part] if text and isinstance(value, str) else value)
     if kind == "bool":
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if text and isinstance(value, str) and value.lower() in words:
@@ -283,6 +320,22 @@ def converted(field, value, text: bool):
     return checked_text(field, kind, value)
 
 
+def checked_instances(field, values) -> tuple[str, ...]:
+    """Lines of instance, URL and node, each instance once. Raises ValueError("what|attempt")."""
+    attempt = f'{field.name} = ["llama-a http://10.0.0.1:8000 node-a"]'
+    if not isinstance(values, list | tuple) or not values or not all(isinstance(one, str) for one in values):
+        raise ValueError(f"{values!r} is not a list of texts|{attempt}")
+    for one in values:
+        parts = one.split()
+        if len(parts) != 3 or not NAME.fullmatch(parts[0]) or not URL.fullmatch(parts[1]) or not NAME.fullmatch(parts[2]):
+            raise ValueError(f'{one!r} is not "INSTANCE URL NODE"|{attempt}')
+    names = [one.split()[0] for one in values]
+    twice = next((name for name in names if names.count(name) > 1), "")
+    if twice:
+        raise ValueError(f"instance {twice!r} is listed twice|{attempt}")
+    return tuple(" ".join(one.split()) for one in values)
+
+
 def checked_text(field, kind: str, value: str) -> str:
     if kind == "word" and value not in field.metadata["choices"]:
         raise ValueError(f"{value!r} is none of {', '.join(field.metadata['choices'])}")
@@ -292,6 +345,8 @@ def checked_text(field, kind: str, value: str) -> str:
         found = ADDRESS.fullmatch(value)
         if not found or int(found["port"]) > 65535:
             raise ValueError(f'{value!r} is not an address|{field.name} = "tcp://127.0.0.1:7420"')
+    if kind == "url" and not ((found := URL.fullmatch(value)) and found["scheme"] == "http" and found["port"] and int(found["port"]) <= 65535):
+        raise ValueError(f'{value!r} is not an address for clients|{field.name} = "http://127.0.0.1:8000"')
     if kind == "path" and (value or field.default != "") and not os.path.isabs(value):
         raise ValueError(f'{value!r} is not an absolute path|{field.name} = "/run/kvguard"')
     return value
@@ -334,7 +389,7 @@ def relations(cls: type[Config], values: dict[str, object], where) -> list[Fault
 
     secured = ("keys", "insecure")
     for key in ("listen", "advertise", "coordinator"):
-        if values.get(key):
+        if values.get(key) and ADDRESS.fullmatch(values[key]):  # a gateway's clients come by HTTP, and bring no keys
             judge(
                 (key, *secured), lambda a, k, i: not on_loopback(a) and not k and not i, "leaves this machine without keys",
                 lambda *_: 'keys = "/etc/kvguard/key" (`kvguard keys generate`), or insecure = true on a network that you trust',

@@ -19,6 +19,7 @@ VERBS = {
     "coordinator": ("kvguard.cli.coordinator", "Run the coordinator."),
     "demo": ("kvguard.cli.demo", "Kill something in mid-generation and watch the text go on."),
     "failover": ("kvguard.cli.orders", "Fence an instance and rebuild one of its ranks elsewhere."),
+    "gateway": ("kvguard.cli.gateway", "Run the OpenAI-compatible gateway in front of the instances."),
     "history": ("kvguard.cli.history", "Epochs: why, who, how long, what was lost."),
     "keys": ("kvguard.cli.keys", "Make and list keys."),
     "node": ("kvguard.cli.node", "Run a node's daemon."),

@@ -1,0 +1,124 @@
+"""The gateway's paths.
+
+Knows: starlette, which path is answered by what. Must not know: how.
+Invariants: no more than in_flight_max requests are under way; every error is in OpenAI's form; a gateway that ends takes nothing new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from kvguard.gateway import replies
+from kvguard.gateway.answering import RETRY_AFTER_S, Answering
+from kvguard.gateway.events import Declined, Lost
+from kvguard.gateway.journey import Surroundings
+
+
+def json_response(document: dict, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(document), status, headers, "application/json")
+
+
+class Paths:
+    """`around`: made by the lifespan, before the first request."""
+
+    def __init__(self) -> None:
+        self.around: Surroundings | None = None
+        self.ending: Callable[[], bool] = lambda: False
+        self._in_flight = 0
+
+    async def completions(self, request: Request) -> Response:
+        return self._admitted(request, chat=False)
+
+    async def chat(self, request: Request) -> Response:
+        return self._admitted(request, chat=True)
+
+    def _admitted(self, request: Request, chat: bool) -> Response:
+        around = self.around
+        refusal = None
+        if self.ending():
+            refusal = ("ending", replies.error("The gateway is ending. Try: again", "server_error", 503, "ending"), 503)
+        elif self._in_flight >= around.settings.in_flight_max:
+            refusal = ("in_flight", replies.error("Too many requests are under way. Try: again in a moment", "rate_limit_error", 429, "overloaded"), 429)
+        elif not around.fleet.active:
+            refusal = ("no_instance", replies.error("No instance can take the request now. Try: again in a moment", "server_error", 503, "no_instance"), 503)
+        if refusal is not None:
+            reason, document, status = refusal
+            around.counters.refused.labels(reason).inc()
+            return json_response(document, status, {"retry-after": str(RETRY_AFTER_S), "connection": "close"})
+        return Counted(self, Answering(request, around, chat))
+
+    def taken(self, change: int) -> None:
+        self._in_flight += change
+        self.around.counters.in_flight.set(self._in_flight)
+
+    async def models(self, request: Request) -> Response:
+        """What the least loaded instance serves; all serve the same."""
+        tried: set[str] = set()
+        while (member := self.around.fleet.choose(without=frozenset(tried))) is not None:
+            try:
+                return json_response(await member.upstream.models(request.headers))
+            except Declined as error:
+                return Response(error.body, error.status, media_type="application/json")
+            except Lost as lost:
+                tried.add(member.name)
+                self.around.fleet.doubt(member, lost)
+        return json_response(replies.error("No instance can answer now. Try: again in a moment", "server_error", 503, "no_instance"), 503)
+
+    async def health(self, request: Request) -> Response:
+        """That this process lives."""
+        return Response()
+
+    async def ready(self, request: Request) -> Response:
+        """Whether a request would be taken."""
+        active = self.around.fleet.active
+        return json_response({"active_instances": active, "ending": self.ending()}, 200 if active and not self.ending() else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self.around.counters.text(), media_type="text/plain; version=0.0.4")
+
+
+class Counted(Response):
+    """An answer that is under way from now to its end, however it ends."""
+
+    def __init__(self, paths: Paths, answering: Answering) -> None:
+        super().__init__()
+        self._paths, self._answering = paths, answering
+        paths.taken(1)
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await self._answering(scope, receive, send)
+        finally:
+            self._paths.taken(-1)
+
+
+async def in_their_form(request: Request, error: HTTPException) -> Response:
+    """Starlette's own errors (no such path, wrong method), as an OpenAI client expects them."""
+    return json_response(replies.error(error.detail, "invalid_request_error", error.status_code), error.status_code, error.headers)
+
+
+def build(paths: Paths, surroundings: Callable[[], contextlib.AbstractAsyncContextManager[Surroundings]]) -> Starlette:
+    """The application. `surroundings`: entered before the first request, left after the last."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with surroundings() as paths.around:
+            yield
+
+    routes = [
+        Route("/v1/completions", paths.completions, methods=["POST"]),
+        Route("/v1/chat/completions", paths.chat, methods=["POST"]),
+        Route("/v1/models", paths.models),
+        Route("/health", paths.health),
+        Route("/ready", paths.ready),
+        Route("/metrics", paths.metrics),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: in_their_form})

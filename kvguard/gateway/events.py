@@ -1,0 +1,82 @@
+"""Server-sent events of an instance, taken apart; chunks of vLLM's completions, understood.
+
+Knows: the wire form of both, bounds. Must not know: connections.
+Invariant: whatever the bytes are, the outcome is chunks, Declined by the instance, or Lost: never more memory than EVENT_BYTES_MAX and one read.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvguard.errors import KvguardError
+from kvguard.gateway.continuation import Chunk
+from kvguard.limits import MIB
+
+EVENT_BYTES_MAX = 4 * MIB  # the first event of a long prompt brings all its ids
+DONE = b"[DONE]"
+
+
+class Lost(KvguardError):
+    """An instance that doesn't go on with an answer. `kind`: connection | status | garbage | idle | fenced | ended: the label it is counted under."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Declined(KvguardError):
+    """An instance's well-formed refusal of the request itself, which any other would repeat. `body`: its JSON, as it came."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(f"the instance refused with {status}")
+        self.status, self.body = status, body
+
+
+class Events:
+    """Bytes in, data of whole events out."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, some: bytes) -> list[bytes]:
+        """Raises Lost for an event without an end."""
+        self._rest += some
+        *lines, rest = self._rest.split(b"\n")
+        self._rest = bytearray(rest)
+        if len(self._rest) > EVENT_BYTES_MAX:
+            raise Lost("garbage", f"an event of more than {EVENT_BYTES_MAX} bytes")
+        return [bytes(line[5:]).strip() for line in lines if line.startswith(b"data:")]
+
+
+def json_object(said: bytes) -> dict:
+    """Raises Lost for anything else."""
+    try:
+        document = msgspec.json.decode(said)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise Lost("garbage", f"what isn't JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise Lost("garbage", "JSON that isn't an object")
+    return document
+
+
+def chunk(data: bytes) -> Chunk | None:
+    """One event of a completion with return_token_ids; None for one without news (usage). Raises Lost."""
+    document = json_object(data)
+    if document.get("error") is not None:
+        said = document["error"]
+        raise Lost("status", f"the engine says {str(said.get('message') if isinstance(said, dict) else said)[:200]!r}")
+    choices = document.get("choices")
+    if not isinstance(choices, list) or len(choices) > 1:
+        raise Lost("garbage", "an event without its one choice")
+    if not choices:
+        return None
+    choice = choices[0]
+    if not isinstance(choice, dict) or choice.get("index", 0) != 0:
+        raise Lost("garbage", "a choice that nobody asked for")
+    ids, prompt, finish = choice.get("token_ids"), choice.get("prompt_token_ids"), choice.get("finish_reason") or ""
+    if ids is None and (choice.get("text") or finish):
+        raise Lost("garbage", "text without its token ids. Try: a vLLM that knows return_token_ids")
+    stop = choice.get("stop_reason")
+    if not isinstance(ids, list | None) or not isinstance(prompt, list | None) or not isinstance(finish, str) or not isinstance(stop, int | str | None):
+        raise Lost("garbage", "a choice whose fields are of other types")
+    return Chunk(tuple(ids or ()), finish, stop, len(prompt) if prompt is not None else None)

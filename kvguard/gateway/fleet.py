@@ -1,0 +1,164 @@
+"""The instances together: who is active, who takes the next request, streams that end when their instance is fenced.
+
+Knows: watches, upstreams, routing. Must not know: what a request means, clients.
+Invariants: an instance is active after a look at its server said so, and until a connection to it fails, it answers garbage, or it is fenced; no chunk that
+comes after the fence of its instance is given out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+
+from kvguard.errors import KvguardError
+from kvguard.gateway.continuation import Chunk
+from kvguard.gateway.counters import Counters
+from kvguard.gateway.events import Declined, Lost
+from kvguard.gateway.routing import Standing, choose
+from kvguard.gateway.upstream import Upstream
+from kvguard.gateway.watching import Watch
+
+log = logging.getLogger(__name__)
+DOUBT_S = 2.0  # how long an instance that answered garbage, or nothing, is left alone
+HEALTH_S = 2.0
+
+
+class NoInstance(KvguardError):
+    """Nobody can take a request."""
+
+
+class Member:
+    """An instance with all that belongs to it."""
+
+    def __init__(self, watch: Watch, upstream: Upstream) -> None:
+        self.watch, self.upstream = watch, upstream
+        self.doubted_until = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.watch.instance.name
+
+    async def chunks(self, body: dict, key: str, headers: Mapping[str, str]) -> AsyncIterator[Chunk]:
+        """A completion, chunk by chunk. Raises Lost, Declined."""
+        async with aclosing(self.upstream.completion(body, key, headers)) as source, aclosing(unless(self.watch.fenced, source)) as guarded:
+            async for chunk in guarded:
+                self.watch.heard()
+                yield chunk
+
+
+async def unless(fenced: asyncio.Event, source: AsyncIterator) -> AsyncIterator:
+    """The items of `source` until `fenced` is set: then Lost, at once, and an item that came in the same moment is dropped."""
+    waiting = asyncio.ensure_future(fenced.wait())
+    read: asyncio.Future | None = None
+    try:
+        while True:
+            read = asyncio.ensure_future(anext(source))
+            await asyncio.wait((read, waiting), return_when=asyncio.FIRST_COMPLETED)
+            if fenced.is_set():
+                raise Lost("fenced", "the instance is fenced")
+            try:
+                item = read.result()
+            except StopAsyncIteration:
+                return
+            yield item
+    finally:
+        waiting.cancel()
+        if read is not None and not read.done():
+            read.cancel()
+        await asyncio.gather(waiting, *([read] if read is not None else []), return_exceptions=True)
+
+
+class Fleet:
+    """`probe_s`: between two looks at each server."""
+
+    def __init__(self, members: list[Member], counters: Counters, probe_s: float, headers: Mapping[str, str]) -> None:
+        self.members = {member.name: member for member in members}
+        self._counters, self._probe_s, self._headers = counters, probe_s, headers
+        self._changed = asyncio.Condition()
+        self._probing: asyncio.Task | None = None
+
+    def choose(self, fits: Callable[[Standing], bool] = lambda standing: True, without: frozenset[str] = frozenset()) -> Member | None:
+        found = choose((self.standing(member) for name, member in self.members.items() if name not in without), fits)
+        return self.members[found.name] if found else None
+
+    async def wait(self, timeout_s: float, without: frozenset[str]) -> Member:
+        """As choose, but waits for one. Raises NoInstance."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (found := self.choose(without=without)) is None:
+                    async with self._changed:
+                        await self._changed.wait()
+        except TimeoutError:
+            raise NoInstance(f"no instance became active within {timeout_s:g} s. Try: kvguard status") from None
+        return found
+
+    def standing(self, member: Member) -> Standing:
+        standing = member.watch.standing()
+        return standing._replace(active=standing.active and asyncio.get_running_loop().time() >= member.doubted_until)
+
+    @property
+    def active(self) -> int:
+        return sum(self.standing(member).active for member in self.members.values())
+
+    @property
+    def model(self) -> str:
+        """What answers name the model where the request doesn't."""
+        return next((member.watch.model for member in self.members.values() if member.watch.model), "")
+
+    def doubt(self, member: Member, lost: Lost) -> None:
+        """After a loss: one request's trouble (status) says nothing of the instance, and a fence says it all itself."""
+        if lost.kind == "connection":
+            member.watch.up = False
+        elif lost.kind in ("garbage", "idle", "ended"):
+            member.doubted_until = asyncio.get_running_loop().time() + DOUBT_S
+
+    # ---- looking ----
+
+    async def start(self) -> None:
+        await self._look()
+        self._probing = asyncio.create_task(self._probe())
+
+    async def close(self) -> None:
+        if self._probing is not None:
+            self._probing.cancel()
+            await asyncio.gather(self._probing, return_exceptions=True)
+        for member in self.members.values():
+            await member.watch.close()
+
+    async def _probe(self) -> None:
+        while True:
+            await asyncio.sleep(self._probe_s)
+            await self._look()
+
+    async def _look(self) -> None:
+        await asyncio.gather(*map(self._look_at, self.members.values()))
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _look_at(self, member: Member) -> None:
+        watch, was = member.watch, member.watch.up
+        up = await member.upstream.healthy(HEALTH_S)
+        if up and (not was or not watch.model):
+            up = await self._learn(member)
+        watch.up = up
+        if up != was:
+            log.info("%s is %s", member.name, "up" if up else "down")
+        self._counters.active.labels(member.name).set(self.standing(member).active)
+
+    async def _learn(self, member: Member) -> bool:
+        """What the instance serves. An instance that doesn't say is not up."""
+        try:
+            document = await member.upstream.models(self._headers)
+        except Declined:
+            return True  # it wants a key that only clients have
+        except Lost as error:
+            log.info("%s: %s", member.name, error)
+            return False
+        cards = document.get("data")
+        card = next((one for one in cards if isinstance(one, dict)), {}) if isinstance(cards, list) else {}
+        name, context = card.get("id"), card.get("max_model_len")
+        member.watch.model = name if isinstance(name, str) else ""
+        member.watch.context_tokens = context if type(context) is int else 0
+        return True

@@ -1,0 +1,195 @@
+"""One followed request through as many instances as it takes.
+
+Knows: fleet, continuation, the order of things after a loss. Must not know: the client's connection, the form of its answer.
+Invariants: a piece is given out once; after a loss the next instance is asked for exactly what is missing; where nobody can go on the journey ends in an
+error that says so; `end()` tells every instance that was asked that nothing need be kept.
+
+After a loss, with ids already given out: wait for the recovery's resume token (bounded); submit prompt + ids with it to an active instance that is one of its
+places; without one, or when that instance doesn't go on either, with the ids alone to any other (rung tokens: computed again). Before the first id
+there is nothing to lose: the request begins again elsewhere at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+
+from kvguard.config import GatewayConfig
+from kvguard.emitter import moves
+from kvguard.errors import BadFrame, KvguardError
+from kvguard.gateway.continuation import Chunk, Continuation, Piece
+from kvguard.gateway.counters import Counters
+from kvguard.gateway.events import Lost
+from kvguard.gateway.fleet import Fleet, Member, NoInstance
+from kvguard.gateway.policy import Followed
+from kvguard.gateway.routing import Standing, is_place
+from kvguard.gateway.text import decoder
+from kvguard.gateway.watching import key_of, sequence_of
+from kvguard.types import ResumeToken, Rung
+
+log = logging.getLogger(__name__)
+
+
+class Unbounded(KvguardError):
+    """A request without max_tokens to a model whose context nobody says: nothing could be counted on. To be relayed."""
+
+
+class Surroundings(NamedTuple):
+    """What every journey has in common."""
+
+    fleet: Fleet
+    settings: GatewayConfig
+    tokenizer: Tokenizer
+    counters: Counters
+
+
+class Journey:
+    """`request`: the gateway's id of it. `headers`: the client's."""
+
+    def __init__(self, around: Surroundings, followed: Followed, request: str, headers: Mapping[str, str]) -> None:
+        self._around, self._followed, self.request, self._headers = around, followed, request, headers
+        self._attempts = 0
+        self._asked: list[tuple[Member, str]] = []
+        self._failed: set[str] = set()  # instances that failed since the last id came
+        self._token: ResumeToken | None = None
+        self._lost_at = 0.0
+        self.answer: Continuation | None = None
+
+    async def start(self) -> Continuation:
+        """The prompt's ids. Raises NoInstance, Declined, Lost, Unbounded."""
+        followed, ids, context = self._followed, (), 0
+        if isinstance(followed.prompt, tuple):
+            member = self._around.fleet.choose()
+            ids, context = followed.prompt, member.watch.context_tokens if member else 0
+        else:
+            asked = {"model": followed.ask.model} if followed.ask.model is not None else {}
+            if followed.template is not None:
+                asked |= followed.template
+            else:
+                asked |= {"prompt": followed.prompt, "add_special_tokens": followed.add_special_tokens}
+            tokenized = await self._anywhere(lambda member: member.upstream.tokenize(asked, self.request, self._headers))
+            ids, context = tokenized.ids, tokenized.context_tokens
+        if followed.ask.max_tokens is None and not context:
+            raise Unbounded("the context's length isn't known")
+        ask = followed.ask.bounded(len(ids), context, self._around.settings.max_tokens_default)
+        self.answer = Continuation(ask, ids, decoder(self._around.tokenizer, ids, ask.skip_special_tokens))
+        return self.answer
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The answer. Raises Declined (before the first piece), NoInstance, Lost (when too many instances failed)."""
+        answer, around = self.answer, self._around
+        member, moved = await self._somebody(), None
+        while True:
+            key = key_of(self.request, self._attempts)
+            self._attempts += 1
+            self._asked.append((member, key))
+            member.watch.begin(key)
+            salt = secrets.token_urlsafe(32) if answer.ids else ""
+            try:
+                async with aclosing(member.chunks(answer.body(moved, salt), key, self._headers)) as chunks:
+                    async for chunk in chunks:
+                        piece = self._taken(chunk)
+                        yield piece
+                        if answer.finish_reason:
+                            return
+                raise Lost("ended", "[DONE] before the end of the answer")
+            except Lost as lost:
+                self._lost(member, lost)
+            finally:
+                member.watch.left(key)
+            if self._attempts >= around.settings.attempts:
+                raise Lost("ended", f"{self._attempts} instances in turn did not go on with the answer")
+            member, moved = await self._next(member, key)
+
+    def end(self) -> None:
+        """The client has the answer, or will never have more of it."""
+        for member, key in self._asked:
+            member.watch.end(key, sequence_of(key))
+        self._asked.clear()
+
+    # ---- inside ----
+
+    def _taken(self, chunk: Chunk) -> Piece:
+        try:
+            piece = self.answer.take(chunk)
+        except BadFrame as error:
+            raise Lost("garbage", str(error)) from error
+        if chunk.ids:
+            if self._lost_at:
+                self._around.counters.stall.observe(asyncio.get_running_loop().time() - self._lost_at)
+                self._lost_at = 0.0
+            self._failed.clear()
+        return piece
+
+    def _lost(self, member: Member, lost: Lost) -> None:
+        log.warning("%s: %s lost after %d ids: %s: %s", self.request, member.name, len(self.answer.ids), lost.kind, lost)
+        self._around.counters.lost.labels(lost.kind).inc()
+        self._around.fleet.doubt(member, lost)
+        self._failed.add(member.name)
+        self._lost_at = self._lost_at or asyncio.get_running_loop().time()
+
+    async def _next(self, lost: Member, key: str) -> tuple[Member, dict | None]:
+        """Who goes on, and with which token."""
+        around, settings = self._around, self._around.settings
+        if not self.answer.ids:
+            around.counters.resumed.labels("prompt").inc()
+            return await self._somebody(), None
+        token = await lost.watch.token(key, settings.fence_ms / 1000, settings.resume_ms / 1000)
+        if token is not None:
+            self._token = token
+        target = self._place()
+        if target is not None:
+            around.counters.resumed.labels(self._token.rung).inc()
+            return target, moves.encode(self._token)
+        around.counters.resumed.labels(Rung.TOKENS).inc()
+        return await self._somebody(), None
+
+    def _place(self) -> Member | None:
+        """The instance that can have the sequence's KV; each is asked for it once."""
+        token, counters = self._token, self._around.counters
+        if token is None:
+            return None
+        if not self.answer.known(token):
+            log.error("%s: the recovery's token is of other ids: not used", self.request)
+            counters.unplaced.labels("mismatch").inc()
+            return None
+        if not token.places or not token.position:
+            return None
+
+        def fits(standing: Standing) -> bool:
+            return is_place(standing, token.places)
+
+        target = self._around.fleet.choose(fits, frozenset(self._failed))
+        if target is None:
+            counters.unplaced.labels("no_active_place").inc()
+        return target
+
+    async def _somebody(self) -> Member:
+        """Any active instance, rather one that hasn't just failed; waits for one where there is none."""
+        fleet, failed = self._around.fleet, frozenset(self._failed)
+        found = fleet.choose(without=failed)
+        if found is not None:
+            return found
+        if not self._attempts:
+            raise NoInstance("no instance is active. Try: kvguard status")
+        return await fleet.wait(self._around.settings.resume_ms / 1000, failed if len(failed) < len(fleet.members) else frozenset())
+
+    async def _anywhere(self, ask: Callable) -> object:
+        """An answer that any instance can give. Raises NoInstance, Declined, Lost."""
+        tried: set[str] = set()
+        while True:
+            member = self._around.fleet.choose(without=frozenset(tried))
+            if member is None:
+                raise NoInstance("no instance is active. Try: kvguard status")
+            try:
+                return await ask(member)
+            except Lost as lost:
+                self._around.counters.lost.labels(lost.kind).inc()
+                self._around.fleet.doubt(member, lost)
+                tried.add(member.name)

@@ -1,0 +1,88 @@
+"""One relayed request: passed to an instance as it came, and its answer passed back as it comes. Not resumable, and it says so.
+
+Knows: fleet, bytes. Must not know: what the bytes mean.
+Invariant: as long as no byte has reached the client another instance is asked; after that a loss ends the answer in an error, never in a second beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+
+from kvguard.gateway.events import DONE, EVENT_BYTES_MAX, Lost, json_object
+from kvguard.gateway.fleet import Member, NoInstance, unless
+from kvguard.gateway.journey import Surroundings
+from kvguard.gateway.watching import key_of, sequence_of
+
+END = b"\n\n"  # of an event, as vLLM writes it
+
+
+class Relay:
+    """`path`: of the request. `body`: the client's, refused fields already refused."""
+
+    def __init__(self, around: Surroundings, path: str, body: dict, request: str, headers: Mapping[str, str]) -> None:
+        self._around, self._path, self.request, self._headers = around, path, request, headers
+        self._body = {name: value for name, value in body.items() if name != "request_id"}
+        self._asked: list[tuple[Member, str]] = []
+
+    async def whole(self) -> bytes:
+        """The JSON answer. Raises NoInstance, Declined, Lost."""
+        while True:
+            member, key = self._begin()
+            try:
+                async with aclosing(self._parts(member, key, bounded=True)) as parts:
+                    answer = b"".join([some async for some in parts])
+                json_object(answer)
+                return answer
+            except Lost as lost:
+                self._lost(member, lost)
+            finally:
+                member.watch.left(key)
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """The answer, in whole events. Raises NoInstance, Declined, Lost: once events were given out, Lost is for good."""
+        given = False
+        while True:
+            rest = ended = b""
+            member, key = self._begin()
+            try:
+                async with aclosing(self._parts(member, key, bounded=False)) as parts:
+                    async for some in parts:
+                        member.watch.heard()
+                        *whole, rest = (rest + some).split(END)
+                        if len(rest) > EVENT_BYTES_MAX:
+                            raise Lost("garbage", f"an event of more than {EVENT_BYTES_MAX} bytes")
+                        if whole:
+                            given, ended = True, whole[-1]
+                            yield END.join(whole) + END
+                if rest or not ended.endswith(DONE):
+                    raise Lost("ended", "the stream ended without [DONE]")
+                return
+            except Lost as lost:
+                self._lost(member, lost)
+                if given:
+                    raise
+            finally:
+                member.watch.left(key)
+
+    def end(self) -> None:
+        for member, key in self._asked:
+            member.watch.end(key, sequence_of(key, chat="chat" in self._path))
+        self._asked.clear()
+
+    def _begin(self) -> tuple[Member, str]:
+        failed = frozenset(member.name for member, _ in self._asked)
+        member = self._around.fleet.choose(without=failed)
+        if member is None:
+            raise NoInstance("no instance is active. Try: kvguard status")
+        key = key_of(self.request, len(self._asked))
+        self._asked.append((member, key))
+        member.watch.begin(key, resumable=False)
+        return member, key
+
+    def _parts(self, member: Member, key: str, bounded: bool) -> AsyncGenerator[bytes]:
+        return unless(member.watch.fenced, member.upstream.passed(self._path, self._body, key, self._headers, bounded))
+
+    def _lost(self, member: Member, lost: Lost) -> None:
+        self._around.counters.lost.labels(lost.kind).inc()
+        self._around.fleet.doubt(member, lost)

@@ -1,0 +1,141 @@
+"""Conversations with one instance's server, as far as the gateway has them itself.
+
+Knows: httpx, the paths of vLLM's server, timeouts. Must not know: sequences, recoveries, clients.
+Invariants: whatever goes wrong is Lost with a kind, or Declined; no answer is read further than its bound; leaving a stream closes its connection, which
+is how vLLM learns that nobody waits any more. Only the headers named here cross the gateway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+
+import httpx
+import msgspec
+
+from kvguard.gateway import events
+from kvguard.gateway.continuation import Chunk
+from kvguard.gateway.events import DONE, Declined, Events, Lost, json_object
+from kvguard.limits import MIB
+
+ANSWER_BYTES_MAX = 64 * MIB  # whole answers (relayed, tokenized): bounded, whatever the instance says
+PASSED_HEADERS = ("authorization", "traceparent", "tracestate")
+RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """`context_tokens`: prompt and answer together, 0 where the instance doesn't say."""
+
+    ids: tuple[int, ...]
+    context_tokens: int
+
+
+class Upstream:
+    """One instance's server at `url`, through a client that the gateway owns."""
+
+    def __init__(self, client: httpx.AsyncClient, url: str, idle_s: float) -> None:
+        self._client, self._url, self._idle_s = client, url.rstrip("/"), idle_s
+
+    async def completion(self, body: dict, request_id: str, headers: Mapping[str, str]) -> AsyncIterator[Chunk]:
+        """The chunks of a streamed completion, to its [DONE]. Raises Lost, Declined."""
+        async with self.opened("/v1/completions", body, request_id, headers) as response:
+            taken = Events()
+            async for some in self.bytes_of(response):
+                for data in taken.feed(some):
+                    if data == DONE:
+                        return
+                    if (news := events.chunk(data)) is not None:
+                        yield news
+        raise Lost("ended", "the stream ended without [DONE]")
+
+    @contextlib.asynccontextmanager
+    async def opened(self, path: str, body: dict, request_id: str, headers: Mapping[str, str]) -> AsyncIterator[httpx.Response]:
+        """The response to a POST, its body still to be read, once the status says that there is one. Raises Lost, Declined."""
+        passed = {name: value for name, value in headers.items() if name.lower() in PASSED_HEADERS}
+        content = msgspec.json.encode(body)
+        request = self._client.build_request(
+            "POST", self._url + path, content=content, headers={**passed, "x-request-id": request_id, "content-type": "application/json"}
+        )
+        response = await self._sent(request)
+        try:
+            if response.status_code != 200:
+                said = await self.whole(response)
+                if 400 <= response.status_code < 500 and response.status_code not in RETRIED_STATUS and _is_object(said):
+                    raise Declined(response.status_code, said)
+                raise Lost("status", f"the instance answered {response.status_code}")
+            yield response
+        finally:
+            await response.aclose()
+
+    async def passed(self, path: str, body: dict, request_id: str, headers: Mapping[str, str], bounded: bool) -> AsyncIterator[bytes]:
+        """The bytes of the answer to `body`, as they come. Raises Lost, Declined."""
+        async with self.opened(path, body, request_id, headers) as response:
+            async for some in self.bytes_of(response, bounded):
+                yield some
+
+    async def bytes_of(self, response: httpx.Response, bounded: bool = False) -> AsyncIterator[bytes]:
+        """A body as it comes. Raises Lost; also for one of more than ANSWER_BYTES_MAX, where it is `bounded`."""
+        taken = 0
+        try:
+            async for some in response.aiter_bytes():
+                taken += len(some)
+                if bounded and taken > ANSWER_BYTES_MAX:
+                    raise Lost("garbage", f"an answer of more than {ANSWER_BYTES_MAX} bytes")
+                yield some
+        except httpx.ReadTimeout as error:
+            raise Lost("idle", f"nothing for {self._idle_s:g} s") from error
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            raise Lost("connection", f"{type(error).__name__}: {error}") from error
+
+    async def whole(self, response: httpx.Response) -> bytes:
+        """A body within its bound. Raises Lost."""
+        return b"".join([some async for some in self.bytes_of(response, bounded=True)])
+
+    async def tokenize(self, body: dict, request_id: str, headers: Mapping[str, str]) -> Tokenized:
+        """Prompt ids of a text ({"prompt": ...}) or a conversation ({"messages": ...}). Raises Lost, Declined."""
+        async with self.opened("/tokenize", body, request_id, headers) as response:
+            said = await self.whole(response)
+        document = json_object(said)
+        ids, context = document.get("tokens"), document.get("max_model_len")
+        if not isinstance(ids, list) or not ids or any(type(one) is not int or one < 0 for one in ids):
+            raise Lost("garbage", "a tokenized prompt without ids")
+        return Tokenized(tuple(ids), context if type(context) is int else 0)
+
+    async def models(self, headers: Mapping[str, str]) -> dict:
+        """The instance's /v1/models. Raises Lost."""
+        passed = {name: value for name, value in headers.items() if name.lower() in PASSED_HEADERS}
+        response = await self._sent(self._client.build_request("GET", f"{self._url}/v1/models", headers=passed))
+        try:
+            said = await self.whole(response)
+            if response.status_code in (401, 403):
+                raise Declined(response.status_code, said)
+            if response.status_code != 200:
+                raise Lost("status", f"the instance answered {response.status_code}")
+        finally:
+            await response.aclose()
+        return json_object(said)
+
+    async def healthy(self, timeout_s: float) -> bool:
+        """Whether the engine behind the server says that it lives."""
+        try:
+            response = await self._client.get(f"{self._url}/health", timeout=timeout_s)
+        except (httpx.HTTPError, httpx.StreamError):
+            return False
+        return response.status_code == 200
+
+    async def _sent(self, request: httpx.Request) -> httpx.Response:
+        try:
+            return await self._client.send(request, stream=True)
+        except httpx.ReadTimeout as error:
+            raise Lost("idle", f"no answer for {self._idle_s:g} s") from error
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            raise Lost("connection", f"{type(error).__name__}: {error}") from error
+
+
+def _is_object(said: bytes) -> bool:
+    try:
+        return bool(json_object(said))
+    except Lost:
+        return False

@@ -1,0 +1,167 @@
+"""One instance under watch: its emitter's session, whether it is fenced, and the resume tokens of the requests that were in flight.
+
+Knows: emitter.connect's object, asyncio. Must not know: HTTP bodies, clients.
+Invariants: the epoch of a recovery is adopted once its tokens are here, before any is given out; a token is given to the one request that it is of, once; the
+token of a request that nobody waits for is answered with delivered(), so that nothing stays pinned for it; the emitter's blocking calls run in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable
+
+from kvguard.emitter import Emitter, Resumption
+from kvguard.errors import KvguardError, TimedOut
+from kvguard.gateway.routing import Instance, Standing
+from kvguard.types import Rank, ResumeToken
+
+log = logging.getLogger(__name__)
+RESUME_POLL_S = 0.5  # how long a thread waits at once: what a shutdown waits for
+PROBE_S = 0.2  # between two looks at an instance that dropped a connection and isn't fenced
+HEALTHY_LOOKS = 2  # in a row: an engine's server may still answer while the engine dies
+KEY = re.compile(r"kvg-[0-9a-f]{24}-\d+")  # a request id of this gateway inside an engine's own name for the sequence
+
+
+def key_of(request: str, attempt: int) -> str:
+    """What an instance is given as X-Request-Id: `request` (kvg-...) in its `attempt`-th life."""
+    return f"{request}-{attempt}"
+
+
+class Watch:
+    """All methods are called from the event loop's thread."""
+
+    def __init__(self, instance: Instance, emitter: Emitter, healthy: Callable[[], Awaitable[bool]]) -> None:
+        self.instance, self._emitter, self._healthy = instance, emitter, healthy
+        self.up = False  # the last look at its server
+        self.context_tokens = 0
+        self.model = ""
+        self.fenced = asyncio.Event()
+        self._flying: set[str] = set()  # under way in the engine
+        self._owed: set[str] = set()  # those, and what the engine lost as long as its client waits: their tokens count
+        self._tokens: dict[str, ResumeToken | None] = {}  # of owed keys, after a recovery; None: the recovery has nothing for it
+        self._news = asyncio.Condition()
+        self._progress = 0
+        self._recovering: asyncio.Task | None = None
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(emitter.fileno(), self._on_fence)
+
+    # ---- requests ----
+
+    def begin(self, key: str, resumable: bool = True) -> None:
+        """`key` is submitted to this instance."""
+        self._flying.add(key)
+        if resumable:
+            self._owed.add(key)
+        self._emitter.scheduled(len(self._flying))
+
+    def heard(self) -> None:
+        """Something came of one of them."""
+        self._progress += 1
+        self._emitter.progress(self._progress)
+
+    def left(self, key: str) -> None:
+        """The instance has no more to do with `key`, because it ended or because it was lost."""
+        self._flying.discard(key)
+        self._emitter.scheduled(len(self._flying))
+
+    def end(self, key: str, sequence: str) -> None:
+        """The client has what it will get: nothing need be kept for it. `sequence`: the engine's own name, where no token says it."""
+        self._owed.discard(key)
+        token = self._tokens.pop(key, None)
+        self._emitter.delivered(token.sequence if token else sequence)
+
+    def standing(self) -> Standing:
+        members = {Rank(*member.rank): member.node for member in self._emitter.members}
+        return Standing(self.instance, self.up and not self.fenced.is_set(), len(self._flying), members)
+
+    # ---- recoveries ----
+
+    async def token(self, key: str, fence_s: float, resume_s: float) -> ResumeToken | None:
+        """What the recovery says of a request that this instance lost; None where it has nothing, or none comes in time.
+
+        Waits `fence_s` for the fence, or until the instance proves to be alive after all; from the fence on `resume_s` for its end.
+        """
+        if key not in self._tokens and not self.fenced.is_set():
+            await self._fence_or_life(key, fence_s)
+        if key not in self._tokens and not self.fenced.is_set():
+            return None
+        try:
+            async with asyncio.timeout(resume_s), self._news:
+                await self._news.wait_for(lambda: key in self._tokens)
+        except TimeoutError:
+            return None
+        return self._tokens[key]
+
+    async def _fence_or_life(self, key: str, timeout_s: float) -> None:
+        deadline, looks = self._loop.time() + timeout_s, 0
+        while key not in self._tokens and self._loop.time() < deadline:
+            try:
+                async with asyncio.timeout(min(PROBE_S, deadline - self._loop.time())):
+                    await self.fenced.wait()
+                return
+            except TimeoutError:
+                looks = looks + 1 if await self._healthy() else 0
+                if looks >= HEALTHY_LOOKS:
+                    return
+
+    def _on_fence(self) -> None:
+        self._loop.remove_reader(self._emitter.fileno())  # it stays readable until the epoch is adopted
+        log.warning("%s is fenced: %s", self.instance.name, getattr(self._emitter.fenced, "reason", ""))
+        self.fenced.set()
+        self._recovering = asyncio.create_task(self._recover())
+
+    async def _recover(self) -> None:
+        said = ""
+        while True:
+            try:
+                resumption = await asyncio.to_thread(self._emitter.resume, RESUME_POLL_S)
+                self._emitter.adopt(resumption)
+            except TimedOut:
+                continue
+            except KvguardError as error:  # failed for good, or overtaken by a newer epoch
+                if str(error) != said:
+                    said = str(error)
+                    log.warning("%s: %s", self.instance.name, said)
+                await self._publish({})
+                await asyncio.sleep(RESUME_POLL_S)
+                continue
+            break
+        await self._take(resumption)
+        self.fenced.clear()
+        self._loop.add_reader(self._emitter.fileno(), self._on_fence)
+
+    async def _take(self, resumption: Resumption) -> None:
+        found: dict[str, ResumeToken] = {}
+        nobodys = []
+        for token in resumption:
+            key = KEY.search(token.sequence)
+            if key and key[0] in self._owed and key[0] not in found:
+                found[key[0]] = token
+            else:
+                nobodys.append(token.sequence)
+        if nobodys:
+            self._emitter.delivered(nobodys)
+        log.info("%s goes on in epoch %d with %d of %d requests", self.instance.name, resumption.epoch.counter, len(found), len(self._owed))
+        await self._publish(found)
+
+    async def _publish(self, found: dict[str, ResumeToken]) -> None:
+        for key in sorted(self._owed):
+            if self._tokens.get(key) is None:
+                self._tokens[key] = found.get(key)
+        async with self._news:
+            self._news.notify_all()
+
+    async def close(self) -> None:
+        if not self.fenced.is_set():
+            self._loop.remove_reader(self._emitter.fileno())
+        if self._recovering is not None:
+            self._recovering.cancel()
+            await asyncio.gather(self._recovering, return_exceptions=True)
+        await asyncio.to_thread(self._emitter.close)
+
+
+def sequence_of(key: str, chat: bool = False) -> str:
+    """The engine's name for a request that was submitted under `key`: vLLM's, of a completion with one prompt, or of a conversation."""
+    return f"chatcmpl-{key}" if chat else f"cmpl-{key}-0"

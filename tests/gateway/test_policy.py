@@ -1,0 +1,92 @@
+"""Which requests can go on elsewhere, field by field."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvguard.gateway.policy import BadRequest, Followed, Relayed, decide
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"model": "m", "prompt": "hi"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {}, {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1}, {"repetition_penalty": 1.2}, {"logit_bias": {"5": 1}}, {"stop": "x"},
+        {"stop": ["x", "y"], "include_stop_str_in_output": True}, {"seed": 3, "temperature": 0}, {"n": 1, "presence_penalty": 0.0}, {"user": "u"},
+        {"stream": True, "stream_options": {"include_usage": True}}, {"response_format": {"type": "text"}}, {"tools": [], "tool_choice": "none"},
+        {"max_tokens": 5, "min_tokens": 2, "ignore_eos": True}, {"logprobs": None, "best_of": None, "anything": None},
+    ],
+)  # fmt: skip
+def test_followed(fields):
+    for body, chat in ((CHAT, True), (TEXT, False)):
+        found = decide({**body, **fields}, chat)
+        assert isinstance(found, Followed)
+        assert found.ask.passed == {name: value for name, value in fields.items() if name in found.ask.passed}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"presence_penalty": 0.1}, "presence_penalty"), ({"frequency_penalty": -1}, "frequency_penalty"), ({"bad_words": ["x"]}, "bad_words"),
+        ({"n": 2}, "n"), ({"best_of": 3}, "best_of"), ({"use_beam_search": True}, "use_beam_search"), ({"prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"logprobs": 1}, "logprobs"), ({"response_format": {"type": "json_object"}}, "response_format"), ({"structured_outputs": {}}, "structured_outputs"),
+        ({"guided_json": {}}, "guided_json"), ({"tools": [{}]}, "tools"), ({"seed": 3}, "seed"), ({"seed": 3, "temperature": 1}, "seed"),
+        ({"repetition_detection": {}}, "repetition_detection"), ({"vllm_xargs": {"a": 1}}, "vllm_xargs"), ({"something_new": 1}, "something_new"),
+        ({"max_tokens": "5"}, "max_tokens"), ({"max_tokens": 0}, "max_tokens"), ({"stop": [1]}, "stop"), ({"stop": ""}, "stop"), ({"stream": "yes"}, "stream"),
+        ({"min_tokens": -1}, "min_tokens"), ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"), ({"stream_options": 3}, "stream_options"),
+        ({"model": 7}, "model"),
+    ],
+)  # fmt: skip
+def test_relayed(fields, reason):
+    for body, chat in ((CHAT, True), (TEXT, False)):
+        assert decide({**body, **fields}, chat) == Relayed(reason)
+
+
+@pytest.mark.parametrize("fields", [{"echo": True}, {"suffix": "x"}, {"prompt": ["a", "b"]}, {"prompt": []}, {"prompt": None}, {"prompt": [[1], [2]]}])
+def test_completions_alone(fields):
+    assert decide({**TEXT, **fields}, False) == Relayed(next(iter(fields)))
+
+
+def test_prompts():
+    assert decide({"prompt": [1, 2]}, False).prompt == (1, 2)
+    assert decide({"prompt": [[1, 2]]}, False).prompt == (1, 2)
+    assert decide({"prompt": ["x"], "add_special_tokens": False}, False)[1:] == ("x", None, False)
+    assert decide({"prompt": [1, -2]}, False) == Relayed("prompt")
+
+
+def test_lengths():
+    assert decide(TEXT, False).ask.max_tokens == 16
+    assert decide({**TEXT, "max_tokens": None}, False).ask.max_tokens is None
+    assert decide(CHAT, True).ask.max_tokens is None
+    assert decide({**CHAT, "max_tokens": 3, "max_completion_tokens": 4}, True).ask.max_tokens == 4
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, {"role": "tool", "content": "x"}, {"role": "assistant", "content": None},
+        {"role": "assistant", "content": "x", "tool_calls": []}, "hi", {"role": "user"},
+    ],
+)  # fmt: skip
+def test_messages_that_are_more_than_text(message):
+    assert decide({"messages": [message]}, True) == Relayed("messages")
+
+
+def test_text_parts_and_templates():
+    body = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "chat_template_kwargs": {"x": 1}, "add_generation_prompt": False}
+    assert decide(body, True).template == body
+
+
+@pytest.mark.parametrize("name", ["kv_transfer_params", "ec_transfer_params", "cache_salt"])
+def test_what_clients_must_not_say(name):
+    for body, chat in ((CHAT, True), (TEXT, False)):
+        for smuggled in ({name: {"kvguard": {}}}, {"vllm_xargs": {name: "x"}}, {name: "x", "n": 3}):
+            with pytest.raises(BadRequest, match=f"{name} is not for clients.*Try: "):
+                decide({**body, **smuggled}, chat)
+        assert isinstance(decide({**body, name: None}, chat), Followed)
+
+
+def test_seeds_by_position():
+    assert decide({**TEXT, "seed": 3}, False, seeded_by_position=True).ask.passed == {"seed": 3}
