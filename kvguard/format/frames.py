@@ -108,8 +108,8 @@ PIECE_TOKENS, PIECE_REFERENCE, PIECE_BLOCK = 0, 1, 2
 class Ack(Message, frozen=True):
     """Cumulative, once per loop turn and session. `refused`: sequences the holder won't keep, with the reason.
 
-    `refusals`: how many it has refused in this session, these included: an acknowledgement that was lost is noticed by the next one, else what was refused in it
-    would be taken for held. `resync`: why Hello must be said again (a gap, a broken frame), else empty.
+    `refusals`: how many it has refused in this session, these included: that an acknowledgement was lost is noticed by the next one, else what was refused in
+    it would be taken for held. `resync`: why Hello must be said again (a gap, a broken frame), else empty.
     """
 
     session: int
