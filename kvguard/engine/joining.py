@@ -23,6 +23,7 @@ from kvguard.types import Rank, ResumeToken
 
 RANK = Rank(0, 0, 0)
 POLL_S = 0.1  # between two looks at the status
+CONNECT_S = 1.0  # how long a daemon that is there may take to be connected to
 SAID_S = 2.0  # how long a coordinator that is there may take to answer
 FREE, LEFT, LIVES, UNKNOWN = "free", "left", "lives", "unknown"
 
@@ -110,6 +111,9 @@ def _fresh(place: Place, layout: Layout, rows: int, positions: int, reason: str)
     pool = allocate(layout)
     epoch = {} if emitter is None else {"epoch": emitter.epoch}
     guard = attach(place.instance, RANK, pool, layout, endpoint=place.endpoint, socket=place.socket, rows=rows, positions_max=positions, **epoch)
+    deadline = time.monotonic() + CONNECT_S  # at start alone, so that nobody is told that there is no daemon where there is one
+    while not (guard.connected or guard.refused) and time.monotonic() < deadline:
+        time.sleep(CONNECT_S / 50)
     return Joined(guard, emitter, pool, (), reason)
 
 
