@@ -14,6 +14,7 @@ from kvguard.core.node import Node
 from kvguard.daemon.measure import Measures
 from kvguard.daemon.perform_node import NodeShell
 from kvguard.daemon.questions import Verb
+from kvguard.daemon.whereabouts import processes
 from kvguard.errors import Refused
 from kvguard.types import Rank, StreamId, is_scheduler
 
@@ -113,6 +114,7 @@ class NodeVerbs:
             "schema": "kvguard.node/1", "node": self._config.name, "version": __version__, "ranks": ranks, "links": sorted(shell.up),
             "arena_bytes": budget.used, "arena_bytes_promised": budget.promised, "arena_bytes_max": budget.bytes_max,
             "epochs": {instance: epoch.counter for instance, epoch in shell.epochs.items()},
+            "processes": processes(shell.engines), "hang_ms": self._config.hang_ms,
         }  # fmt: skip
 
     def stats(self, arguments: dict) -> dict:

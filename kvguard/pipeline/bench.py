@@ -69,9 +69,8 @@ class Cluster:
         bench.wait("the moment to strike", lambda: load.reached(draw.at_token) and faults.protected(world))
         before, at_position = Snapshot(world), client.position(load.wave.run)
         fault = STRIKES[name](bench)
-        world.replenish(client.endpoints)
         began = time.monotonic()
-        bench.wait("the cluster whole again", lambda: faults.whole(world), DISTRESS_S)
+        bench.wait("the cluster whole again", self._supervised, DISTRESS_S)
         whole_ms = 1e3 * (time.monotonic() - began)
         load.end()
         replicas = observing.replicas_equal(world, load.wave.digests, load.wave.run, bench.wait)
@@ -80,6 +79,11 @@ class Cluster:
         seen["observed"] |= {"replicas_equal_pools": replicas, "whole_ms": whole_ms}
         load.release()
         return {"event": "evidence", "name": name, "seed": seed, **seen}
+
+    def _supervised(self) -> bool:
+        """Whether the cluster is whole; what has ended meanwhile is started again, as a fleet's supervisor would."""
+        self.world.replenish(self.client.endpoints)
+        return faults.whole(self.world)
 
     def _seen(self, name: str, draw: Draw, fault: Fault, before: Snapshot, after: Snapshot, watch: Watch, at_position: int) -> dict:
         load = self.load
