@@ -18,13 +18,13 @@ from kvguard.core import effects, events
 from kvguard.core.coordinator import Coordinator
 from kvguard.core.known import Settings
 from kvguard.core.membership import Patience
-from kvguard.daemon import drilled, logs
+from kvguard.daemon import drilled
 from kvguard.daemon.journal import Journal
-from kvguard.daemon.loop import Loop, obey_signals
+from kvguard.daemon.loop import Loop
 from kvguard.daemon.mail import Mail, answering
 from kvguard.daemon.metrics import CoordinatorFigures
 from kvguard.daemon.perform import SHARED, Events, Shell, performer
-from kvguard.daemon.process import noted, reloading
+from kvguard.daemon.process import begun, noted, serve
 from kvguard.daemon.questions import Questions
 from kvguard.daemon.scrape import Scrapes
 from kvguard.format import ledger, moves
@@ -41,6 +41,8 @@ ASKED_MAX = 1024
 
 class CoordinatorDaemon:
     """Listens when made; `loop.run()` works. Raises BadConfig where something can't be opened."""
+
+    RELOADED = ()  # everything but the log level waits for a restart: epochs in flight were promised under the old deadlines
 
     def __init__(self, config: CoordinatorConfig) -> None:
         self.config = config
@@ -96,6 +98,16 @@ class CoordinatorDaemon:
     def _stats(self, arguments: dict) -> dict:
         return {"counters": dict(sorted(self.shell.counters.items())), "transport": dict(self.transport.counters)}
 
+    def take_over(self, config: CoordinatorConfig) -> None:
+        """Nothing beyond the log level."""
+
+    def summary(self) -> str:
+        status = self.core.status(time.monotonic_ns())
+        nodes, ranks = status["nodes"], [rank for rank in status["ranks"] if rank["state"] != "standby"]
+        alive, protected = (sum(one["state"] == word for one in ones) for ones, word in ((nodes, "alive"), (ranks, "protected")))
+        paused = "; paused" if status["paused"] else ""
+        return f"{alive} of {len(nodes)} nodes alive, {protected} of {len(ranks)} ranks protected{paused}"
+
     def close(self) -> None:
         if self.scrapes is not None:
             self.scrapes.close()
@@ -127,12 +139,12 @@ def settings_of(config: CoordinatorConfig) -> Settings:
 
 
 def run(config: CoordinatorConfig, reload: Callable[[], CoordinatorConfig]) -> None:
-    """The process's main: until SIGTERM, or an error that only a restart mends."""
-    logs.to_stderr(config.log_level, os.environ.get("KVGUARD_LOG_NAME", config.name))
+    """The process's main."""
+    notifier = begun(config)
     daemon = CoordinatorDaemon(config)
     try:
-        obey_signals(daemon.loop, reloading(reload))
         log.info("coordinator %s listens at %s, its epochs are in %s", config.name, daemon.address, daemon.journal.path)
-        daemon.loop.run()
+        serve(daemon, notifier, reload)
     finally:
         daemon.close()
+        notifier.close()

@@ -1,8 +1,8 @@
 """A node's daemon: the core, its loop, and everything around them, put together.
 
 Knows: which part is made of what. Must not know: decisions (core), deeds (perform_node.py), engines (ranks.py).
-Invariants: what was promised binds the store before anything is heard; a daemon that starts on a live one's runtime directory refuses; SIGTERM leaves nothing
-behind but the journal.
+Invariants: what was promised binds the store before anything is heard or taken up again; a daemon that starts on a live one's runtime directory refuses;
+SIGTERM leaves nothing behind but the journal and, where something keeps them, the replicas: a restart is no reason to lose them.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from kvguard.config import NodeConfig
 from kvguard.core import events
 from kvguard.core.node import COORDINATOR, Node, NodeSettings
 from kvguard.core.promises import decode_epoch
-from kvguard.daemon import logs
+from kvguard.daemon.checking import Checking
 from kvguard.daemon.control import ControlServer, LocalIncoming
 from kvguard.daemon.fetching import Fetching
 from kvguard.daemon.journal import Journal
-from kvguard.daemon.loop import Loop, obey_signals
+from kvguard.daemon.keeping import owner_of, shelf_of
+from kvguard.daemon.loop import Loop
 from kvguard.daemon.mail import Mail, answering
 from kvguard.daemon.measure import Measures, watched
 from kvguard.daemon.metrics import NodeFigures
 from kvguard.daemon.node_verbs import NodeVerbs
+from kvguard.daemon.notify import Notifier
 from kvguard.daemon.perform_node import PROMISE, NodeShell, node_performer, promised
-from kvguard.daemon.process import noted, reloading
+from kvguard.daemon.process import begun, noted, serve
 from kvguard.daemon.questions import Questions
 from kvguard.daemon.ranks import Ranks
 from kvguard.daemon.scrape import Scrapes
@@ -51,7 +53,9 @@ MS = 1_000_000
 class NodeDaemon:
     """Listens and dials when made; `loop.run()` works. Raises BadConfig where something can't be opened."""
 
-    def __init__(self, config: NodeConfig) -> None:
+    RELOADED = ("arena_bytes", "ids_retention_s", "poll_ms")
+
+    def __init__(self, config: NodeConfig, notifier: Notifier) -> None:
         self.config = config
         directory = Path(config.runtime_dir)
         made_private(directory)
@@ -69,7 +73,7 @@ class NodeDaemon:
             ),
             promises,
         )  # fmt: skip
-        store = ReplicaStore(None, config.arena_bytes, config.ids_retention_s * 1000 * MS)
+        store = self._store(directory, notifier)
         self.shell = NodeShell(
             transport=self.transport, journal=self.journal, clock=time.monotonic_ns, noted=noted, node=config.name, store=store, engines=None,
         )  # fmt: skip
@@ -79,6 +83,7 @@ class NodeDaemon:
         self.fetching = Fetching(self.shell, self.ranks, self.control.send)
         for instance, epoch in promises.items():
             promised(self.shell, instance, epoch)
+        self.checking = Checking(self.shell, self.loop.after)
         self.measures = Measures(self.core, time.monotonic_ns)
         verbs = NodeVerbs(config, self.core, self.shell, self.measures, lambda: dict(self.transport.counters)).verbs()
         self.questions = Questions(verbs, answering(self.shell), self.loop.after)
@@ -93,6 +98,30 @@ class NodeDaemon:
             figures = NodeFigures(self.core, self.shell, self.measures, lambda: dict(self.transport.counters))
             self.scrapes = Scrapes(config.metrics, self.loop, figures.families)
         self.transport.dial(COORDINATOR, config.coordinator)
+
+    def _store(self, directory: Path, notifier: Notifier) -> ReplicaStore:
+        """With what a former life of this daemon left."""
+        config = self.config
+        shelf, where = shelf_of(config.keep_replicas, directory, notifier)
+        store = ReplicaStore(shelf, config.arena_bytes, config.ids_retention_s * 1000 * MS, owner=owner_of(self.journal))
+        for name, reason in store.read_back():
+            log.warning("replica %s of a former life is dropped: %s", name, reason)
+        log.info("replicas are kept %s; %d streams, %d sequences read back", where, len(store.streams()), store.unchecked())
+        return store
+
+    # ---- a service ----------------------------------------------------------------------------------------------------------------
+
+    def take_over(self, config: NodeConfig) -> None:
+        """RELOADED's keys. An arena that holds more than its new budget shrinks as replicas go."""
+        self.shell.store.resize(config.arena_bytes, config.ids_retention_s * 1000 * MS)
+
+    def summary(self) -> str:
+        store, now = self.shell.store, time.monotonic_ns()
+        beats = [local.beat(now, self.core.promises.of(local.stream.instance)) for local in self.core.outbound.streams.values()]
+        protected = sum(beat.state == "protected" for beat in beats)
+        unchecked = store.unchecked()
+        checking = f", {unchecked} sequences being verified" if unchecked else ""
+        return f"{protected} of {len(beats)} ranks protected; holding {len(store.streams())} streams, {store.budget.used >> 20} MiB{checking}"
 
     # ---- sources ------------------------------------------------------------------------------------------------------------------
 
@@ -193,12 +222,12 @@ def promises_of(journal: Journal) -> dict[str, Epoch]:
 
 
 def run(config: NodeConfig, reload: Callable[[], NodeConfig]) -> None:
-    """The process's main: until SIGTERM, or an error that only a restart mends."""
-    logs.to_stderr(config.log_level, os.environ.get("KVGUARD_LOG_NAME", config.name))
-    daemon = NodeDaemon(config)
+    """The process's main."""
+    notifier = begun(config)
+    daemon = NodeDaemon(config, notifier)
     try:
-        obey_signals(daemon.loop, reloading(reload))
         log.info("node %s listens at %s, engines attach at %s", config.name, daemon.address, config.socket_path)
-        daemon.loop.run()
+        serve(daemon, notifier, reload)
     finally:
         daemon.close()
+        notifier.close()

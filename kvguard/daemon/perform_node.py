@@ -50,7 +50,10 @@ class Engines(Protocol):
 
 @dataclass(kw_only=True)
 class NodeShell(Shell):
-    """`streams`: all that can be captured from, by id; local ones (also in `local`, in order of attachment) and replicas that are pushed on."""
+    """`streams`: all that can be captured from, by id; local ones (also in `local`, in order of attachment) and replicas that are pushed on.
+
+    `probes`, `reports`: what waits until replicas of a former life are verified (daemon/checking.py), by stream and, with the moment, by instance.
+    """
 
     node: NodeId
     store: ReplicaStore
@@ -58,6 +61,8 @@ class NodeShell(Shell):
     streams: dict[StreamId, Stream] = field(default_factory=dict)
     local: dict[StreamId, Stream] = field(default_factory=dict)
     epochs: dict[str, Epoch] = field(default_factory=dict)  # promised, by instance
+    probes: dict[StreamId, effects.Probe] = field(default_factory=dict)
+    reports: dict[str, tuple[int, effects.SendReport]] = field(default_factory=dict)
     moved: dict[str, PlanOrder] = field(default_factory=dict)  # by dead instance: what other instances' engines may fetch, and the secret that proves it
     corrupt_frames: int = 0  # drills: how many of the next KV frames leave with one byte changed
 
@@ -103,6 +108,10 @@ def send_ids(shell: NodeShell, effect: effects.SendIds) -> Events:
 
 
 def probe(shell: NodeShell, effect: effects.Probe) -> Events:
+    """A newer session's probe takes the place of one that still waits for the verification."""
+    if shell.store.unchecked(effect.hello.stream):
+        shell.probes[effect.hello.stream] = effect
+        return ()
     held = shell.store.probe(effect.hello)
     return (events.Probed(effect.link, effect.hello.session, held, held.reason),)
 
@@ -136,6 +145,7 @@ def apply_failed(effect: effects.Apply, why: str) -> Events:
 def drop_replica(shell: NodeShell, effect: effects.DropReplica) -> Events:
     if effect.stream not in shell.local:
         shell.streams.pop(effect.stream, None)  # it was pushed on
+    shell.probes.pop(effect.stream, None)
     shell.store.drop(effect.stream)
     return ()
 
@@ -166,8 +176,11 @@ def set_epoch(shell: NodeShell, effect: effects.SetEpoch) -> Events:
     return ()
 
 
-def send_report(shell: NodeShell, effect: effects.SendReport) -> Events:
-    """Tables are looked at once more, so that the report says what is true now; the core hears of it too."""
+def send_report(shell: NodeShell, effect: effects.SendReport, waited: bool = False) -> Events:
+    """Tables are looked at once more, so that the report says what is true now; the core hears of it too. Unverified replicas are waited for once."""
+    if not waited and shell.store.unchecked(instance=effect.instance):
+        shell.reports[effect.instance] = (shell.reports.get(effect.instance, (shell.clock(), effect))[0], effect)
+        return ()
     seen: list[events.Event] = []
     holdings = []
     for stream in streams_of(shell, effect.instance):

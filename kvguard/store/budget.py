@@ -1,8 +1,9 @@
 """The bytes that all replicas of a node may take.
 
 Knows: three sums. Must not know: pages, sequences.
-Invariants: used + promised <= bytes_max at all times, so that whatever was admitted can be kept; used + retained <= bytes_max, where retained memory (freed,
-not yet given back to the system) is given back as soon as it stands in the way.
+Invariants (check): used + promised <= bytes_max at all times, so that whatever was admitted can be kept (a bound that was made smaller holds once they are
+below it, and until then they don't grow); used + retained <= bytes_max, where retained memory (freed, not yet given back to the system) is given back as
+soon as it stands in the way.
 """
 
 from __future__ import annotations
@@ -16,11 +17,18 @@ class Budget:
     """`used`: live pages and ids. `promised`: what admitted sequences will still need. `retained`: freed pages whose memory is kept for the next use."""
 
     def __init__(self, bytes_max: int) -> None:
-        self.bytes_max = bytes_max
+        self.bytes_max = self._ceiling = bytes_max
         self.used = 0
         self.promised = 0
         self.retained = 0
         self.reclaimers: list[Callable[[], None]] = []  # each gives its retained memory back and lowers `retained`
+
+    def resize(self, bytes_max: int) -> None:
+        """Another bound; nothing that was admitted goes for it."""
+        self.bytes_max = bytes_max
+        self._ceiling = max(bytes_max, self.used + self.promised)
+        if self.used + self.retained > bytes_max:
+            self.reclaim()
 
     def full(self, what: str) -> StoreFull:
         """The error that says so."""
@@ -49,3 +57,6 @@ class Budget:
     def free(self, size: int) -> None:
         assert size <= self.used, f"{size} bytes freed, {self.used} used"
         self.used -= size
+
+    def check(self) -> None:
+        assert self.used + self.promised <= self._ceiling and min(self.used, self.promised, self.retained) >= 0

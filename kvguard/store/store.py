@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import xxhash
@@ -95,11 +95,12 @@ class ReplicaStore:
         self.counters["replicas_unreadable"] += len(dropped)
         return tuple(dropped)
 
-    def check_some(self, cost_bytes: int) -> tuple[StreamId, ...]:
-        """Verify what was read back, for about `cost_bytes` of hashing; the streams that are through with it now."""
+    def check_some(self, cost_bytes: int, first: Iterable[StreamId] = ()) -> tuple[StreamId, ...]:
+        """Verify what was read back, for about `cost_bytes` of hashing, `first` before the others; the streams that are through with it now."""
         done = []
-        for stream, replica in self._replicas.items():
-            if replica.unchecked and cost_bytes > 0:
+        for stream in dict.fromkeys((*first, *self._replicas)):
+            replica = self._replicas.get(stream)
+            if replica is not None and replica.unchecked and cost_bytes > 0:
                 cost_bytes, cut = adoption.check(replica, cost_bytes)
                 self.counters["positions_unsound"] += cut
                 if not replica.unchecked:
@@ -115,6 +116,11 @@ class ReplicaStore:
     def _unshelve(self, name: str) -> None:
         self._shelf.remove(name + ARENA)
         self._shelf.remove(name + INDEX)
+
+    def resize(self, budget_bytes: int, ids_retention_ns: int) -> None:
+        """Other bounds from now on. What is held and promised stays; nothing more is admitted until it is below the new budget."""
+        self.budget.resize(budget_bytes)
+        self._retention_ns = ids_retention_ns
 
     # ---- fencing ------------------------------------------------------------------------------------------------------------------------
 
@@ -376,7 +382,8 @@ class ReplicaStore:
             replica.check()
             used += replica.arena.pages_live() * replica.arena.page_bytes
             used += sum(len(s.ids) + len(s.request) for s in replica.sequences.values())
-        assert used == self.budget.used and self.budget.used + self.budget.promised <= self.budget.bytes_max
+        self.budget.check()
+        assert used == self.budget.used
 
     def replica(self, stream: StreamId) -> Replica:
         """Raises Refused for a stream that isn't held here."""

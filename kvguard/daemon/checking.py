@@ -1,0 +1,55 @@
+"""Replicas of a former life are verified in slices of the loop, the ones that somebody waits for first to be answered as soon as they are through.
+
+Knows: the store's unchecked replicas, who waits. Must not know: how pages are verified, what the core makes of the answers.
+Invariants: nothing of an unchecked replica is promised: a sender's Hello waits for its verification, a Report for REPORT_WAIT_NS at most, and then it states
+what is verified by then; every one who waits is answered; the loop is never held for longer than a slice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from kvguard.core import events
+from kvguard.daemon.perform_node import NodeShell, probe, send_report
+
+log = logging.getLogger(__name__)
+
+SLICE_COST_BYTES = 16 << 20  # 3 to 5 ms of hashing
+REPORT_WAIT_NS = 1_000_000_000  # below the coordinator's `exclude_ms`
+
+
+class Checking:
+    """`after`: loop.Loop.after. Begins at once where there is something to verify."""
+
+    def __init__(self, shell: NodeShell, after: Callable[[int, Callable[[], Iterable[events.Event]]], None]) -> None:
+        self._shell = shell
+        self._after = after
+        self._began_ns = shell.clock()
+        self.ended_ns = self._began_ns  # when the last page was verified
+        if shell.store.unchecked():
+            after(0, self._slice)
+
+    def _slice(self) -> Iterable[events.Event]:
+        shell = self._shell
+        for stream in shell.store.check_some(SLICE_COST_BYTES, shell.probes):
+            log.info("replica of %s: read back and verified", stream)
+        told = self._answered()
+        if shell.store.unchecked():
+            self._after(0, self._slice)
+        else:
+            self.ended_ns = shell.clock()
+            unsound = shell.store.counters["positions_unsound"]
+            level = logging.WARNING if unsound else logging.INFO
+            log.log(level, "all replicas are verified after %d ms: %d positions did not hold", (self.ended_ns - self._began_ns) // 1_000_000, unsound)
+        return told
+
+    def _answered(self) -> list[events.Event]:
+        shell, told = self._shell, []
+        for stream in [stream for stream in shell.probes if not shell.store.unchecked(stream)]:
+            told += probe(shell, shell.probes.pop(stream))
+        for instance, (since_ns, effect) in list(shell.reports.items()):
+            if not shell.store.unchecked(instance=instance) or shell.clock() - since_ns >= REPORT_WAIT_NS:
+                del shell.reports[instance]
+                told += send_report(shell, effect, waited=True)
+        return told
