@@ -1,6 +1,7 @@
-"""A cluster that is struck again and again for drills: `python -m kvguard.pipeline.bench`, commands as JSON lines on stdin, evidence as JSON lines on stdout.
+"""A cluster that is struck again and again for drills: `python -m kvguard.pipeline.bench`, commands as JSON lines on stdin, evidence likewise on stdout.
 
-Commands: {"do": "start", "model", "stages", "sequences", "max_tokens"}, {"do": "strike", "name", "seed", "stage", "at_token", "sampled", "share"}, {"do": "quit"}.
+Commands: {"do": "start", "model", "stages", "sequences", "max_tokens"}, {"do": "quit"},
+{"do": "strike", "name", "seed", "stage", "at_token", "sampled", "share"}.
 Answers: {"event": "started", ...}, {"event": "evidence", ...} (facts alone: what they prove is judged elsewhere), {"event": "error", "message", "code"}.
 
 Knows: the reference engine's world, its load, the strikes. Must not know: drills' hypotheses, invariants, reports; torch.
