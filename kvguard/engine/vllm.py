@@ -66,6 +66,14 @@ class KvguardWorkerMetadata(KVConnectorWorkerMetadata):
         return KvguardWorkerMetadata(self.ends + other.ends)
 
 
+def log_like_vllm() -> None:
+    """kvguard's words stand among vLLM's, unless whoever runs this process has given them another place."""
+    ours, theirs = logging.getLogger("kvguard"), logging.getLogger("vllm")
+    if not ours.handlers and not logging.getLogger().handlers:
+        ours.handlers, ours.propagate = list(theirs.handlers), False
+        ours.setLevel(theirs.level)
+
+
 def harmless(otherwise: Callable[[], Any]) -> Callable:
     """A hook whose fault is kvguard's own: said once with its trace, and from then on this role of the connector does nothing but `otherwise()`."""
 
@@ -90,6 +98,7 @@ class KvguardConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config, role: KVConnectorRole, kv_cache_config) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        log_like_vllm()
         self.broken = ""
         self.settings = Settings.of(self._kv_transfer_config.kv_connector_extra_config or {})
         faults = faults_of(vllm_config, kv_cache_config, torch.device(vllm_config.device_config.device_type).type)

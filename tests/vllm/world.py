@@ -1,6 +1,6 @@
 """Two vLLM servers of one model, a kvguard node beside each, a coordinator: real processes on loopback. For tests, and by hand:
 
-    $(tools/setup_vllm.sh) tests/vllm/world.py DIRECTORY     prints one JSON line with all addresses when everything is ready, ends with its stdin
+    PYTHONPATH=. $(tools/setup_vllm.sh) tests/vllm/world.py DIRECTORY     prints one JSON line with all addresses when everything is ready, ends with its stdin
 
 Knows: command lines, configuration files. Must not know: what is tested. Nothing of it outlives `stop`: not a process, nor what killed engines leave in /dev/shm.
 """

@@ -1,0 +1,27 @@
+"""Tests of the vLLM adapter, run by tools/test_vllm.sh in an environment that has vLLM; without it they are not collected."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Two servers, two nodes, a coordinator; made once, because a server takes half a minute to start."""
+    from world import World
+
+    made = World(tmp_path_factory.mktemp("world"))
+    try:
+        made.start_daemons()
+        for name in ("a", "b"):
+            made.start_server(name, wait=False)
+        for server in made.servers.values():
+            made.wait_ready(server)
+        yield made
+    finally:
+        made.stop()

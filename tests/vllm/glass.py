@@ -1,0 +1,144 @@
+"""A look at one engine's pool and at its replica, from outside of both: whether every committed byte is in the other node's arena.
+
+Knows: /proc/PID/fd, the commit table, pages. Must not know: vLLM's process tree beyond a process group.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kvguard.device.host import HostDevice, HostPool
+from kvguard.engine.look import TableReader
+from kvguard.engine.vllm_pool import _column_keys, _Pages
+from kvguard.errors import BadFrame, Stale
+from kvguard.format.layout import Layout, whole
+from kvguard.format.pages import PageReader, page_bytes
+
+LAYERS, HEADS, DIM, TOKENS, ITEMSIZE = 30, 3, 64, 32, 2  # SmolLM2-135M in bfloat16, blocks of 32
+
+
+def processes_of(group: int) -> list[int]:
+    """Pids of a process group."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.getpgid(int(entry.name)) == group:
+                    found.append(int(entry.name))
+            except ProcessLookupError:
+                continue
+    return sorted(found)
+
+
+def descriptors(pids: list[int], name: str) -> list[int]:
+    """Own descriptors of what those processes hold under a memfd's or file's name; one per inode."""
+    seen, found = set(), []
+    for pid in pids:
+        for link in sorted(Path(f"/proc/{pid}/fd").iterdir(), key=lambda path: int(path.name)):
+            try:
+                target = os.readlink(link)
+                if name not in target or not target.startswith(("/memfd:", "/")) or target.startswith("/dev/"):
+                    continue
+                opened = os.open(link, os.O_RDWR)
+            except OSError:
+                continue
+            else:
+                inode = os.fstat(opened).st_ino
+                if inode in seen:
+                    os.close(opened)
+                else:
+                    seen.add(inode)
+                    found.append(opened)
+    return found
+
+
+def smollm2_layout(slab_bytes: int) -> Layout:
+    """As the adapter makes it on a CPU without AMX; the model's name doesn't matter here."""
+    page = 2 * HEADS * TOKENS * DIM * ITEMSIZE
+    blocks = slab_bytes // (LAYERS * page)
+    pages = _Pages(0, blocks * page, page, LAYERS, HEADS, TOKENS, DIM, ITEMSIZE)
+    return Layout("", "bfloat16", ITEMSIZE, blocks, TOKENS, _column_keys(pages), whole(LAYERS, HEADS), True, slab_bytes)
+
+
+class Glass:
+    """One engine (by its process group) and the daemon that holds its replica (by pid)."""
+
+    def __init__(self, group: int, holder: int) -> None:
+        [worker] = [pid for pid in processes_of(group) if holds(pid, "kvguard-vllm-pool")]
+        [slab] = descriptors([worker], "kvguard-vllm-pool")
+        self.pool: HostPool = HostDevice().open(smollm2_layout(os.fstat(slab).st_size), [slab], writable=False)
+        [table] = descriptors([worker], "kvguard-table")
+        self.table = TableReader(table)
+        self.worker, self._holder = worker, holder
+        self._blocks: dict[int, list[int]] = {}
+        self._committed: dict[int, int] = {}
+
+    def look(self) -> dict[str, tuple[list[int], int]]:
+        """Sequence -> (blocks, committed positions), of all live rows."""
+        look = self.table.look()
+        for row in look.released:
+            self._blocks.pop(row, None)
+            self._committed.pop(row, None)
+        for cut in look.cut:
+            self._blocks[cut.row] = self._blocks[cut.row][: cut.blocks]
+            self._committed[cut.row] = min(self._committed.get(cut.row, 0), cut.kept)
+        for opened in look.opened:
+            self._blocks[opened.row], self._committed[opened.row] = [], 0
+        for grown in look.grown:
+            self._blocks[grown.row] = self._blocks[grown.row][: grown.first] + list(grown.blocks)
+        self._committed.update(zip(look.rows, look.committed, strict=True))
+        names = {row: meta.name for row in self._blocks if (meta := self.table.sequence(row)) is not None}
+        return {name: (list(self._blocks[row]), self._committed.get(row, 0)) for row, name in names.items()}
+
+    def block(self, block: int, tokens: int) -> bytes:
+        """Canonical bytes of the first tokens of a pool's block."""
+        out = memoryview(bytearray(tokens * self.pool.layout.token_bytes))
+        self.pool.capture([block], [0], [tokens], out)
+        return bytes(out)
+
+    def arena(self) -> PageReader | None:
+        """The holder's pages for a pool of this shape, None until there are any."""
+        shape = self.pool.layout.shape()
+        wanted = shape.blocks * page_bytes(shape)
+        found = descriptors([self._holder], "")
+        try:
+            fitting = [fd for fd in found if os.fstat(fd).st_size >= wanted and os.fstat(fd).st_size != self.pool.layout.pool_bytes]
+            return PageReader(fitting[0], shape) if fitting else None
+        finally:
+            for fd in found:
+                os.close(fd)
+
+    def compared(self, look: dict[str, tuple[list[int], int]], damage: bool = False) -> tuple[int, int, int]:
+        """(positions equal in pool and arena, positions not there yet, positions whose block went on meanwhile). Raises AssertionError where bytes differ.
+
+        `damage`: flips a bit of what was read from the pool: the comparison must notice.
+        """
+        arena, equal, missing, gone = self.arena(), 0, 0, 0
+        for name, (blocks, committed) in look.items():
+            for index in range(-(-committed // TOKENS)):
+                block, tokens = blocks[index], min(TOKENS, committed - index * TOKENS)
+                generation = int(self.table.views.block_generations[block])
+                try:
+                    held = None if arena is None else bytes(arena.page(block, generation, tokens))
+                except (Stale, BadFrame):
+                    held = None
+                here = self.block(block, tokens)
+                row = next((row for row, listed in self._blocks.items() if listed[: len(blocks)] == blocks), -1)
+                if int(self.table.views.block_generations[block]) != generation or row < 0:
+                    gone += tokens
+                elif held is None:
+                    missing += tokens
+                else:
+                    here = bytes([here[0] ^ damage]) + here[1:]
+                    assert here == held, f"{name}: block {block} (index {index}, {tokens} tokens) differs between pool and replica"
+                    equal += tokens
+        return equal, missing, gone
+
+
+def holds(pid: int, name: str) -> bool:
+    """Whether a process has a descriptor of that name open."""
+    try:
+        return any(name in os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir())
+    except (FileNotFoundError, PermissionError):
+        return False
