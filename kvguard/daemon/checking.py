@@ -20,11 +20,14 @@ REPORT_WAIT_NS = 1_000_000_000  # below the coordinator's `exclude_ms`
 
 
 class Checking:
-    """`after`: loop.Loop.after. Begins at once where there is something to verify."""
+    """`after`: loop.Loop.after. Begins at once where there is something to verify. `pause_ns`: between two slices."""
 
-    def __init__(self, shell: NodeShell, after: Callable[[int, Callable[[], Iterable[events.Event]]], None]) -> None:
+    def __init__(
+        self, shell: NodeShell, after: Callable[[int, Callable[[], Iterable[events.Event]]], None], cost_bytes: int = SLICE_COST_BYTES, pause_ns: int = 0
+    ) -> None:
         self._shell = shell
         self._after = after
+        self._cost_bytes, self._pause_ns = cost_bytes, pause_ns
         self._began_ns = shell.clock()
         self.ended_ns = self._began_ns  # when the last page was verified
         if shell.store.unchecked():
@@ -32,11 +35,11 @@ class Checking:
 
     def _slice(self) -> Iterable[events.Event]:
         shell = self._shell
-        for stream in shell.store.check_some(SLICE_COST_BYTES, shell.probes):
+        for stream in shell.store.check_some(self._cost_bytes, shell.probes):
             log.info("replica of %s: read back and verified", stream)
         told = self._answered()
         if shell.store.unchecked():
-            self._after(0, self._slice)
+            self._after(self._pause_ns, self._slice)
         else:
             self.ended_ns = shell.clock()
             unsound = shell.store.counters["positions_unsound"]

@@ -102,6 +102,7 @@ class Faults:
             return False
         world = self.world
         world.stop(host, "SIGKILL to its group")
+        host.shelf.burn()
         for process in list(world.processes.values()):
             if process.node == host.name:
                 process.kill("with its node")
@@ -115,6 +116,7 @@ class Faults:
         host.disk.values.clear()
         host.disk.incarnation = self.world.random.getrandbits(40)
         self.world.stop(host, "its machine is replaced")
+        host.shelf.burn()
         for process in list(self.world.processes.values()):
             if process.node == host.name:
                 process.kill("with its machine")

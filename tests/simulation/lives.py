@@ -17,6 +17,7 @@ from kvguard.core.coordinator import Coordinator
 from kvguard.core.node import COORDINATOR, Node, NodeSettings
 from kvguard.core.promises import decode_epoch
 from kvguard.daemon import perform, perform_node
+from kvguard.daemon.checking import Checking
 from kvguard.daemon.journal import NotDurable
 from kvguard.daemon.loop import Loop
 from kvguard.daemon.perform_node import PROMISE, NodeShell, promised
@@ -195,7 +196,7 @@ def capture_racing(shell, effect):
 class NodeLife(Life):
     """daemon/node.NodeDaemon, wired for simulation."""
 
-    def __init__(self, world, name: str, disk: Disk, budget_bytes: int) -> None:
+    def __init__(self, world, name: str, disk: Disk, budget_bytes: int, shelf) -> None:
         disk.incarnation += 1
         transport = world.network.join(name)
         address = transport.listen(f"inproc://{name}")
@@ -203,7 +204,9 @@ class NodeLife(Life):
         settings = NodeSettings(
             name, disk.incarnation, address, "sim", HEARTBEAT_NS, world.window_bytes, hang_min_ns=400 * MS, hang_factor=10, retry_ns=300 * MS, answer_ns=250 * MS
         )
-        store = ReplicaStore(None, budget_bytes, 200 * MS, clock=lambda: world.now)
+        store = ReplicaStore(shelf, budget_bytes, 200 * MS, clock=lambda: world.now)
+        assert store.read_back() == (), "I11: what a life of this daemon left can't be read"
+        world.count("sequences_read_back", store.unchecked())
         shell = NodeShell(
             transport=transport, journal=disk, clock=lambda: world.now, noted=lambda note: world.noted(name, note), node=name, store=store, engines=None
         )
@@ -213,6 +216,7 @@ class NodeLife(Life):
         shell.engines = self.ranks
         for instance, epoch in promises.items():
             promised(shell, instance, epoch)
+        Checking(shell, self.loop.after, cost_bytes=30_000, pause_ns=MS)
         self._lines: dict[int, object] = {}
         self._ways: dict[object, int] = {}
         self._unheard: deque = deque()  # said while this process was stopped

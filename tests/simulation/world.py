@@ -16,6 +16,7 @@ from simulation.driver import Driver
 from simulation.engines import RankProcess
 from simulation.faults import Faults
 from simulation.lives import MS, CoordinatorLife, Crashed, Disk, NodeLife
+from simulation.shelf import Shelf
 
 from kvguard.core.events import Looked
 from kvguard.core.known import Settings
@@ -34,8 +35,8 @@ DRAIN_NS = 25_000 * MS
 class Host:
     """A name under which lives follow each other."""
 
-    def __init__(self, name: str, disk: Disk | None) -> None:
-        self.name, self.disk = name, disk
+    def __init__(self, name: str, disk: Disk | None, shelf: Shelf | None = None) -> None:
+        self.name, self.disk, self.shelf = name, disk, shelf
         self.life = None
         self.paused = False
         self.wake_ns: int | None = None
@@ -79,7 +80,8 @@ class World:
         self.checks = Checks(self)
         self.faults = Faults(self)
         count = max(2, self.stages) if random.random() < 0.7 else 3
-        self.nodes = {f"n{number}": Host(f"n{number}", Disk(self)) for number in range(count)}
+        keeps = Random(f"shelves {seed}").random() < 0.5  # replicas outlive their daemons in every other world
+        self.nodes = {f"n{number}": Host(f"n{number}", Disk(self), Shelf(keeps)) for number in range(count)}
         self.coordinator = Host(COORDINATOR, Disk(self))
         self.driver_host = Host(DRIVER, None)
         self._hosts = self.hosts()
@@ -110,7 +112,7 @@ class World:
         elif host.name == DRIVER:
             host.life = Driver(self)
         else:
-            host.life = NodeLife(self, host.name, host.disk, self.budgets[host.name])
+            host.life = NodeLife(self, host.name, host.disk, self.budgets[host.name], host.shelf)
         host.known, host.own_ns = (), self.now
         self.wake(host.name)
 
@@ -257,6 +259,8 @@ class World:
     def close(self) -> None:
         for host in self.hosts():
             self.stop(host, "the world ends")
+        for host in self.nodes.values():
+            host.shelf.burn()
         for process in self._graveyard:
             process.close()
         self._heap.clear()
