@@ -18,6 +18,7 @@ VERBS = {
     "config": ("kvguard.cli.config", "Write, check and show configurations."),
     "coordinator": ("kvguard.cli.coordinator", "Run the coordinator."),
     "demo": ("kvguard.cli.demo", "Kill something in mid-generation and watch the text go on."),
+    "drill": ("kvguard.cli.drill", "Fire faults on purpose, prove them, and judge what follows."),
     "failover": ("kvguard.cli.orders", "Fence an instance and rebuild one of its ranks elsewhere."),
     "gateway": ("kvguard.cli.gateway", "Run the OpenAI-compatible gateway in front of the instances."),
     "history": ("kvguard.cli.history", "Epochs: why, who, how long, what was lost."),

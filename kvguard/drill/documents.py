@@ -74,7 +74,8 @@ def render(found: dict, console) -> None:
         table.add_row(
             str(run["seed"]), escape(f"{fault['kind']} {fault['target']}"), "yes" if fault["fired"] else "[red]no[/red]",
             recovered["rung"] if recovered else "-",
-            str(recovered["rolled_back"]) if recovered and recovered["rolled_back"] is not None else "-", timeline(run), equality(run), brief(run["invariants"]),
+            str(recovered["rolled_back"]) if recovered and recovered["rolled_back"] is not None else "-",
+            timeline(run), equality(run), brief(run["invariants"]),
             "[green]passed[/green]" if run["passed"] else "[bold red]FAILED[/bold red]",
         )  # fmt: skip
     console.print(f"[bold]{escape(found['hypothesis'])}[/bold]")
