@@ -43,7 +43,7 @@ class Lifelines:
         try:
             watch = self._held[stream.id] = Watch(descriptor)
         except (OSError, RuntimeError) as error:  # no descriptor, no memory or no thread left: a rank without an early sign is served all the same
-            log.warning("%s: its lifeline can't be watched (%s): its death is seen through its pidfd alone", stream.id, error)
+            log.warning("%s: its lifeline can't be watched (%s): its death is seen through its pidfd alone", stream.id, str(error))
             return
         self._watches.watch(watch.bell, lambda: self._marked(stream, watch))
 

@@ -5,21 +5,24 @@ Knows: the engine API. Must not know: daemons. Bytes of a slot are a function of
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import os
 import sys
 
 import numpy as np
 import xxhash
 
 from kvguard.engine import Layout, Rank, allocate, attach, attach_scheduler, attach_standby
-from kvguard.errors import Fenced
+from kvguard.errors import Fenced, KvguardError
+from kvguard.format.moves import decode
 
 BLOCKS, TOKENS = 256, 16
 
 
-def layout_of(rank: str) -> Layout:
-    return Layout.paged(f"numpy {rank}", "float32", 3, BLOCKS, TOKENS, 2, 16)
+def layout_of(rank: str, model: str = "numpy") -> Layout:
+    return Layout.paged(f"{model} {rank}", "float32", 3, BLOCKS, TOKENS, 2, 16)
 
 
 def slot_bytes(sequence: str, position: int, rank: str, size: int) -> bytes:
@@ -75,6 +78,21 @@ class Engine:
         self.lengths[sequence] = position
         return {"lengths": self.lengths}
 
+    def fetch(self, token: dict, timeout_s: float) -> dict:
+        """Go on with a dead instance's sequence: its KV into blocks of this one, committed as a sequence of its own."""
+        moved = decode(token)
+        needed = -(-moved.position // TOKENS)
+        blocks = self.free[:needed]
+        try:
+            fetched = self.guard.fetch(moved, blocks, timeout_s)
+        except KvguardError as error:
+            return {"refused": f"{type(error).__name__}: {error}"}
+        del self.free[:needed]
+        self.blocks[moved.sequence], self.lengths[moved.sequence] = blocks, moved.position
+        with self.guard.step(0) as step:
+            step.commit(moved.sequence, moved.position, blocks=blocks, tokens=list(range(moved.position + 1)), request=b"moved")
+        return {"position": fetched.position, "bytes": fetched.bytes, "ms": fetched.ms}
+
     def sums(self) -> dict:
         """By sequence, xxh3_64 of each position's canonical bytes, read from the pool."""
         width, found = self.pool.layout.token_bytes, {}
@@ -111,6 +129,20 @@ class Engine:
 
     def status(self) -> dict:
         return {"connected": self.guard.connected, "refused": self.guard.refused, "fenced": self.guard.fenced, "epoch": self.guard.epoch.counter}
+
+    def hold(self, mib: int) -> dict:
+        """Memory that takes a while to be torn down, as a model's weights do."""
+        self.weights = np.ones(mib << 20, np.uint8)
+        return {"held": mib}
+
+    def end_client_thread(self) -> dict:
+        """The thread that talks to the daemon ends as no program ends one; everything else goes on."""
+
+        def gone() -> None:
+            ctypes.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)
+
+        self.guard.session.attach_again(gone, self.guard.session.received)
+        return {"ended": True}
 
 
 class Lead:
@@ -157,7 +189,7 @@ def say(document: dict) -> None:
     print(json.dumps(document), flush=True)
 
 
-def main(role: str, instance: str, rank: str, socket: str) -> None:
+def main(role: str, instance: str, rank: str, socket: str, model: str = "numpy") -> None:
     if role == "scheduler":
         engine = Lead(attach_scheduler(instance, BLOCKS, TOKENS, dp=Rank.parse(rank).dp, socket=socket))
         say({"attached": True})
@@ -174,7 +206,7 @@ def main(role: str, instance: str, rank: str, socket: str) -> None:
         engine.take(guard.restore(10.0))
         say({"claimed": True, "adopted": adopted, "lengths": engine.lengths})
     else:
-        pool = allocate(layout_of(rank))
+        pool = allocate(layout_of(rank, model))
         np.frombuffer(pool.memory, np.uint8)[:] = 0xA5  # what nobody wrote is no zero
         guard = attach(instance, Rank.parse(rank), pool, endpoint=f"engine of {rank}", socket=socket, positions_max=1024)
         engine = Engine(rank, guard, pool)
