@@ -113,12 +113,13 @@ class Observer:
             if committed <= first:
                 continue
             wanted = digests_of(ids[:committed])
-            for position in range(first, committed):
-                block, slot = blocks[position // self.tokens], position % self.tokens
-                out = memoryview(bytearray(BYTES))
-                self.pool.capture([block], [slot], [1], out)
-                assert bytes(out) == wanted[position], f"{self.names[row]}: position {position} of {committed} in block {block} isn't what its ids say"
-                self.checked += 1
+            places = range(first, committed)
+            out = bytearray(BYTES * len(places))
+            here, slots = [blocks[position // self.tokens] for position in places], [position % self.tokens for position in places]
+            self.pool.capture(here, slots, [1] * len(places), memoryview(out))
+            wrong = [position for n, position in enumerate(places) if out[BYTES * n : BYTES * (n + 1)] != wanted[position]]
+            assert not wrong, f"{self.names[row]}: positions {wrong} of {committed} in blocks {blocks} aren't what the row's ids say"
+            self.checked += len(places)
             self._seen[key] = committed
 
 
@@ -205,9 +206,9 @@ class Runner:
     def _write(self, request: _Cached, start: int, inputs: list[int]) -> None:
         tokens = self.pool.layout.block_tokens
         digests = digests_of(request.ids[:start] + inputs)
-        for position in range(start, start + len(inputs)):
-            if position // tokens < len(request.blocks):
-                self.pool.scatter([request.blocks[position // tokens]], [position % tokens], [1], memoryview(digests[position]))
+        places = [position for position in range(start, start + len(inputs)) if position // tokens < len(request.blocks)]
+        here, slots = [request.blocks[position // tokens] for position in places], [position % tokens for position in places]
+        self.pool.scatter(here, slots, [1] * len(places), memoryview(b"".join(digests[position] for position in places)))
 
 
 def make_pool(blocks: int, tokens: int):

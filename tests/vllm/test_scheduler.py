@@ -141,12 +141,12 @@ def prompts(draw: random.Random) -> list[int]:
 
 @pytest.mark.parametrize("depth", [1, 2], ids=["sync", "async"])
 @pytest.mark.parametrize("drafts", [0, 3], ids=["plain", "speculative"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_committed_byte_is_right(bench, seed, drafts, depth):
     draw = random.Random(f"{seed} {drafts} {depth}")
     world = bench(seed, 15, drafts, depth)  # far fewer blocks than six long sequences need: preemption
     wanted, live = {}, {}
-    for number in range(24):
+    for number in range(16):
         prompt, tokens = prompts(draw), draw.randrange(1, 150)
         name = f"cmpl-s{number}-0-{number:08x}"
         world.add(name, prompt, tokens)
