@@ -15,6 +15,7 @@ from kvguard import __version__
 from kvguard.errors import KvguardError
 
 VERBS = {
+    "check": ("kvguard.cli.check", "For monitoring: is everything protected? 0 ok, 1 warning, 2 critical, 3 unknown."),
     "config": ("kvguard.cli.config", "Write, check and show configurations."),
     "coordinator": ("kvguard.cli.coordinator", "Run the coordinator."),
     "demo": ("kvguard.cli.demo", "Kill something in mid-generation and watch the text go on."),
@@ -27,6 +28,7 @@ VERBS = {
     "pause": ("kvguard.cli.orders", "Stop automatic failovers."),
     "replicas": ("kvguard.cli.replicas", "List, show and verify replicas."),
     "status": ("kvguard.cli.status", "What is protected, where, and why not."),
+    "top": ("kvguard.cli.top", "A live screen: ranks, lag, windows, arenas, epochs, recoveries."),
     "unpause": ("kvguard.cli.orders", "Allow automatic failovers again."),
 }
 

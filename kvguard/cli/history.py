@@ -9,6 +9,7 @@ import click
 
 from kvguard.cli import show
 from kvguard.cli.asking import Reach, reaching
+from kvguard.types import Rung
 
 
 @click.command()
@@ -20,5 +21,23 @@ def history(reach: Reach, output: str) -> None:
     if output == "json":
         show.document(found)
         return
-    columns = list(dict.fromkeys(key for entry in found["history"] for key in entry))
-    show.table("History", columns, [[entry.get(key) for key in columns] for entry in found["history"]], "nothing has happened")
+    show.table("History", COLUMNS, [row(entry) for entry in found["history"]], "nothing has happened")
+
+
+COLUMNS = [
+    "instance", "epoch", "issuer", "reason", "ranks", "went to", "sequences", "rung", "detect ms", "fence", "plan", "restore", "total", "recomputed", "lost",
+    "error",
+]  # fmt: skip
+
+
+def row(entry: dict) -> list[object]:
+    """One recovery: why, who, how long, what was lost."""
+    timing = entry["timing_ms"]
+    went = [f"{rank} -> {node}" for rank, node in sorted(entry["targets"].items())]
+    lost = [f"{name}: {reason}" for name, reason in sorted(entry["lost"].items())]
+    times = [timing.get(phase) for phase in ("detect", "fence", "plan", "restore", "total")]
+    rung = Rung.worst(entry["rungs"].values()) if entry["rungs"] else None
+    return [
+        entry["instance"], entry["epoch"], entry["issuer"], entry["reason"], entry["ranks"], went, len(entry["positions"]), rung, *times, entry["recomputed"],
+        lost, entry["error"],
+    ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a node answers: replicas, verify, releasable, sums, status, stats; and, where drills may damage it, two kinds of damage.
+"""What a node answers: replicas, read, verify, releasable, sums, status, stats; and, where drills may damage it, two kinds of damage.
 
 Knows: the store, the core (read only), counters. Must not know: links, how answers travel.
 Invariant: reading changes nothing; verify reads a sequence a slice.
@@ -6,6 +6,7 @@ Invariant: reading changes nothing; verify reads a sequence a slice.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator
 
 from kvguard import __version__
@@ -16,7 +17,9 @@ from kvguard.daemon.perform_node import NodeShell
 from kvguard.daemon.questions import Verb
 from kvguard.daemon.whereabouts import processes
 from kvguard.errors import Refused
-from kvguard.types import Rank, StreamId, is_scheduler
+from kvguard.types import Rank, Span, StreamId, is_scheduler
+
+READ_BYTES_MAX = 2 << 20  # of one answer, which is one frame
 
 
 class NodeVerbs:
@@ -28,6 +31,7 @@ class NodeVerbs:
     def verbs(self) -> dict[str, Verb]:
         answered: dict[str, Verb] = {
             "replicas": self.replicas, "verify": self.verify, "releasable": self.releasable, "sums": self.sums, "status": self.status, "stats": self.stats,
+            "read": self.read,
         }  # fmt: skip
         if self._config.fault_injection:
             answered |= {"corrupt_replica": self.corrupt_replica, "corrupt_frame": self.corrupt_frame}
@@ -59,6 +63,27 @@ class NodeVerbs:
                 entry["blocks"] = list(sequence.blocks)
                 entry["generation"] = sequence.generation
         return {"schema": "kvguard.replicas/1", "replicas": [entry for _, entry in entries]}
+
+    def read(self, arguments: dict) -> dict:
+        """Bytes and ids of one replica: positions [start, end) of `sequence` in `stream` (as `replicas` names it), READ_BYTES_MAX of KV at most.
+
+        Where tokens aren't addressable the bytes are those of whole blocks. Raises Refused for what isn't held here.
+        """
+        store, name = self._shell.store, arguments["sequence"]
+        stream = next((stream for stream in store.streams() if str(stream) == arguments["stream"]), None)
+        if stream is None or name not in store.replica(stream).sequences:
+            raise Refused(f"no replica of {name!r} in stream {arguments['stream']!r} is here. Try: kvguard replicas list")
+        replica = store.replica(stream)
+        sequence, shape = replica.sequences[name], replica.shape
+        start, end = int(arguments["start"]), min(int(arguments["end"]), sequence.position)
+        if not 0 <= start <= end or (end - start) * shape.token_bytes > READ_BYTES_MAX:
+            raise Refused(f"positions {start} to {end} are not a span of at most {READ_BYTES_MAX} bytes. Try: fewer at a time")
+        kv = store.read(stream, name, Span(start, end)) if end > start else b""
+        return {
+            "start": start, "end": end, "kv": base64.b64encode(kv).decode(), "ids": base64.b64encode(bytes(sequence.ids)).decode(),
+            "request": base64.b64encode(sequence.request).decode(), "token_bytes": shape.token_bytes, "block_bytes": shape.block_bytes,
+            "block_tokens": shape.block_tokens, "addressable": shape.addressable, "fingerprint": f"{shape.fingerprint:016x}",
+        }  # fmt: skip
 
     def verify(self, arguments: dict) -> Iterator[dict | None]:
         done = []
@@ -109,6 +134,7 @@ class NodeVerbs:
             ranks.append({
                 "instance": stream.instance, "rank": str(stream.rank), "stream": str(stream), "state": beat.state, "reason": beat.reason,
                 "holders": list(beat.holders), "sequences": beat.sequences, "committed": beat.committed, "acked": beat.acked, "lag_tokens": beat.lag_tokens,
+                "window_bytes": sum(sender.flow.flight_bytes for sender in local.senders.values()),
             })  # fmt: skip
         return {
             "schema": "kvguard.node/1", "node": self._config.name, "version": __version__, "ranks": ranks, "links": sorted(shell.up),

@@ -1,0 +1,104 @@
+"""kvguard check: one line and an exit code for monitoring in the manner of Nagios: 0 ok, 1 warning, 2 critical, 3 unknown.
+
+Knows: the coordinator's kvguard.status/1. Must not know: how it is made.
+Invariants: what can't be asked is unknown, never ok; every finding names its subject and the reason that the status gives; the worst finding decides.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import click
+
+from kvguard.cli import show
+from kvguard.cli.asking import Reach, reaching
+from kvguard.errors import KvguardError
+
+OK, WARNING, CRITICAL, UNKNOWN = range(4)
+WORDS = ("ok", "warning", "critical", "unknown")
+RANKS = {"unprotected": WARNING, "recovering": WARNING, "lost": CRITICAL}
+NODES = {"suspect": WARNING, "dead": CRITICAL}
+INSTANCES = {"recovering": WARNING, "failed": CRITICAL}
+SCHEDULERS = {"unprotected": WARNING, "recovering": WARNING, "lost": WARNING}
+
+
+class Finding(NamedTuple):
+    severity: int
+    subject: str
+    reason: str
+
+
+class Limits(NamedTuple):
+    """What is tolerated. `arena_percent`: of a node's budget for replicas."""
+
+    lag_tokens: int
+    arena_percent: float
+
+
+def findings(status: dict, limits: Limits) -> list[Finding]:
+    """What is not as it should be, worst first."""
+    found = []
+    for node in status["nodes"]:
+        if node["state"] in NODES:
+            found.append(Finding(NODES[node["state"]], f"node {node['node']}", f"{node['state']}: {node['reason']}"))
+        if node["arena_bytes"] * 100 > node["arena_bytes_max"] * limits.arena_percent:
+            said = f"replicas fill {show.size(node['arena_bytes'])} of {show.size(node['arena_bytes_max'])}"
+            found.append(Finding(WARNING, f"node {node['node']}", said))
+    for instance in status["instances"]:
+        if instance["state"] in INSTANCES:
+            found.append(Finding(INSTANCES[instance["state"]], f"instance {instance['instance']}", f"{instance['state']}: {instance['reason']}"))
+    for rank in status["ranks"]:
+        name = f"rank {rank['rank']} of {rank['instance']}"
+        if rank["state"] in RANKS:
+            found.append(Finding(RANKS[rank["state"]], name, f"{rank['state']}: {rank['reason']}"))
+        elif rank["lag_tokens"] > limits.lag_tokens:
+            found.append(Finding(WARNING, name, f"{rank['lag_tokens']} tokens behind at its holders, {limits.lag_tokens} are tolerated"))
+    for scheduler in status.get("schedulers", ()):
+        if scheduler["state"] in SCHEDULERS:
+            found.append(Finding(SCHEDULERS[scheduler["state"]], f"scheduler {scheduler['dp']} of {scheduler['instance']}", scheduler["reason"]))
+    if status["paused"]:
+        found.append(Finding(WARNING, "automatic failovers", "paused by an operator (kvguard unpause)"))
+    return sorted(found, key=lambda finding: -finding.severity)
+
+
+def figures(status: dict) -> dict[str, int]:
+    """Performance data: what a monitor plots."""
+    ranks = [rank for rank in status["ranks"] if rank["state"] != "standby"]
+    return {
+        "ranks": len(ranks), "protected": sum(rank["state"] == "protected" for rank in ranks), "standbys": len(status["ranks"]) - len(ranks),
+        "unprotected_sequences": sum(rank["unprotected_sequences"] for rank in ranks), "lag_tokens": max((rank["lag_tokens"] for rank in ranks), default=0),
+    }  # fmt: skip
+
+
+def line(state: int, found: list[Finding], numbers: dict[str, int]) -> str:
+    """What a monitor shows."""
+    said = "; ".join(f"{finding.subject}: {finding.reason}" for finding in found)
+    if not said:
+        said = f"{numbers['protected']} ranks protected, {numbers['standbys']} standbys"
+    told = f"KVGUARD {WORDS[state].upper()} - {said}".replace("|", "/")  # a bar begins the figures
+    return told + (" | " + " ".join(f"{name}={value}" for name, value in numbers.items()) if numbers else "")
+
+
+@click.command()
+@reaching
+@click.option("--lag-tokens", type=click.IntRange(0), default=64, show_default=True, help="Warn where a rank's holders are further behind.")
+@click.option("--arena-percent", type=click.FloatRange(1, 100), default=90.0, show_default=True, help="Warn where replicas fill more of a node's budget.")
+@show.output_option
+def check(reach: Reach, lag_tokens: int, arena_percent: float, output: str) -> None:
+    """For monitoring: is everything protected? Exit code 0 ok, 1 warning, 2 critical, 3 unknown."""
+    try:
+        status = reach.coordinator("status")
+    except KvguardError as error:
+        state, found, numbers = UNKNOWN, [Finding(UNKNOWN, "coordinator", str(error))], {}
+    else:
+        found, numbers = findings(status, Limits(lag_tokens, arena_percent)), figures(status)
+        state = max((finding.severity for finding in found), default=OK)
+        if not status["ranks"]:
+            state, found = UNKNOWN, [Finding(UNKNOWN, "ranks", "none is attached anywhere"), *found]
+    if output == "json":
+        told = [{"severity": WORDS[finding.severity], "subject": finding.subject, "reason": finding.reason} for finding in found]
+        show.document({"schema": "kvguard.check/1", "state": WORDS[state], "findings": told, "figures": numbers})
+    else:
+        click.echo(line(state, found, numbers))
+    sys.exit(state)
