@@ -12,20 +12,19 @@ import logging
 import os
 import signal
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvguard.core import events
 from kvguard.daemon import schedulers
-from kvguard.daemon.capture import Facts, Stream, as_event
+from kvguard.daemon.capture import Stream, as_event
 from kvguard.daemon.descriptors import is_eventfd, process_of, readable, same_file, stopped
 from kvguard.daemon.lifelines import Lifelines, Watches
-from kvguard.device.base import Device, Pool
+from kvguard.daemon.seats import LocalRank, Spare
+from kvguard.device.base import Device
 from kvguard.engine.lifeline import refuse_other
-from kvguard.engine.look import Steps, TableReader
+from kvguard.engine.look import TableReader
 from kvguard.errors import Refused
 from kvguard.format import local
-from kvguard.format.layout import Layout
 from kvguard.format.messages import IDS_ONLY, Holding, KnownIds, PlanOrder, Rebuild
 from kvguard.limits import NAME_BYTES_MAX
 from kvguard.store.store import ReplicaStore
@@ -43,38 +42,6 @@ class Tells(Protocol):
     """control.ControlServer.send: descriptors stay the caller's; False where the connection is gone or doesn't read."""
 
     def __call__(self, connection: int, message: local.Local, descriptors: Sequence[int] = ()) -> bool: ...
-
-
-@dataclass
-class LocalRank:
-    """One attached rank, or scheduler (`layout` None). `table_descriptor`: kept for whoever adopts the table. `order`: said again until it is carried out."""
-
-    stream: Stream
-    pool: Pool
-    reader: TableReader
-    layout: Layout | None
-    table_descriptor: int
-    pidfd: int
-    bell: int
-    connection: int  # 0 while the line is down
-    facts: Facts = field(default_factory=Facts)
-    steps: Steps | None = None
-    watched: bool = False
-    stopped: bool = False
-    killed: str = ""
-    order: PlanOrder | None = None
-
-
-@dataclass
-class Spare:
-    """One standby."""
-
-    instance: str
-    incarnation: int
-    pidfd: int
-    connection: int
-    killed: str = ""
-    sources: tuple[StreamId, ...] = ()  # replicas that it was told to pull
 
 
 class Ranks:
