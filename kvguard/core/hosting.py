@@ -8,7 +8,7 @@ depends on the order of dicts.
 from __future__ import annotations
 
 from kvguard.core.known import Known
-from kvguard.core.membership import ALIVE
+from kvguard.core.membership import DEAD
 from kvguard.core.moving import Host
 from kvguard.types import NodeId, Rank
 
@@ -32,7 +32,7 @@ def hosts(known: Known, instance: str, among: tuple[NodeId, ...] | None = None) 
 
 def _hosts(known: Known, member, fingerprint: int) -> bool:
     node = known.membership.nodes.get(member.node)
-    return not member.lost and member.fingerprint == fingerprint and node is not None and node.state == ALIVE
+    return not member.lost and member.fingerprint == fingerprint and node is not None and node.state != DEAD
 
 
 def preferred(known: Known, instance: str) -> dict[Rank, tuple[NodeId, ...]]:

@@ -251,7 +251,7 @@ class Node:
         local.alive, local.death, local.salvageable = False, f"{kind}: {reason}", event.salvageable
         out = self._fault(now, local, kind, reason, event.salvageable, since)
         instance = local.stream.instance
-        if local.epoch != self.promises.of(instance) == self._running.get(instance) and not self._kept(local):  # a former life, ended after the recovery that it missed
+        if local.epoch != self.promises.of(instance) == self._running.get(instance) and not self._kept(local):  # a former life, ended after its recovery
             return out + self.outbound.forget(local, self.outbound.streams)
         return out + self._report_again(instance)
 

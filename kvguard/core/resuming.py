@@ -273,13 +273,21 @@ def _is_left_behind(known: Known, node: NodeId, stream: StreamId) -> bool:
     if is_scheduler(stream.rank):
         return _is_unlisted(known, node, stream)
     place = known.membership.members.get(stream.instance, {}).get(stream.rank)
-    beat = place.beat if place is not None else None
+    if place is None:
+        return _is_of_moved(known, stream)
+    beat = place.beat
     if beat is None or place.lost or beat.stream != place.stream or beat.state != "protected" or beat.epoch != known.epoch(stream.instance):
         return False
     session = known.membership.sessions.get(stream.instance)
     if not beat.acked and (known.sequences(stream.instance) or (session is not None and session.scheduled > 0)):
         return False
     return stream != place.stream or node == place.node or node not in (*place.holders, *place.former, *beat.holders)
+
+
+def _is_of_moved(known: Known, stream: StreamId) -> bool:
+    """A rank that ended because its sequences moved, and has not come back: its round is over, so nobody fetches them any more."""
+    last = next((record for record in reversed(known.history) if record.instance == stream.instance), None)
+    return last is not None and last.epoch == known.epoch(stream.instance) and not last.error and not last.targets and stream.rank in last.ranks
 
 
 def _is_unlisted(known: Known, node: NodeId, stream: StreamId) -> bool:

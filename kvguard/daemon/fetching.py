@@ -89,7 +89,7 @@ class Fetching:
         promised = self._shell.epochs.get(token.instance, NO_EPOCH)
         plan = self._shell.moved.get(token.instance)
         if plan is None or token.epoch != plan.epoch or promised != plan.epoch:
-            raise Refused(f"nothing of epoch {token.epoch.counter} can be fetched here, {promised.counter} is promised: the token is stale, or for another node")
+            raise Refused(f"nothing of epoch {token.epoch.counter} is here, {promised.counter} is promised: the token is stale, or for another node")
         return plan
 
     def _is_of(self, stream: StreamId, instance: str, place: tuple[int, int]) -> bool:
