@@ -18,6 +18,7 @@ import os
 from functools import partial
 
 import torch
+import transformers
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from kvguard.engine import generate_call, joining, telling
@@ -41,6 +42,8 @@ def protect(
     columns of each, that fit in the pool (0: the model's context, at most 4,096). Waits up to `wait_s` for a coordinator, and for a former life's recovery.
     Raises Refused for a model that can't be protected, BadConfig for a name or address that can't be.
     """
+    if not transformers.__version__.startswith("5."):
+        log.warning("kvguard: transformers %s is outside the range that this adapter was tested with (5.x)", transformers.__version__)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     shape = shape_of(model, sequences, positions or min(context or POSITIONS_DEFAULT, POSITIONS_DEFAULT))
     prove(shape)
@@ -101,6 +104,13 @@ class Guarded:
         drawn = Drawn(ids.shape[1], 0, 0, True) if terms.sampled else None
         self._begin([(row, ()) for row in rows], 0, drawn)
         return self._run(ids, mask, {**arguments, "generation_config": generation_config})
+
+    def generate_batch(self, *_, **__):
+        """Continuous batching: refused, see docs/adapters.md."""
+        raise Refused(
+            "continuous batching can't be protected: its slab could be placed in the pool, but nothing public says which request a step wrote, nor takes a "
+            "request back with its blocks filled. Try: generate() with a batch, or vLLM with kvguard's connector"
+        )
 
     def resume(self, **again):
         """Go on with what a former life left, to its end; None where it left nothing. Returns what generate() would have: all ids, from the first on.

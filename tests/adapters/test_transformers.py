@@ -249,6 +249,11 @@ def test_calls_that_could_not_be_resumed_are_refused(guarded, options, reason):
     assert guarded.generate(**inputs(2, 9, False), pad_token_id=0, max_new_tokens=4).shape == (2, 13)
 
 
+def test_continuous_batching_is_refused(guarded):
+    with pytest.raises(Refused, match="continuous batching"):
+        guarded.generate_batch([[5, 6, 7]])
+
+
 def test_a_mask_with_holes_and_too_many_rows_are_refused(guarded):
     given = inputs(1, 9, False)
     given["attention_mask"][0, 4] = 0

@@ -1,6 +1,6 @@
 """A user's script: a tiny model with random weights, generate(), and what came of it as JSON lines. Killed and started again, it goes on.
 
-    python transformers_script.py plain|protected CALL.json [SOCKET COORDINATOR]
+    python transformers_script.py CALL SOCKET COORDINATOR
 
 Knows: the adapter's public calls. Must not know: daemons. Says {"token": n} for every token that it has been shown; with `hold_at` n it stands still there.
 """
@@ -69,11 +69,12 @@ def result(output, cache, **more) -> dict:
     return {"sequences": output.sequences.tolist(), "logits": logits, "kv": sums_of(cache), **more}
 
 
-def plain(call: dict) -> None:
+def plain(call: dict) -> dict:
+    """The same call with the stock cache."""
     model, cache = tiny(call["family"]), DynamicCache()
     given = inputs(call["rows"], call["columns"], call["padded"])
     torch.manual_seed(11)
-    say(result(model.generate(**given, past_key_values=cache, **call["options"]), cache))
+    return result(model.generate(**given, past_key_values=cache, **call["options"]), cache)
 
 
 def protected(call: dict, socket: str, coordinator: str) -> None:
@@ -95,5 +96,4 @@ def protected(call: dict, socket: str, coordinator: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    mode, arguments = sys.argv[1], json.loads(sys.argv[2])
-    plain(arguments) if mode == "plain" else protected(arguments, *sys.argv[3:])
+    protected(json.loads(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,183 @@
+"""A script that generates is killed and started again, with real daemons: the ids, the logits and the KV bytes of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import transformers_script  # noqa: E402
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("transformers_script.py")
+RANK = "0.0.0"
+START_S = 240.0  # importing torch and transformers on a machine that is busy
+WATCHED = {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
+SAMPLED = {"do_sample": True, "top_k": 40, "temperature": 0.8}
+
+
+def call(family: str, rows: int, new: int, hold_at: int, **options) -> dict:
+    return {"family": family, "rows": rows, "columns": 9, "padded": rows > 1, "hold_at": hold_at, "options": {"max_new_tokens": new, **WATCHED, **options}}
+
+
+class Script:
+    """The user's process."""
+
+    def __init__(self, cluster, node: str, what: dict) -> None:
+        arguments = [sys.executable, str(SCRIPT), json.dumps(what), str(cluster.directory / node / "kvguard.sock"), cluster.coordinator_address]
+        with open(cluster.directory / f"script-{time.monotonic_ns()}.log", "ab") as log:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "bufsize": 0}  # unbuffered: select() sees every line
+            self.popen = subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+        self.heard: list[dict] = []
+
+    def hear(self) -> dict:
+        ready, _, _ = select.select([self.popen.stdout], [], [], START_S)
+        assert ready, f"the script says nothing after {self.heard[-3:]}"
+        line = self.popen.stdout.readline()
+        assert line, f"the script ended with {self.popen.wait()} after {self.heard[-3:]}"
+        self.heard.append(json.loads(line))
+        return self.heard[-1]
+
+    def until(self, key: str, value=None) -> dict:
+        while not (key in (said := self.hear()) and value in (None, said[key])):
+            pass
+        return said
+
+    def kill(self) -> None:
+        self.popen.send_signal(signal.SIGKILL)
+        assert self.popen.wait() == -signal.SIGKILL
+        assert not any("sequences" in said or "end" in said for said in self.heard), "it had answered before it was killed"
+
+    def close(self) -> None:
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait()
+        with contextlib.suppress(BrokenPipeError):
+            self.popen.stdin.close()
+        self.popen.stdout.close()
+
+
+@pytest.fixture
+def scripts(cluster):
+    started: list[Script] = []
+
+    def start(node: str, what: dict) -> Script:
+        started.append(Script(cluster, node, what))
+        return started[-1]
+
+    cluster.start()
+    cluster.until("both nodes", lambda: len(cluster.ask("coordinator", "status")["nodes"]) == 2)
+    yield start
+    for script in started:
+        script.close()
+
+
+def undisturbed(what: dict) -> dict:
+    """The stock cache's answer, here: on one thread, as the script."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return transformers_script.plain(what)
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_undisturbed(found: dict, wanted: dict) -> None:
+    """All ids, the logits of what was generated since, and every column's KV."""
+    assert found["sequences"] == wanted["sequences"]
+    assert found["logits"] and found["logits"] == wanted["logits"][-len(found["logits"]) :]
+    assert found["kv"] == wanted["kv"]
+
+
+def test_a_killed_script_goes_on_in_its_own_pool(cluster, scripts):
+    what = call("llama", 2, 40, 12, **SAMPLED)
+    first = scripts("a", what)
+    shown = [first.until("token", n)["ids"] for n in range(1, 13)]
+    first.kill()
+    second = scripts("a", {**what, "hold_at": -1})
+    assert second.until("joined") == {"joined": True, "unprotected": ""}
+    found, wanted = second.until("sequences"), undisturbed(what)
+    assert_undisturbed(found, wanted)
+    assert [list(column) for column in zip(*(row[9:21] for row in wanted["sequences"]), strict=True)] == shown  # what the first life showed is part of it
+    assert (found["rungs"], found["resumed_at"], found["recomputed"], found["unprotected"]) == (["pool"], 9 + 12 - 1, 0, "")
+    assert len(found["logits"]) == 40 - 12
+    [entry] = cluster.ask("coordinator", "history")["history"]
+    assert (entry["error"], entry["lost"], set(entry["positions"].values())) == ("", {}, {20})
+
+
+def test_a_lost_node_s_script_goes_on_from_the_replica(cluster, scripts):
+    what = call("gpt2", 1, 60, 25)
+    first = scripts("a", what)
+    first.until("token", 25)
+    cluster.protected(RANK, 9 + 25 - 1)
+    cluster.kill("a")
+    first.kill()
+    second = scripts("b", {**what, "hold_at": -1})
+    found = second.until("sequences")
+    assert_undisturbed(found, undisturbed(what))
+    assert (found["rungs"], found["resumed_at"], found["recomputed"]) == (["replica"], 33, 0)
+
+
+def test_killed_at_any_moment_and_twice(cluster, scripts):
+    """Not at rest: whatever it was doing when the signal came."""
+    what = call("llama", 3, 150, -1, **SAMPLED)
+    first = scripts("a", what)
+    first.until("token", 30)
+    first.kill()
+    second = scripts("a", {**what, "hold_at": 20})
+    second.until("token", 20)
+    second.kill()
+    third = scripts("a", {**what, "hold_at": -1})
+    found = third.until("sequences")
+    assert_undisturbed(found, undisturbed(what))
+    assert found["recomputed"] == 0 and found["rungs"] == ["pool"]
+    assert [entry["epoch"] for entry in cluster.ask("coordinator", "history")["history"]] == [1, 2]
+
+
+def test_a_clean_end_leaves_nothing_and_a_second_process_takes_nothing(cluster, scripts):
+    what = call("llama", 1, 12, 6)
+    first = scripts("a", what)
+    first.until("token", 6)
+    second = scripts("b", {**what, "hold_at": -1, "wait_s": 1.0})  # the same name, while the first one lives
+    joined = second.until("joined")
+    assert not joined["joined"] and "lives as 'essay'" in joined["unprotected"]
+    wanted = undisturbed(what)
+    assert_undisturbed(second.until("sequences"), wanted)
+    first.popen.stdin.write(b"go on\n")
+    first.popen.stdin.flush()
+    found = first.until("sequences")
+    assert_undisturbed(found, wanted)
+    assert found["unprotected"] == "" and first.popen.wait(60) == 0
+    cluster.until("nobody left", lambda: not cluster.ask("coordinator", "status")["ranks"])
+    assert cluster.ask("coordinator", "history")["history"] == []
+    third = scripts("a", {**what, "hold_at": -1})
+    assert third.until("joined") == {"joined": False, "unprotected": ""}
+    assert_undisturbed(third.until("sequences"), wanted)
+
+
+def test_another_model_takes_nothing_over(cluster, scripts):
+    what = call("llama", 1, 30, 10)
+    first = scripts("a", what)
+    first.until("token", 10)
+    first.kill()
+    other = scripts("a", {**what, "family": "gpt2", "hold_at": -1, "wait_s": 4.0})
+    joined = other.until("joined")
+    assert not joined["joined"] and "can't be taken over" in joined["unprotected"]
+    assert_undisturbed(other.until("sequences"), undisturbed({**what, "family": "gpt2"}))  # it answers all the same
+    again = scripts("a", {**what, "hold_at": -1})
+    found = again.until("sequences")
+    assert_undisturbed(found, undisturbed(what))
+    assert found["rungs"] == ["pool"]
