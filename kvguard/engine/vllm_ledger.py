@@ -37,8 +37,8 @@ def sequence_name(request_id: str, live: Any = ()) -> str:
         name = name.removeprefix("chatcmpl-")
     if not name or name in live:
         name = request_id
-    if len(name.encode()) > NAME_BYTES_MAX:
-        name = f"{name.encode()[:40].decode(errors='ignore')}-{xxhash.xxh3_64_hexdigest(request_id)}"
+    if len(name.encode(errors="replace")) > NAME_BYTES_MAX:
+        name = f"{name.encode(errors='replace')[:40].decode(errors='ignore')}-{xxhash.xxh3_64_hexdigest(request_id.encode(errors='replace'))}"
     return name
 
 

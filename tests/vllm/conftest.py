@@ -6,8 +6,9 @@ import importlib.util
 
 import pytest
 
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
-collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
+_found = importlib.util.find_spec("vllm")  # this very folder looks like a package without a file
+HAS_VLLM = _found is not None and _found.origin is not None
+collect_ignore = [] if HAS_VLLM else ["test_scheduler.py", "test_servers.py"]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,317 @@
+"""The connector's parts that need no vLLM: policy, names, settings, rows under fences, loads. Part of the default suite."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from kvguard import engine
+from kvguard.engine.fetch import Fetched
+from kvguard.engine.vllm_facts import Begun, Grown, Load, StepFacts
+from kvguard.engine.vllm_ids import IdRows
+from kvguard.engine.vllm_ledger import Ledger, sequence_name
+from kvguard.engine.vllm_loads import AT_ONCE_MAX, Loads
+from kvguard.engine.vllm_policy import refusal_of_parameters
+from kvguard.engine.vllm_rows import Rows
+from kvguard.engine.vllm_settings import Settings, faults_of, version_warning
+from kvguard.errors import BadConfig, Refused
+from kvguard.format import local
+from kvguard.format.layout import Layout
+from kvguard.format.messages import PlanOrder
+from kvguard.format.moves import encode
+from kvguard.types import Epoch, Fork, MovedToken, Rank, StreamId
+from tests.engine.tiny_daemon import TinyDaemon
+
+LAYOUT = Layout.paged("model", "float32", 2, 32, 4, 1, 4)
+TOKEN = encode(MovedToken("dead", "s", Epoch(3, "coordinator"), 6, b"\1" * 32))
+
+
+# ---- policy, names, settings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "refused"),
+    [
+        ({}, ""),
+        ({"temperature": 0, "max_tokens": 50, "stop": ["x"], "logprobs": 3, "repetition_penalty": 1.2, "presence_penalty": 0.0, "n": 1}, ""),
+        ({"temperature": 0.7, "top_p": 0.9}, ""),
+        ({"response_format": {"type": "text"}}, ""),
+        ({"seed": 7, "temperature": 0}, ""),
+        ({"seed": 7, "temperature": 0.5}, "seed"),
+        ({"seed": 7}, "seed"),
+        ({"frequency_penalty": 0.1}, "frequency_penalty"),
+        ({"bad_words": ["x"]}, "bad_words"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"structured_outputs": {"json": {}}}, "structured_outputs"),
+        ({"n": 2}, "n"),
+        ({"echo": True}, "echo"),
+    ],
+)
+def test_policy(parameters, refused):
+    assert refusal_of_parameters(parameters).split(":")[0] == refused
+
+
+def test_an_engine_that_draws_by_position_may_go_on_with_a_seed():
+    assert refusal_of_parameters({"seed": 7, "temperature": 0.5}, samples_by_position=True) == ""
+
+
+def test_names():
+    assert sequence_name("cmpl-gw-17-0-0a1b2c3d") == "gw-17"
+    assert sequence_name("cmpl-gw-17-1-0a1b2c3d") == "gw-17-1"
+    assert sequence_name("chatcmpl-gw-17-0a1b2c3d") == "gw-17"
+    assert sequence_name("chatcmpl-gw-0-0a1b2c3d") == "gw-0"
+    assert sequence_name("cmpl-gw-17-0-0a1b2c3d", {"gw-17"}) == "cmpl-gw-17-0-0a1b2c3d"
+    long = sequence_name(f"cmpl-{'ä' * 60}-0-0a1b2c3d")
+    assert len(long.encode()) <= 64 and long != sequence_name(f"cmpl-{'ä' * 60}-1-0a1b2c3d")
+
+
+def test_settings():
+    assert Settings.of({"instance": "a", "fetch_timeout_s": 2}) == Settings(instance="a", fetch_timeout_s=2)
+    with pytest.raises(BadConfig, match="'instance' is missing") as caught:
+        Settings.of({"sockett": "x", "scheduler": "yes"})
+    assert "'sockett' is not known" in str(caught.value) and "'scheduler' is a str" in str(caught.value)
+    assert version_warning("0.32.0") == version_warning("0.33.1") == "" and "0.31.9" in version_warning("0.31.9")
+
+
+class FullAttentionSpec(SimpleNamespace):
+    """As vLLM's, by name."""
+
+
+class SlidingWindowSpec(SimpleNamespace):
+    """As vLLM's, by name."""
+
+
+def configured(spec, groups: int = 1, **parallel):
+    vllm = SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel), model_config=SimpleNamespace(is_encoder_decoder=False, runner_type="generate"), speculative_config=None,
+        cache_config=SimpleNamespace(block_size=32),
+    )  # fmt: skip
+    return vllm, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)] * groups)
+
+
+@pytest.mark.parametrize(
+    ("spec", "groups", "parallel", "device", "fault"),
+    [
+        (FullAttentionSpec(block_size=32), 1, {}, "cpu", ""),
+        (FullAttentionSpec(block_size=32), 1, {}, "cuda", "host memory"),
+        (FullAttentionSpec(block_size=32), 2, {}, "cpu", "2 KV cache groups"),
+        (FullAttentionSpec(block_size=32, sliding_window=128), 1, {}, "cpu", "sliding_window=128"),
+        (SlidingWindowSpec(block_size=32), 1, {}, "cpu", "SlidingWindowSpec"),
+        (FullAttentionSpec(block_size=32), 1, {"tensor_parallel_size": 2}, "cpu", "tensor_parallel_size=2"),
+        (FullAttentionSpec(block_size=16), 1, {}, "cpu", "blocks of 16"),
+    ],
+)
+def test_what_cant_be_protected_is_refused_with_its_reason(spec, groups, parallel, device, fault):
+    faults = faults_of(*configured(spec, groups, **parallel), device)
+    assert len(faults) == bool(fault) and all(fault in one for one in faults)
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "node.sock")
+
+
+@pytest.fixture
+def daemon(path):
+    daemon = TinyDaemon(path)
+    yield daemon
+    daemon.close()
+
+
+@pytest.fixture
+def rows(path):
+    pool = engine.allocate(LAYOUT)
+    rows = Rows(engine.attach("llama", Rank(0, 0, 0), pool, LAYOUT, socket=path, rows=2))
+    yield rows
+    rows.guard.detach()
+    pool.close()
+
+
+def run(rows: Rows, facts: StepFacts) -> None:
+    rows.before(facts)
+    rows.after()
+
+
+def held(rows: Rows) -> dict[str, tuple]:
+    table = rows.guard.table
+    return {name: (table.accepted(row), table.ids(row).tolist(), table.blocks(row)) for name, row in table.sequences().items()}
+
+
+def begin(rows: Rows) -> None:
+    run(rows, StepFacts(size=5, begun=[Begun(1, "one", b"{}", [1, 2, 3, 4, 5], [7, 8], 5)]))
+
+
+def test_steps_become_rows(rows):
+    begin(rows)
+    run(rows, StepFacts(size=1, nos=[1], lengths=[6], ids=[6]))
+    run(rows, StepFacts(size=2, nos=[1], lengths=[7], ids=[7], begun=[Begun(2, "two", b"", [9, 9], [9], 1)]))
+    run(rows, StepFacts(size=2, nos=[1, 2], lengths=[8, 3], ids=[8, 10]))
+    run(rows, StepFacts(size=2, nos=[1, 2], lengths=[9, 4], ids=[9, 11], blocks={0: [10]}))
+    assert held(rows) == {"one": (9, list(range(1, 10)), [7, 8, 10]), "two": (4, [9, 9, 10, 11], [9])}
+    run(rows, StepFacts(size=3, over=[1], grown=[Grown(2, [12, 13], [11], 6)]))
+    assert held(rows) == {"two": (6, [9, 9, 10, 11, 12, 13], [9, 11])}
+    assert not rows.counts
+
+
+def test_a_preempted_sequence_keeps_its_ids_and_comes_back_with_other_blocks(rows):
+    begin(rows)
+    generations = rows.guard.table.views.block_generations
+    before = generations[[7, 8]].tolist()
+    rows.before(StepFacts(size=0, cut=[1]))
+    assert held(rows) == {"one": (0, [1, 2, 3, 4, 5], [])}
+    assert all(now > then for now, then in zip(generations[[7, 8]].tolist(), before, strict=True))
+    rows.after()
+    run(rows, StepFacts(size=3, grown=[Grown(1, [6], [20, 21], 3)]))
+    run(rows, StepFacts(size=3, grown=[Grown(1, [], [], 6)]))
+    assert held(rows) == {"one": (6, [1, 2, 3, 4, 5, 6], [20, 21])}
+
+
+def test_a_step_that_failed_is_not_committed_and_the_next_one_says_it_all(rows):
+    begin(rows)
+    rows.before(StepFacts(size=1, nos=[1], lengths=[6], ids=[6]))
+    rows.after(failed=True)
+    assert held(rows)["one"][:2] == (5, [1, 2, 3, 4, 5])
+    run(rows, StepFacts(size=1, nos=[1], lengths=[7], ids=[7]))
+    assert held(rows)["one"][:2] == (7, [1, 2, 3, 4, 5, 6, 7])
+
+
+def test_a_table_without_room_costs_protection_of_what_does_not_fit(rows):
+    for no in range(3):
+        run(rows, StepFacts(size=2, begun=[Begun(no, f"s{no}", b"", [1, 2], [no], 2)]))
+    assert sorted(held(rows)) == ["s0", "s1"] and rows.counts["commits refused"] == 1
+    run(rows, StepFacts(size=1, over=[0], nos=[2], lengths=[3], ids=[3]))
+    assert held(rows)["s2"] == (3, [1, 2, 3], [2])
+
+
+def test_a_fenced_engine_serves_on_and_joins_the_new_epoch(rows, daemon):
+    begin(rows)
+    run(rows, StepFacts(size=2, begun=[Begun(2, "two", b"", [9, 9], [9], 2)]))
+    connection = daemon.until(lambda: list(daemon.readers))[0]
+    reader = daemon.readers[connection]
+    rows.before(StepFacts(size=1, nos=[1], lengths=[6], ids=[6]))
+    reader.set_epoch(5)
+    rows.after()
+    assert held(rows)["one"][0] == 5 and rows.counts["steps fenced"] == 1
+    run(rows, StepFacts(size=2, nos=[1, 2], lengths=[7, 3], ids=[7, 10]))  # no plan yet: serves, commits nothing
+    assert held(rows)["one"][0] == 5
+    plan = PlanOrder(
+        "llama", Epoch(5, "c"), ("one",), (4,), ("replica",), ((Fork(0, 0), Fork(5, 4)),), (5,), ("n",), (StreamId("llama", Rank(0, 0, 0), 7),), (), (), ("",)
+    )
+    daemon.server.send(connection, local.RestoreOrder(plan))
+    rows.guard._changed.acquire()
+    assert rows.guard._changed.wait_for(lambda: rows.guard._order is not None, 10.0)
+    rows.guard._changed.release()
+    run(rows, StepFacts(size=2, nos=[1, 2], lengths=[8, 4], ids=[8, 11]))
+    assert held(rows) == {"one": (8, list(range(1, 9)), [7, 8]), "two": (4, [9, 9, 10, 11], [9])}
+    daemon.until(lambda: daemon.messages)
+    assert daemon.messages[0].epoch == Epoch(5, "c")
+
+
+def test_the_schedulers_ids_are_those_that_it_accepted(path, daemon):
+    ids = IdRows(engine.attach_scheduler("llama", 32, 4, socket=path, rows=4))
+    one, two = SimpleNamespace(all_token_ids=[1, 2, 3]), SimpleNamespace(all_token_ids=[7])
+    try:
+        ids.tell([("one", one, b"{}")])
+        one.all_token_ids += [4]
+        ids.tell([("one", one, b"{}"), ("two", two, b"")])
+        one.all_token_ids += [5, 6]
+        two.all_token_ids += [8]
+        ids.tell([("one", one, b"{}"), ("two", two, b"")])
+        table = ids.guard.table
+        assert {name: table.ids(row).tolist() for name, row in table.sequences().items()} == {"one": [1, 2, 3, 4, 5, 6], "two": [7, 8]}
+        ids.tell([("two", two, b"")])
+        assert list(table.sequences()) == ["two"] and not ids.counts
+    finally:
+        ids.guard.detach()
+
+
+# ---- the ledger -----------------------------------------------------------------------------------------------------------------
+
+
+def request_of(name: str, ids: list[int]):
+    sampling = SimpleNamespace(temperature=0.0, n=1)
+    return SimpleNamespace(
+        request_id=name, resumable=False, prompt_token_ids=ids, sampling_params=sampling, all_token_ids=list(ids), num_prompt_tokens=len(ids), lora_request=None,
+        mm_features=[], prompt_embeds=None,
+    )  # fmt: skip
+
+
+def output(new=(), cached=(), resumed=(), finished=(), preempted=(), **scheduled):
+    """`new`, `cached`: (name, blocks or None, computed)."""
+    return SimpleNamespace(
+        total_num_scheduled_tokens=sum(scheduled.values()), finished_req_ids=set(finished), preempted_req_ids=set(preempted), num_scheduled_tokens=scheduled,
+        scheduled_new_reqs=[SimpleNamespace(req_id=name, block_ids=(blocks,), num_computed_tokens=computed) for name, blocks, computed in new],
+        scheduled_cached_reqs=SimpleNamespace(
+            req_ids=[name for name, *_ in cached], new_block_ids=[blocks and (blocks,) for _, blocks, _ in cached],
+            num_computed_tokens=[computed for *_, computed in cached], resumed_req_ids=set(resumed),
+        ),
+    )  # fmt: skip
+
+
+def test_drafts_and_placeholders_are_never_said():
+    ledger, request = Ledger(), request_of("a", [1, 2, 3])
+    ledger.arrived(request)
+    facts = ledger.step(output(new=[("a", [5], 0)], a=3))
+    assert (facts.begun[0].ids, facts.begun[0].length) == ([1, 2, 3], 3)
+    facts = ledger.step(output(cached=[("a", None, 3)], a=4))  # async: nothing is known yet of what the last step drew, three drafts are scheduled
+    assert (facts.grown[0].ids, facts.grown[0].length) == ([], 3)
+    request.all_token_ids += [4, 5]  # one draft of three was accepted
+    facts = ledger.step(output(cached=[("a", [6], 5)], a=4))
+    assert (facts.grown[0].ids, facts.grown[0].blocks, facts.grown[0].length) == ([4, 5], [6], 5)
+    request.all_token_ids += [6]
+    facts = ledger.step(output(cached=[("a", None, 6)], a=1))
+    assert (facts.nos, facts.ids, facts.lengths) == ([0], [6], [6])
+
+
+def test_what_cant_be_followed_is_counted():
+    ledger, request = Ledger(), request_of("a", [1, 2, 3])
+    request.resumable = True
+    ledger.arrived(request)
+    assert len(ledger) == 0 and ledger.counts["unprotected requests"] == 1
+    assert ledger.step(output(new=[("a", [5], 0)], a=3)).begun == []
+
+
+# ---- loads ----------------------------------------------------------------------------------------------------------------------
+
+
+def all_ends(loads: Loads, count: int) -> dict:
+    ends, turn = {}, threading.Event()
+    for _ in range(2000):
+        ends |= {end.request_id: end for end in loads.ended()}
+        if len(ends) == count:
+            return ends
+        turn.wait(0.005)
+    raise AssertionError(f"{len(ends)} of {count} loads ended")
+
+
+def test_every_load_ends_and_none_after_its_deadline_begins():
+    gate, begun = threading.Event(), []
+
+    def fetch(moved, blocks, timeout_s):
+        begun.append(timeout_s)
+        if len(begun) <= AT_ONCE_MAX:
+            assert gate.wait(20)
+            return Fetched(6, 100, 1.0)
+        raise Refused("gone")
+
+    loads = Loads(fetch, 0.05)
+    for n in range(AT_ONCE_MAX + 1):
+        loads.begin(Load(f"r{n}", TOKEN, [1, 2], 6))
+    for _ in range(100):
+        if len(begun) == AT_ONCE_MAX:
+            break
+        gate.wait(0.02)
+    gate.wait(0.1)  # past the deadline of the one that waits
+    gate.set()
+    ends = all_ends(loads, AT_ONCE_MAX + 1)
+    assert [ends[f"r{n}"].error for n in range(AT_ONCE_MAX)] == [""] * AT_ONCE_MAX and "its turn came after" in ends[f"r{AT_ONCE_MAX}"].error
+    loads.begin(Load("refused", TOKEN, [1, 2], 6))
+    loads.begin(Load("no token", {"instance": 1}, [1, 2], 6))
+    ends = all_ends(loads, 2)
+    assert ends["refused"].error == "gone" and "moved token" in ends["no token"].error
+    loads.close()

@@ -1,0 +1,197 @@
+"""Two real vLLM servers with SmolLM2 and their daemons: what is committed in A is in B's node, and requests of a killed A go on in B at the next token.
+
+The caches are small (72 blocks of 32 tokens), so that prompts come in chunks and sequences are preempted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import urllib.request
+
+import pytest
+from glass import Glass
+from world import World
+
+from kvguard import emitter
+from kvguard.emitter import moves
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+SMALL = ("--num-gpu-blocks-override", "72", "--max-num-batched-tokens", "256", "--max-model-len", "1024")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    world = World(tmp_path_factory.mktemp("world"))
+    try:
+        world.start_daemons()
+        for name in ("a", "b"):
+            world.start_server(name, *SMALL, wait=False)
+        for server in world.servers.values():
+            world.wait_ready(server)
+        yield world
+    finally:
+        world.stop()
+
+
+@pytest.fixture
+def glass(small):
+    """Of A, its replica on node b."""
+    return Glass(small.servers["smol-a"].popen.pid, small.running["b"].pid)
+
+
+def prompt_of(number: int, tokens: int) -> list[int]:
+    """Ids that differ from number to number from the start on."""
+    return [(7 * position + 131 * number + position * position // 5) % 20000 + 100 for position in range(tokens)]
+
+
+def metric(server, name: str) -> float:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:  # noqa: S310 (loopback)
+        return sum(float(line.split()[-1]) for line in answer.read().decode().splitlines() if line.startswith((f"{name} ", f"{name}{{")))
+
+
+class Streams:
+    """Requests that run beside the test. `ids`: of each, as far as they came."""
+
+    def __init__(self) -> None:
+        self.ids: dict[str, list[int]] = {}
+        self._threads: list[threading.Thread] = []
+
+    def start(self, server, name: str, prompt: list[int], tokens: int, **more) -> None:
+        self.ids[name] = []
+
+        def run() -> None:
+            for ids, _ in server.stream(prompt, tokens, name, **more):
+                self.ids[name] += ids
+
+        self._threads.append(threading.Thread(target=run, daemon=True))
+        self._threads[-1].start()
+
+    def join(self, timeout_s: float = 300.0) -> None:
+        for thread in self._threads:
+            thread.join(timeout_s)
+            assert not thread.is_alive()
+
+    @property
+    def running(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
+
+
+def test_every_committed_byte_is_in_the_replica(small, glass):
+    """Eight sequences, prompts in chunks, a prefix that four of them share, one that goes away, and more of them than the cache can hold."""
+    server, streams = small.servers["smol-a"], Streams()
+    shared = prompt_of(0, 200)
+    for number in range(8):
+        own = prompt_of(number + 1, 20 + 40 * number)
+        streams.start(server, f"copy-{number}", shared + own if number < 4 else own, 60 if number != 5 else 1000 - len(own), ignore_eos=True)
+    positions, compared, first_blocks = {}, 0, set()
+    while streams.running:
+        look = glass.look()
+        equal, _, _ = glass.compared(look)
+        compared = max(compared, equal)
+        for name, (blocks, committed) in look.items():
+            positions[name] = max(positions.get(name, 0), committed)
+            if name.startswith("copy-") and int(name[5:]) < 4 and blocks:
+                first_blocks.add(blocks[0])
+        if positions.get("copy-5", 0) > 400:
+            abort(server, "copy-5")
+    streams.join()
+    assert compared > 800 and len(positions) == 8
+    assert all(committed >= 250 for name, committed in positions.items() if int(name[5:]) < 4), positions
+    assert len(first_blocks) < 4, "the common prefix was shared"
+    assert metric(server, "vllm:num_preemptions_total") > 0
+    small.until("rows released", lambda: not glass.look())
+    small.until("replicas dropped", lambda: small.rank("smol-a")["sequences"] == 0)
+
+
+def abort(server, name: str) -> None:
+    """As a client does: there is no other way from outside than closing the connection, or vLLM's own verb."""
+    body = json.dumps({"request_ids": [f"cmpl-{name}"]}).encode()
+    request = urllib.request.Request(f"{server.url}/inference/v1/abort_requests", body, {"Content-Type": "application/json"})
+    with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=10):  # noqa: S310 (loopback)
+        pass
+
+
+def test_a_damaged_copy_is_noticed(small, glass):
+    """The comparison's negative control."""
+    streams = Streams()
+    streams.start(small.servers["smol-a"], "control", prompt_of(9, 40), 40)
+    small.until("something to compare", lambda: glass.compared(glass.look())[0] > 40)
+    with pytest.raises(AssertionError, match="differs between pool and replica"):
+        glass.compared(glass.look(), damage=True)
+    streams.join()
+
+
+def test_a_daemon_that_restarts_is_joined_again(small):
+    server = small.servers["smol-a"]
+    daemon = small.running.pop("a")
+    daemon.kill()
+    daemon.wait()
+    assert len(server.complete(prompt_of(3, 30), 5, "meanwhile")["choices"][0]["token_ids"]) == 5
+    small.start_daemons("a")
+    streams = Streams()
+    streams.start(server, "after", prompt_of(4, 30), 60)
+    fresh = Glass(server.popen.pid, small.running["b"].pid)
+    small.until("replicated again", lambda: fresh.compared(fresh.look())[0] > 40, 60)
+    streams.join()
+
+
+EXTERNAL = "vllm:external_prefix_cache_hits_total"
+
+
+def test_killed_requests_go_on_in_another_server(small, glass):
+    """One stream at a time, so that the batch's shape is the same before and after: the greedy answer is identical, and so are the KV bytes that were moved."""
+    a, b = small.servers["smol-a"], small.servers["smol-b"]
+    prompt, tokens = prompt_of(20, 150), 60
+    wanted = a.complete(prompt, tokens, "undisturbed")["choices"][0]["token_ids"]
+    assert len(wanted) == tokens
+    outlet = emitter.connect("smol-a", small.coordinator, moves=True)
+    try:
+        outlet.welcome(20.0)
+        outlet.scheduled(1)
+        streams = Streams()
+        streams.start(a, "moving", prompt, tokens)
+        small.until("half of it", lambda: len(streams.ids["moving"]) >= tokens // 2, 120)
+        a.kill()
+        streams.join()
+        resumption = outlet.resume(30.0)
+        [token] = [token for token in resumption if token.sequence == "moving"]
+        outlet.adopt(resumption)
+        died = glass.look()["moving"]
+        emitted = prompt + streams.ids["moving"]
+        known = max(emitted, [*token.prefix, *token.tokens], key=len)
+        assert resumption.moved and token.places and known[: len(emitted)] == emitted
+        restored = min(token.position, len(known) - 1)
+        assert restored >= len(emitted) - 8, "what was streamed is what was protected, but for a few tokens"
+
+        forged = {**moves.encode(token), "proof": "00" * 32}
+        answer = b.complete(known, 3, "forged", kv_transfer_params={"kvguard": forged})
+        outcome = answer["kv_transfer_params"]["kvguard"]
+        assert outcome["restored"] == 0 and outcome["why"], outcome
+        assert answer["choices"][0]["token_ids"] == wanted[len(known) - len(prompt) :][:3]
+
+        before, copy = metric(b, EXTERNAL), Glass(b.popen.pid, small.running["b"].pid)
+        streams.start(b, "moved", known, len(prompt) + tokens - len(known), kv_transfer_params={"kvguard": moves.encode(token)})
+        blocks = small.until("it runs in b", lambda: (found := copy.look().get("moved")) and found[1] > restored and found[0], 60)
+        for index in range(-(-restored // 32)):
+            count = min(32, restored - 32 * index)
+            assert copy.block(blocks[index], count) == glass.block(died[0][index], count), f"block {index} is not what the dead engine had"
+        streams.join()
+        assert metric(b, EXTERNAL) - before == restored
+        assert known[len(prompt) :] + streams.ids["moved"] == wanted
+        outlet.delivered(["moving"])
+    finally:
+        outlet.close()
+
+
+def test_an_engine_restarted_in_place_begins_empty_and_is_protected(small):
+    """After the one before: a is dead, its sequences have moved."""
+    a = small.start_server("a", *SMALL)
+    streams = Streams()
+    streams.start(a, "again", prompt_of(30, 40), 60)
+    glass = Glass(a.popen.pid, small.running["b"].pid)
+    small.until("replicated", lambda: glass.compared(glass.look())[0] > 40, 60)
+    streams.join()
+    rank = small.until("alive in the status", lambda: small.rank("smol-a"))
+    assert rank["state"] == "protected"

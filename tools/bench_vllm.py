@@ -1,0 +1,171 @@
+"""What kvguard costs vLLM, and what it saves: decode throughput with and without it, and the first token of a resumed request against vLLM's own re-prefill.
+
+    PYTHONPATH=. $(tools/setup_vllm.sh) tools/bench_vllm.py [--pairs 10] [--streams 8] [--tokens 64] [--context 1500] [--resumes 6] [-o FILE]
+
+Throughput: two servers of the same model live at once, one guarded (its daemon, another node that holds its replica, a coordinator), one bare, both bound to the
+same core; only one has work at any time. Pairs alternate; `ratio` is the median over pairs of guarded / bare, with a bootstrap interval of 95 %; `control` is
+the bare server against itself. Tokens are counted from when all streams have their first one until the first stream ends.
+
+Resume: sequences of `--context` tokens run in A, A is killed, and each goes on in B twice, in alternating order: with its moved token, and as a plain request with
+nothing cached. Times are from the request to its first new token, at the client.
+
+Knows: tests/vllm/world.py, emitters. Must not know: how replication works. Invariant: a run that is not whole ends the program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import click
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "vllm"))
+from world import World
+
+from kvguard import emitter
+from kvguard.emitter import moves
+
+RESAMPLES = 10_000
+ALIVE_S = 600.0
+
+
+def prompt_of(number: int, tokens: int) -> list[int]:
+    """Ids that no other number's prompt begins with."""
+    return [(11 * position + 137 * number + position * position // 7) % 20000 + 100 for position in range(tokens)]
+
+
+def throughput(server, streams: int, prompt_tokens: int, tokens: int, label: str) -> float:
+    """Tokens per second while all streams decode. Raises RuntimeError for a run that isn't whole."""
+    times: list[list[float]] = [[] for _ in range(streams)]
+
+    def run(n: int) -> None:
+        for ids, _ in server.stream(prompt_of(zlib.crc32(f"{label} {n}".encode()) % 10**6, prompt_tokens), tokens, f"{label}-{n}"):
+            times[n] += [time.perf_counter()] * len(ids)
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(streams)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(ALIVE_S)
+    if any(len(one) != tokens for one in times):
+        raise RuntimeError(f"{label}: {[len(one) for one in times]} tokens of {tokens}")
+    since, until = max(one[0] for one in times), min(one[-1] for one in times)
+    return sum(sum(since < at <= until for at in one) for one in times) / (until - since)
+
+
+def interval(values: list[float]) -> dict:
+    """Median, and a bootstrap interval of 95 % for it."""
+    drawn = np.random.default_rng(0).choice(np.array(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return {"median": round(float(np.median(values)), 4), "low": round(float(low), 4), "high": round(float(high), 4), "n": len(values)}
+
+
+def measured_overhead(world: World, pairs: int, streams: int, tokens: int) -> dict:
+    guarded, bare = world.servers["smol-a"], world.servers["smol-c"]
+    rates: dict[str, list[float]] = {"guarded": [], "bare": [], "control": []}
+    for server in (guarded, bare):
+        throughput(server, streams, 32, 16, f"warm-{server.url[-5:]}")
+    for pair in range(pairs):
+        order = [("guarded", guarded), ("bare", bare), ("control", bare)]
+        for name, server in order if pair % 2 else reversed(order):
+            rates[name].append(throughput(server, streams, 32, tokens, f"{name}-{pair}"))
+    ratios = [a / b for a, b in zip(rates["guarded"], rates["bare"], strict=True)]
+    controls = [a / b for a, b in zip(rates["control"], rates["bare"], strict=True)]
+    return {
+        "ratio": interval(ratios), "control": interval(controls), "target": 0.97, "streams": streams, "tokens": tokens,
+        "tokens_per_s": {name: round(float(np.median(rate)), 2) for name, rate in rates.items()},
+    }  # fmt: skip
+
+
+def first_token_ms(server, prompt: list[int], name: str, **more) -> float:
+    began = time.perf_counter()
+    for ids, _ in server.stream(prompt, 2, name, **more):
+        if ids:
+            return 1e3 * (time.perf_counter() - began)
+    raise RuntimeError(f"{name}: no token came")
+
+
+def measured_resume(world: World, context: int, resumes: int) -> dict:
+    a, b = world.servers["smol-a"], world.servers["smol-b"]
+    outlet = emitter.connect("smol-a", world.coordinator, moves=True)
+    got: dict[str, list[int]] = {f"moving-{n}": [] for n in range(resumes)}
+    prompts = {name: prompt_of(5000 + n, context - 20) for n, name in enumerate(got)}
+
+    def run(name: str) -> None:
+        for ids, _ in a.stream(prompts[name], 400, name):
+            got[name] += ids
+
+    try:
+        outlet.welcome(30.0)
+        outlet.scheduled(resumes)
+        threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in got]
+        for thread in threads:
+            thread.start()
+        world.until("all contexts", lambda: all(len(ids) >= 20 for ids in got.values()), ALIVE_S)
+        killed = time.perf_counter()
+        a.kill()
+        resumption = outlet.resume(60.0)
+        recovered_ms = 1e3 * (time.perf_counter() - killed)
+        outlet.adopt(resumption)
+        tokens = {token.sequence: token for token in resumption}
+        first_token_ms(b, prompt_of(9000, context), "warm")
+        restored, computed, positions = [], [], []
+        for n, name in enumerate(got):
+            token, known = tokens[name], max(prompts[name] + got[name], [*tokens[name].prefix, *tokens[name].tokens], key=len)
+            ways = [("moved", {"kv_transfer_params": {"kvguard": moves.encode(token)}}, restored), ("plain", {"cache_salt": f"plain-{n}"}, computed)]
+            for way, more, into in ways if n % 2 else reversed(ways):
+                into.append(first_token_ms(b, known, f"{way}-{n}", **more))
+            positions.append((token.position, len(known)))
+        outlet.delivered(list(got))
+    finally:
+        outlet.close()
+    ratios = [x / y for x, y in zip(restored, computed, strict=True)]
+    return {
+        "ratio": interval(ratios), "target": 0.1, "restored_ms": [round(ms, 1) for ms in restored], "computed_ms": [round(ms, 1) for ms in computed],
+        "positions": positions, "kill_to_resumption_ms": round(recovered_ms, 1), "timing_ms": resumption.timing_ms,
+    }  # fmt: skip
+
+
+@click.command()
+@click.option("--pairs", default=10, show_default=True)
+@click.option("--streams", default=8, show_default=True)
+@click.option("--tokens", default=64, show_default=True, help="Of each stream of a throughput run.")
+@click.option("--context", default=1500, show_default=True)
+@click.option("--resumes", default=6, show_default=True)
+@click.option("-o", "--output", type=click.Path(dir_okay=False), default=None)
+def main(pairs: int, streams: int, tokens: int, context: int, resumes: int, output: str | None) -> None:
+    with tempfile.TemporaryDirectory(prefix="kvguard-bench-vllm-") as directory:
+        world = World(Path(directory), ("a", "b", "c"))
+        try:
+            world.start_daemons()
+            core = {"VLLM_CPU_OMP_THREADS_BIND": str(sorted(os.sched_getaffinity(0))[0])}
+            for name in ("a", "b", "c"):
+                world.start_server(name, wait=False, kvguard=name != "c", env=core)
+            for server in world.servers.values():
+                world.wait_ready(server)
+            found = {
+                "model": "SmolLM2-135M, bfloat16", "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU only", "vllm": "0.32.0 (vllm-cpu)",
+                "load_1min_at_start": os.getloadavg()[0],
+            }  # fmt: skip
+            if pairs:
+                found["throughput"] = measured_overhead(world, pairs, streams, tokens)
+            if resumes:
+                found["resume"] = measured_resume(world, context, resumes)
+        finally:
+            world.stop()
+    text = json.dumps(found, indent=1)
+    if output:
+        Path(output).write_text(text + "\n", encoding="utf-8")
+    click.echo(text)
+
+
+if __name__ == "__main__":
+    main()
