@@ -237,7 +237,9 @@ class KvguardConnector(KVConnectorBase_V1, SupportsHMA):
         """Loads end before their request is scheduled: nothing to wait for."""
 
     def save_kv_layer(self, layer_name: str, kv_layer, attn_metadata, **kwargs) -> None:
-        """The daemon reads the pool itself."""
+        """The daemon reads the pool itself; but a layer is progress within a long step."""
+        if self.rows is not None:
+            self.rows.guard.pulse()
 
     @harmless(lambda: None)
     def wait_for_save(self) -> None:

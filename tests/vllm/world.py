@@ -102,8 +102,9 @@ class World:
         own = {"listen": self.coordinator, "state_dir": str(self.directory / "coordinator"), **coordinator}
         self._write(config.CoordinatorConfig, "coordinator", own)
         for name, address in self.addresses.items():
-            values = {"name": name, "listen": address, "coordinator": self.coordinator, "runtime_dir": str(self.directory / name), "fault_injection": True}
-            self._write(config.NodeConfig, name, {**values, "arena_bytes": arena_bytes})
+            values = {"name": name, "listen": address, "coordinator": self.coordinator, "runtime_dir": str(self.directory / name)}
+            # A machine that runs other things, too, may need long for a step.
+            self._write(config.NodeConfig, name, {**values, "arena_bytes": arena_bytes, "fault_injection": True, "hang_ms": 300_000})
 
     def _write(self, cls, name: str, values: dict) -> None:
         (self.directory / f"{name}.toml").write_text(config.template(cls, values))
