@@ -93,8 +93,8 @@ class Cluster:
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
 
-    def engine(self, role: str, node: str, rank: str, instance: str = "llama") -> Engine:
-        arguments = [sys.executable, str(ENGINE), role, instance, rank, str(self.directory / node / "kvguard.sock")]
+    def engine(self, role: str, node: str, rank: str, instance: str = "llama", model: str = "numpy") -> Engine:
+        arguments = [sys.executable, str(ENGINE), role, instance, rank, str(self.directory / node / "kvguard.sock"), model]
         with open(self.directory / f"engine-{len(self.engines)}.log", "ab") as log:
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment)
