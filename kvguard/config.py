@@ -4,7 +4,8 @@ Knows: names, bounds and relations of settings, and where each value came from. 
 Invariants: a value that leaves this file has passed every check; one load reports *all* faults, each with file, line and key (exit code 78).
 
 A file has one section per process, `[node]`, `[coordinator]` and `[gateway]`; a file may hold several, and conf.d is shared, so a section that a process
-doesn't use is left alone. Environment: KVGUARD_NODE_NAME for `name` in `[node]`, KVGUARD_COORDINATOR_DEAD_MS for `dead_ms` in `[coordinator]`, lists joined by commas.
+doesn't use is left alone. Environment: KVGUARD_NODE_NAME for `name` in `[node]`, KVGUARD_COORDINATOR_DEAD_MS for `dead_ms` in `[coordinator]`, lists
+joined by commas.
 Sizes are integers in bytes or texts such as "512MiB". The same form serves nodes on loopback and on three hosts.
 """
 
@@ -97,7 +98,7 @@ class CoordinatorConfig:
     standby_ms: int = setting(60_000, "int", "how long a lost rank waits for a standby or a restarted process", 100, 3_600_000)
     restore_ms: int = setting(60_000, "int", "a planned recovery that takes longer begins again, or fails, explicitly", 1000, 86_400_000)
     move_after_ms: int = setting(0, "int", "how long a standby is waited for where the emitter can go on in another instance", 0, 3_600_000)
-    moved_retention_s: int = setting(600, "int", "how long what went on in another instance stays to be fetched, if nobody says that it was delivered", 1, 86_400)
+    moved_retention_s: int = setting(600, "int", "how long what goes on in another instance stays to be fetched if nobody says that it is delivered", 1, 86_400)
     failovers_per_window: int = setting(10, "int", "automatic failovers of one instance within `window_s`; more need an operator", 1, 10_000)
     window_s: int = setting(60, "int", "see failovers_per_window", 1, 86_400)
     metrics: str = setting("", "address", "where Prometheus reads this process's metrics, such as tcp://127.0.0.1:9464; empty: nowhere")
@@ -118,7 +119,7 @@ class GatewayConfig:
     instances: tuple[str, ...] = setting(REQUIRED, "instances", 'the engine servers, each as "INSTANCE URL NODE": "llama-a http://10.0.0.1:8000 node-a"')
     tokenizer: str = setting(REQUIRED, "path", "the model's directory, or its tokenizer.json: text is made from token ids here")
     coordinator: str = setting("tcp://127.0.0.1:7400", "address", "the coordinator's address")
-    chat: str = setting("followed", "word", "relayed: never resume chats; for servers with a reasoning parser or a harmony format", choices=("followed", "relayed"))
+    chat: str = setting("followed", "word", "relayed: chats are never resumed; for servers with a reasoning parser", choices=("followed", "relayed"))
     seeded: str = setting("generator", "word", "how the engines draw seeded samples; only by position can they be resumed", choices=("generator", "position"))
     max_tokens_default: int = setting(0, "int", "max_new_tokens of the engines' generation config; 0: none, the context is the bound", 0, 1 << 24)
     in_flight_max: int = setting(256, "int", "requests at a time; more are refused with 429", 1, 65536)

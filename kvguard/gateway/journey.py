@@ -138,7 +138,7 @@ class Journey:
         """Who goes on, and with which token."""
         around, settings = self._around, self._around.settings
         if not self.answer.ids:
-            around.counters.resumed.labels("prompt").inc()
+            around.counters.resumed.labels("none").inc()  # nothing had come of it
             return await self._somebody(), None
         token = await lost.watch.token(key, settings.fence_ms / 1000, settings.resume_ms / 1000)
         if token is not None:

@@ -1,6 +1,6 @@
 """A server that behaves like vLLM's, as far as the gateway can see, around the toy model. `python fake_backend.py PORT_FD`: serves on that descriptor.
 
-POST /control changes it: delay_ms a token, garbage (how its answers are wrong), stall (after so many ids nothing comes), chunk (ids at once), healthy.
+POST /control changes it: delay_ms a token, garbage (how its answers are wrong), stall (after so many ids nothing comes), garbage_after (it says [DONE] instead), chunk (ids at once), healthy; reset.
 GET /control: the bodies and headers that came, how many streams were broken off.
 """
 
@@ -21,7 +21,8 @@ from tests.gateway import toy_model
 from tests.gateway.toy_model import CONTEXT_TOKENS, EOS
 
 MODEL = "toy"
-settings = {"delay_ms": 1, "garbage": "", "stall": -1, "chunk": 1, "healthy": True, "status": 200}
+DEFAULTS = {"delay_ms": 1, "garbage": "", "stall": -1, "garbage_after": -1, "chunk": 1, "healthy": True, "status": 200}
+settings = dict(DEFAULTS)
 seen: dict = {"requests": [], "broken_off": 0, "open": 0}
 
 
@@ -56,6 +57,8 @@ async def tokens(body: dict):
     stops = body.get("stop_token_ids") or []
     pending: list[int] = []
     while True:
+        if 0 <= settings["garbage_after"] <= len(emitted):
+            return  # [DONE] before the end
         if settings["stall"] >= 0 and len(emitted) >= settings["stall"]:
             await asyncio.sleep(3600)
         await asyncio.sleep(settings["delay_ms"] / 1000)
@@ -148,7 +151,11 @@ async def health(request: Request) -> Response:
 
 async def control(request: Request) -> Response:
     if request.method == "POST":
-        settings.update(await request.json())
+        wanted = await request.json()
+        if wanted.pop("reset", False):
+            settings.update(DEFAULTS)
+            seen.update(requests=[], broken_off=0)
+        settings.update(wanted)
     return JSONResponse(seen)
 
 

@@ -66,7 +66,8 @@ def test_lengths():
 @pytest.mark.parametrize(
     "message",
     [
-        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, {"role": "tool", "content": "x"}, {"role": "assistant", "content": None},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, {"role": "tool", "content": "x"},
+        {"role": "assistant", "content": None},
         {"role": "assistant", "content": "x", "tool_calls": []}, "hi", {"role": "user"},
     ],
 )  # fmt: skip
