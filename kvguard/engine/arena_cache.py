@@ -88,16 +88,18 @@ class ArenaLayer(DynamicLayer):
 
 
 class ArenaCache(Cache):
-    """All layers over one pool. `written(cache)` is called when the last layer of a forward pass has its keys and values."""
+    """All layers over one pool. `written(cache)` is called when the last layer of a forward pass has its keys and values, `pulse()` for those before."""
 
-    def __init__(self, shape: Shape, memory: memoryview, written: Callable[[ArenaCache], None]) -> None:
+    def __init__(self, shape: Shape, memory: memoryview, written: Callable[[ArenaCache], None], pulse: Callable[[], None]) -> None:
         super().__init__(layers=[ArenaLayer(keys, values) for keys, values in halves(shape, memory)])
-        self._written = written
+        self._written, self._pulse = written, pulse
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == len(self.layers) - 1:
             self._written(self)
+        else:
+            self._pulse()
         return found
 
     def begin(self, rows: int, length: int = 0) -> None:

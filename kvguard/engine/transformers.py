@@ -75,13 +75,14 @@ class Guarded:
     def __init__(self, model, shape: Shape, joined: joining.Joined) -> None:
         self.model, self.shape, self.joined = model, shape, joined
         self.guard, self.emitter, self.earlier = joined.guard, joined.emitter, joined.earlier
-        self.cache = ArenaCache(shape, joined.pool.memory, self._written)
+        self.cache = ArenaCache(shape, joined.pool.memory, self._written, self._pulse)
         self.unprotected, self.resumed_at, self.recomputed = "", None, 0
         self._active, self._telling, self._results = False, None, 0
         self._names: list[str] = []
         self._count: DrawCount | None = None
         self._drawn: Drawn | None = None
         self._said: set[str] = set()
+        self._pid = os.getpid()
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
         if joined.reason:
             self._say(joined.reason)
@@ -102,6 +103,10 @@ class Guarded:
         self._refuse_misfit(count, terms.limit)
         rows = _rows_of(os.urandom(6).hex(), mask.repeat_interleave(terms.copies, 0), terms)
         drawn = Drawn(ids.shape[1], 0, 0, True) if terms.sampled else None
+        if self.earlier:
+            log.warning("kvguard: what a former life left (%d rows) is given up: resume() would have gone on with it", len(self.earlier))
+            left, self.earlier = [token.sequence for token in self.earlier], ()
+            self._attempt(self._give_up, left)
         self._begin([(row, ()) for row in rows], 0, drawn)
         return self._run(ids, mask, {**arguments, "generation_config": generation_config})
 
@@ -205,6 +210,9 @@ class Guarded:
         self._attempt(self._begin_telling, rows, length)
 
     def _begin_telling(self, rows: list, length: int) -> None:
+        for name, at in self.guard.table.sequences().items():  # of a call whose protection was lost, and whose blocks are written now
+            if name not in self._names:
+                self.guard.table.release(at)
         made = []
         for row, ids in rows:
             made.append(telling.Row(row.name, row.row * self.shape.per_sequence, generate_call.pack(row)))
@@ -237,6 +245,8 @@ class Guarded:
 
     def close(self) -> None:
         """A clean end: nothing is left to resume. Idempotent; called at the interpreter's exit."""
+        if os.getpid() != self._pid:
+            return  # a fork's exit is not ours
         atexit.unregister(self.close)
         self._hook.remove()
         guard, self.guard, self._telling = self.guard, None, None
@@ -271,6 +281,11 @@ class Guarded:
         """The last layer has its KV: on a CPU it is in memory, so it is a fact."""
         if self._telling is not None:
             self._attempt(self._commit)
+
+    def _pulse(self) -> None:
+        """A long prefill is no hang."""
+        if self._telling is not None:
+            self._telling.guard.pulse()
 
     def _sampled(self, ids: torch.Tensor) -> None:
         """Chosen, and not yet shown to anybody."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCa
 from transformers.generation.streamers import BaseStreamer  # noqa: E402
 from transformers_script import VOCABULARY, inputs, sums_of, tiny  # noqa: E402
 
-from kvguard.engine import generate_call, joining  # noqa: E402
+from kvguard.engine import generate_call, joining, telling  # noqa: E402
 from kvguard.engine.generate_call import Drawn  # noqa: E402
+from kvguard.engine.look import TableReader  # noqa: E402
 from kvguard.engine.transformers import protect  # noqa: E402
 from kvguard.errors import Refused  # noqa: E402
-from kvguard.types import Epoch, ResumeToken  # noqa: E402
+from kvguard.format import local  # noqa: E402
+from kvguard.format.messages import PlanOrder  # noqa: E402
+from kvguard.types import Epoch, Fork, ResumeToken  # noqa: E402
 
 SAMPLED = {"do_sample": True, "top_k": 40, "temperature": 0.8}
 WATCHED = {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
@@ -330,3 +334,84 @@ def test_a_call_inside_a_call_is_refused(guarded):
             """Nothing is held back."""
 
     guarded.generate(**inputs(1, 9, False), max_new_tokens=3, streamer=Calling())
+
+
+# ---- epochs ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Fencing(BaseStreamer):
+    """Ends the epoch in the middle of the call; `position`: of the plan that follows, for all rows, or None for no plan."""
+
+    def __init__(self, guarded, position: int | None) -> None:
+        self.guard, self.position, self.left = guarded.guard, position, 6
+
+    def put(self, value) -> None:
+        self.left -= 1
+        if self.left:
+            return
+        table, epoch = self.guard.table, Epoch(3, "coordinator")
+        TableReader(os.dup(table.fd)).set_epoch(epoch.counter)
+        if self.position is None:
+            return
+        names = tuple(sorted(table.sequences()))
+        ids = tuple(len(table.ids(table.row(name))) for name in names)
+        lineage = (Fork(0, 0), Fork(3, self.position))
+        where = (("a",) * len(names), (self.guard.stream,) * len(names))
+        plan = PlanOrder("essay", epoch, names, (self.position,) * len(names), ("pool",) * len(names), (lineage,) * len(names), ids, *where, (), (), ())
+        self.guard.received(local.RestoreOrder(plan), [])
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+@pytest.mark.parametrize("position", [15, 12])
+def test_an_epoch_that_ends_in_the_middle_of_a_call_is_followed(models, guarded, position):
+    given = inputs(2, 11, True)
+    wanted = answers(models["llama"].generate, given, max_new_tokens=20, **SAMPLED)
+    last = Struck(guarded, 19)
+    fencing, seen = Fencing(guarded, position), []
+
+    class Both(BaseStreamer):
+        def put(self, value) -> None:
+            fencing.put(value)
+            last.left -= 1
+            if last.left == 0:
+                seen.extend(last.look())
+                seen.append(guarded.guard.table.meta(0).lineage)
+
+        def end(self) -> None:
+            """Nothing is held back."""
+
+    assert_same(answers(guarded.generate, given, max_new_tokens=20, streamer=Both(), **SAMPLED), wanted)
+    assert guarded.guard.epoch == Epoch(3, "coordinator") and "no restore" not in guarded.unprotected
+    *rows, lineage = seen
+    assert [row["position"] for row in rows] == [11 + 18] * 2  # all of it is there again, in the plan's lineage
+    assert [row["ids"] for row in rows] == wanted.sequences[:, :30].tolist()
+    assert lineage[-1] == Fork(3, position)
+
+
+def test_an_epoch_that_ends_without_a_plan_ends_protection_alone(models, guarded, monkeypatch):
+    monkeypatch.setattr(telling, "FENCED_S", 0.05)
+    given = inputs(2, 11, True)
+    wanted = answers(models["llama"].generate, given, max_new_tokens=20)
+    assert_same(answers(guarded.generate, given, max_new_tokens=20, streamer=Fencing(guarded, None)), wanted)
+    assert "no restore order" in guarded.unprotected
+    assert len(guarded.guard.table.sequences()) == 2  # nobody knows yet what is to become of them
+    assert_same(answers(guarded.generate, given, max_new_tokens=20), wanted)
+    assert guarded.guard.table.sequences() == {}  # but their blocks were written again
+
+
+def test_what_was_left_and_not_wanted_is_given_up(models, guarded, caplog):
+    given = inputs(2, 11, True)
+    left_behind(guarded, struck(guarded, 8, given, max_new_tokens=24))
+    assert torch.equal(guarded.generate(**given, max_new_tokens=5, pad_token_id=0), models["llama"].generate(**given, max_new_tokens=5, pad_token_id=0))
+    assert guarded.resume() is None and "given up" in caplog.text
+
+
+def test_half_precision_and_inference_mode(tmp_path, monkeypatch):
+    monkeypatch.setattr(joining, "CONNECT_S", 0.0)
+    model, given = tiny("llama").bfloat16(), inputs(2, 11, True)
+    wanted = answers(model.generate, given, max_new_tokens=12, **SAMPLED)
+    with protect(model, "essay", socket=tmp_path / "none.sock", sequences=2, positions=64) as guarded, torch.inference_mode():
+        assert_same(answers(guarded.generate, given, max_new_tokens=12, **SAMPLED), wanted)
+        assert guarded.cache.placed
