@@ -383,7 +383,7 @@ class Node:
         mine = self.outbound.of(resumed.instance)
         out += _given_away(now, [local for local in mine if local.alive and local.fenced and local.stream in resumed.ended], "a former life")
         for local in mine:
-            if not local.alive and local.epoch != resumed.epoch and (local.stream in resumed.unpinned or not self._kept(local)):
+            if not local.alive and local.epoch != resumed.epoch and not (resumed.pinned and self._kept(local)):
                 out += self.outbound.forget(local, self.outbound.streams)
         out += self.outbound.end_pushes(resumed.instance)
         why = f"unpinned in epoch {resumed.epoch.counter}"

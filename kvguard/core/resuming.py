@@ -213,7 +213,7 @@ def say_resumed(known: Known, instance: str, again: bool = False) -> None:
             current.asked[node] = link
             if again and current.record.order is not None:
                 known.tell_node(node, current.record.order)
-            known.tell_node(node, Resumed(instance, current.record.epoch, ()))
+            known.tell_node(node, Resumed(instance, current.record.epoch, (), pinned=current.record.order is not None))
 
 
 def _unpin_moved(known: Known, instance: str) -> None:

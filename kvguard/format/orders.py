@@ -223,9 +223,12 @@ class Resumed(Message, frozen=True):
     """The instance runs in `epoch`. `unpinned`: replicas of former lives that may go now (the new ones have acknowledged the plan's positions elsewhere).
 
     `ended`: lives that another one follows; whoever still lives as one of them slept through the plan, and is killed as the plan would have done.
+
+    `pinned`: sequences that moved may still be fetched: the dead pools of which the plan says so stay.
     """
 
     instance: str
     epoch: Epoch
     unpinned: tuple[StreamId, ...]
     ended: tuple[StreamId, ...] = ()
+    pinned: bool = False
