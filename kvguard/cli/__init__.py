@@ -28,6 +28,7 @@ VERBS = {
     "pause": ("kvguard.cli.orders", "Stop automatic failovers."),
     "replicas": ("kvguard.cli.replicas", "List, show and verify replicas."),
     "status": ("kvguard.cli.status", "What is protected, where, and why not."),
+    "systemd": ("kvguard.cli.systemd", "The daemons as systemd services."),
     "top": ("kvguard.cli.top", "A live screen: ranks, lag, windows, arenas, epochs, recoveries."),
     "unpause": ("kvguard.cli.orders", "Allow automatic failovers again."),
 }
