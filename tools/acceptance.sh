@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What takes longer than the tests: every kill x stages x point of the demo, a hundred seeded kills of the real model, more seeds of the simulation.
+# What takes longer than the tests: every kill x stages x point of the demo, a hundred seeded kills of the real model, every drill with five seeds,
+# more seeds of the simulation.
 # Usage: tools/acceptance.sh [KILLS]   (default 100; an hour and more on two cores)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -26,4 +27,5 @@ if .venv/bin/kvguard demo --kill node --corrupt replica --max-tokens 40 -o json 
 fi
 .venv/bin/kvguard demo --kill none --corrupt frame --max-tokens 40 -o json > "$out/corrupt-frame.json"
 $python tools/acceptance.py --kills "$kills" -o "$out/kills.json"
+KVGUARD_DRILL_DIR="$out/drills" tools/drills.sh 5
 KVGUARD_SIMULATION_FRESH="${KVGUARD_SIMULATION_FRESH:-200}" $python -m pytest tests/simulation

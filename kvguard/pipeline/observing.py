@@ -131,24 +131,31 @@ def died(before: Snapshot, meant: list[int]) -> list[str]:
     return [name for name, process in before.processes.items() if not process.alive() and process.pid not in meant]
 
 
-def replica_sums(world: World, digests: dict, run: str, wait=None) -> dict:
+def replica_sums(world: World, digests: dict, run: str, wait=None, timeout_s: float = 15.0) -> dict:
     """What holders have, by rank and sequence, once they have all that the pools have (their last acknowledgements may be under way). Raises TimedOut."""
     found: dict = {}
     sequences = {name for one in digests.values() for name in one}
 
     def complete() -> bool:
+        try:
+            look()
+        except KvguardError:
+            return False  # who is not there yet is asked again, until the deadline
+        return all(len(found.get(rank, {}).get(i, [])) >= len(sums) for rank, one in digests.items() for i, sums in one.items())
+
+    def look() -> None:
         for rank in world.status()["ranks"]:
             if rank["rank"] not in digests or rank["state"] == "standby" or not rank["holders"]:
                 continue
             arguments = {"instance": INSTANCE, "rank": rank["rank"], "sequences": [f"{run}-{i}" for i in sequences]}
             sums = world.query(world.node_named(rank["holders"][0]), "sums", arguments)["sums"]
             found[rank["rank"]] = {i: [f"{value:016x}" for value in sums.get(f"{run}-{i}", [])] for i in sequences}
-        return all(len(found.get(rank, {}).get(i, [])) >= len(sums) for rank, one in digests.items() for i, sums in one.items())
 
-    (wait or world.wait_until)("the replicas complete", complete, 15.0)
+    (wait or world.wait_until)("the replicas complete", complete, timeout_s)
     return found
 
 
-def replicas_equal(world: World, digests: dict, run: str, wait=None) -> bool | None:
-    """Whether every holder has what the pools have, byte for byte."""
-    return report.kv_identical(digests, replica_sums(world, digests, run, wait), [1 << 62] * (1 + max(int(i) for one in digests.values() for i in one)))
+def replicas_equal(world: World, digests: dict, run: str, wait=None, timeout_s: float = 15.0) -> bool | None:
+    """Whether every holder has what the pools have, byte for byte. `wait`: as World.wait_until, which is the default."""
+    sequences = 1 + max(int(i) for one in digests.values() for i in one)
+    return report.kv_identical(digests, replica_sums(world, digests, run, wait, timeout_s), [1 << 62] * sequences)

@@ -21,7 +21,7 @@ from kvguard.pipeline.load import Load
 from kvguard.pipeline.observing import Watch, stopped
 from kvguard.pipeline.world import INSTANCE, Node, Process, World
 
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0  # a bound, not a target
 TOKENS_MEANWHILE = 5  # a fault of kvguard's own lasts at least so many tokens
 SMALL_ARENA_BYTES = 1 << 20
 BALLAST, BALLAST_PROMPTS, BALLAST_IDS = "ballast", 12, 256
@@ -87,7 +87,7 @@ def kill(kind: str) -> Callable[[Bench], Fault]:
     def struck(bench: Bench) -> Fault:
         fault = bench.aim(kind)
         faults.strike(bench.world, bench.client, fault)
-        faults.resumption(bench.client, fault, bench.wait)
+        faults.resumption(bench.client, fault, bench.wait, PATIENCE_S)
         return fault
 
     return struck
@@ -134,7 +134,7 @@ def pause_rank(bench: Bench) -> Fault:
     bench.wait("the stopped rank's death", lambda: fault.process.popen.poll() is not None)
     fault.evidence["waitpid"] = fault.process.popen.returncode
     fault.fired = fault.process.popen.returncode == SIGKILLED
-    faults.resumption(bench.client, fault, bench.wait)
+    faults.resumption(bench.client, fault, bench.wait, PATIENCE_S)
     return fault
 
 
@@ -161,7 +161,7 @@ def pause_node(bench: Bench) -> Fault:
     woken = [engine for engine in fault.node.engines if engine.endpoint in bench.client.endpoints]
     _stop(bench, fault, sleeping)
     try:
-        faults.resumption(bench.client, fault, bench.wait)
+        faults.resumption(bench.client, fault, bench.wait, PATIENCE_S)
         fault.fired = all(stopped(process.pid) for process in sleeping)
     finally:
         os.killpg(world.group(fault.node), signal.SIGCONT)
@@ -328,7 +328,7 @@ def corrupt_replica(bench: Bench) -> Fault:
     faults.strike(world, bench.client, fault)
     fault.evidence |= {"holder": holder.name, "sequence": number, "position": position, "changed": changed, "verified": verified}
     fault.fired = fault.fired and changed and False in verified
-    faults.resumption(bench.client, fault, bench.wait)
+    faults.resumption(bench.client, fault, bench.wait, PATIENCE_S)
     fault.evidence["resumed_at"] = demo.positions(fault.resumed, len(bench.load.prompts))[number]
     return fault
 
