@@ -28,7 +28,7 @@ import click
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "vllm"))
-from world import World, sequence
+from world import World
 
 from kvguard import emitter
 from kvguard.emitter import moves
@@ -119,13 +119,12 @@ def measured_resume(world: World, context: int, resumes: int) -> dict:
         first_token_ms(b, prompt_of(9000, context), "warm")
         restored, computed, positions = [], [], []
         for n, name in enumerate(got):
-            token = tokens[sequence(name)]
-            known = max(prompts[name] + got[name], [*token.prefix, *token.tokens], key=len)
+            token, known = tokens[name], max(prompts[name] + got[name], [*tokens[name].prefix, *tokens[name].tokens], key=len)
             ways = [("moved", {"kv_transfer_params": {"kvguard": moves.encode(token)}}, restored), ("plain", {"cache_salt": f"plain-{n}"}, computed)]
             for way, more, into in ways if n % 2 else reversed(ways):
                 into.append(first_token_ms(b, known, f"{way}-{n}", **more))
             positions.append((token.position, len(known)))
-        outlet.delivered(list(tokens))
+        outlet.delivered(list(got))
     finally:
         outlet.close()
     ratios = [x / y for x, y in zip(restored, computed, strict=True)]

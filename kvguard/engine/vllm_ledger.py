@@ -26,10 +26,15 @@ _RANDOM = re.compile(r"-[0-9a-f]{8}$")  # what vLLM adds to a request id that wa
 
 
 def sequence_name(request_id: str, live: Any = ()) -> str:
-    """The name under which kvguard knows a request: vLLM's outer id, which a router can tell from the X-Request-Id that it chose: cmpl-ID-0 (a completion's
-    first prompt), chatcmpl-ID. vLLM adds "-xxxxxxxx" at random. Where that name is in `live` the whole id; where it is longer than a name may be, a hash of it.
+    """The name under which kvguard knows a request: the X-Request-Id that a router chose, with "-N" for the N-th prompt of a request with several.
+
+    vLLM makes "cmpl-ID-0-xxxxxxxx" or "chatcmpl-ID-xxxxxxxx" of it. Where that name is in `live`, or longer than a name may be, the whole id, or a hash of it.
     """
     name = _RANDOM.sub("", request_id)
+    if name.startswith("cmpl-"):
+        name = name.removeprefix("cmpl-").removesuffix("-0")
+    else:
+        name = name.removeprefix("chatcmpl-")
     if not name or name in live:
         name = request_id
     if len(name.encode(errors="replace")) > NAME_BYTES_MAX:

@@ -58,10 +58,11 @@ def test_an_engine_that_draws_by_position_may_go_on_with_a_seed():
 
 
 def test_names():
-    assert sequence_name("cmpl-gw-17-0-0a1b2c3d") == "cmpl-gw-17-0"
-    assert sequence_name("chatcmpl-gw-17-0a1b2c3d") == "chatcmpl-gw-17"
-    assert sequence_name("cmpl-gw-17-0") == "cmpl-gw-17-0"  # VLLM_DISABLE_REQUEST_ID_RANDOMIZATION
-    assert sequence_name("cmpl-gw-17-0-0a1b2c3d", {"cmpl-gw-17-0"}) == "cmpl-gw-17-0-0a1b2c3d"
+    assert sequence_name("cmpl-gw-17-0-0a1b2c3d") == "gw-17"
+    assert sequence_name("cmpl-gw-17-1-0a1b2c3d") == "gw-17-1"
+    assert sequence_name("chatcmpl-gw-17-0a1b2c3d") == "gw-17"
+    assert sequence_name("chatcmpl-gw-0-0a1b2c3d") == "gw-0"
+    assert sequence_name("cmpl-gw-17-0-0a1b2c3d", {"gw-17"}) == "cmpl-gw-17-0-0a1b2c3d"
     long = sequence_name(f"cmpl-{'ä' * 60}-0-0a1b2c3d")
     assert len(long.encode()) <= 64 and long != sequence_name(f"cmpl-{'ä' * 60}-1-0a1b2c3d")
 

@@ -175,7 +175,7 @@ def test_what_is_running_is_committed_up_to_the_last_input(bench):
     for _ in range(20):
         world.turn()
     [(row, committed)] = world.runner.observer.committed.items()
-    assert world.runner.observer.names[row] == "cmpl-one-0"
+    assert world.runner.observer.names[row] == "one"
     assert committed == request.num_tokens - 1 and world.runner.observer.ids[row][:5] == [1, 2, 3, 4, 5]
 
 
@@ -187,15 +187,15 @@ def test_shared_blocks_live_as_long_as_their_last_sequence(bench):
     world.add("cmpl-second-0-00000002", [*prompt[: 2 * TOKENS], 9, 9], 60)
     world.turn(), world.turn()
     blocks = dict(zip(world.runner.observer.names.values(), world.runner.observer._blocks.values(), strict=True))
-    assert blocks["cmpl-first-0"][:2] == blocks["cmpl-second-0"][:2]
+    assert blocks["first"][:2] == blocks["second"][:2]
     generations = world.runner.observer.table.views.block_generations
-    before = generations[blocks["cmpl-first-0"][:2]].tolist()
+    before = generations[blocks["first"][:2]].tolist()
     world.scheduler.finish_requests("cmpl-first-0-00000001", RequestStatus.FINISHED_ABORTED)
     world.turn()
-    assert list(world.runner.observer.names.values()) == ["cmpl-second-0"] and generations[blocks["cmpl-second-0"][:2]].tolist() == before
+    assert list(world.runner.observer.names.values()) == ["second"] and generations[blocks["second"][:2]].tolist() == before
     world.runner.observer.check(whole=True)
     world.drain()
-    assert all(now > then for now, then in zip(generations[blocks["cmpl-second-0"][:2]].tolist(), before, strict=True))
+    assert all(now > then for now, then in zip(generations[blocks["second"][:2]].tolist(), before, strict=True))
 
 
 # ---- loads ----------------------------------------------------------------------------------------------------------------------

@@ -51,11 +51,6 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-def sequence(name: str) -> str:
-    """What kvguard calls a completion that was posted with this X-Request-Id."""
-    return f"cmpl-{name}-0"
-
-
 class Server:
     """One vLLM server of an instance, in a process group of its own."""
 
