@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -28,7 +29,7 @@ from kvguard.transport.ask import ask
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "smol"
 READY_S = 300.0
-LEFT_BY_ENGINES = ("psm_", "vllm_dist_")
+LEFT_BY_ENGINES = re.compile(r"/dev/shm/((?:psm_|vllm_dist_|sem\.mp-)\S+)")
 
 
 def model_directory() -> str:
@@ -51,6 +52,16 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
+def shared_files(group: int) -> set[str]:
+    """What the processes of a group have mapped of engines' files in /dev/shm: other engines on this machine have theirs there, too."""
+    found: set[str] = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and os.getpgid(int(entry.name)) == group:
+                found.update(LEFT_BY_ENGINES.findall((entry / "maps").read_text()))
+    return found
+
+
 class Server:
     """One vLLM server of an instance, in a process group of its own."""
 
@@ -58,10 +69,14 @@ class Server:
         self.popen, self.url, self.log = popen, url, log
 
     def kill(self) -> None:
-        """SIGKILL to all of its processes."""
+        """SIGKILL to all of its processes; what only they had in /dev/shm goes with them."""
+        theirs = shared_files(self.popen.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
+        for name in theirs:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"/dev/shm/{name}")
 
     def post(self, path: str, body: dict, headers: dict | None = None, timeout_s: float = 120.0):
         """The open response of a POST."""
@@ -98,7 +113,6 @@ class World:
         self._http = dict(zip(names, ports[1 + len(names) :], strict=True))
         self.running: dict[str, subprocess.Popen] = {}
         self.servers: dict[str, Server] = {}
-        self._shm = set(os.listdir("/dev/shm"))
         own = {"listen": self.coordinator, "state_dir": str(self.directory / "coordinator"), **coordinator}
         self._write(config.CoordinatorConfig, "coordinator", own)
         for name, address in self.addresses.items():
@@ -197,10 +211,6 @@ class World:
             except subprocess.TimeoutExpired:
                 process.kill()
                 codes[name] = process.wait()
-        for name in set(os.listdir("/dev/shm")) - self._shm:
-            if name.startswith(LEFT_BY_ENGINES):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(f"/dev/shm/{name}")
         assert set(codes.values()) <= {0}, f"a daemon did not end cleanly: {codes}\n{self.last_words()}"
 
 
