@@ -6,6 +6,7 @@ are refused before a byte is copied; a copy reads or writes the named slots only
 
 How: the pool is cut into rows as wide as the bytes that lie contiguously in every token. A token is then a fixed list of row numbers relative to its slot, and
 a capture is one np.take over all rows of all tokens, straight into the output. Layouts whose tensors don't share such a grid are copied in several groups.
+Where rows would be a few bytes (keys that stand in columns) runs of slots are copied through a strided view of the elements instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import fcntl
 import math
 import mmap
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +24,15 @@ from kvguard.errors import BadConfig, Refused
 from kvguard.format.layout import Layout, Region
 
 GRID_BYTES_MIN = 128  # narrower common rows cost more in index than a group apart costs in calls
+ROW_BYTES_MIN = 16  # narrower rows cost more in index than a run of slots costs in a call
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Regions on one grid. `rows`: [number, width] bytes; `token`: row numbers of slot 0 of block 0 in canonical order; steps in rows."""
+    """Regions on one grid. `rows`: [number, width] bytes; `token`: row numbers of slot 0 of block 0 in canonical order; steps in rows.
+
+    `elements`: [block, slot, inner...] of the one region, where rows would be too narrow.
+    """
 
     rows: np.ndarray
     token: np.ndarray
@@ -34,6 +40,7 @@ class _Group:
     slot_step: int
     start: int  # of this group's bytes within the canonical token (or block)
     size: int
+    elements: np.ndarray | None = None
 
 
 class HostPool:
@@ -63,7 +70,7 @@ class HostPool:
 
     def publish(self, word: memoryview, value: int) -> None:
         """A plain aligned 64-bit store: on a CPU the writes before it are already in memory when this is called."""
-        word.cast("B").cast("Q")[0] = value
+        (word if word.format == "Q" else word.cast("B").cast("Q"))[0] = value
 
     def export(self) -> list[int]:
         """A duplicate of the pool's descriptor: the caller's to close (or to hand to Device.open, which owns it)."""
@@ -111,6 +118,10 @@ class HostPool:
             return 0
         target = np.frombuffer(out, dtype=np.uint8, count=total)
         for group in self._groups:
+            if group.elements is not None:
+                for here, there in _runs(group, blocks, slots, target.reshape(blocks.size, -1)):
+                    there[...] = here
+                continue
             rows = _row_numbers(group, blocks, slots)
             if group.size == self._unit_bytes:
                 # mode="clip" writes straight into `out`; bounds were checked on the pieces
@@ -128,6 +139,10 @@ class HostPool:
             return
         values = np.frombuffer(source, dtype=np.uint8).reshape(blocks.size, self._unit_bytes)
         for group in self._groups:
+            if group.elements is not None:
+                for here, there in _runs(group, blocks, slots, values):
+                    here[...] = there
+                continue
             part = values[:, group.start : group.start + group.size]
             rows = _row_numbers(group, blocks, slots)
             group.rows[rows] = part.reshape(rows.size, -1)
@@ -182,6 +197,27 @@ def _row_numbers(group: _Group, blocks: np.ndarray, slots: np.ndarray) -> np.nda
     return (base[:, None] + group.token[None, :]).reshape(-1)
 
 
+def _runs(group: _Group, blocks: np.ndarray, slots: np.ndarray, units: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Views of each run of slots in the pool, and of its place in canonical `units` [n, unit bytes]."""
+    elements = group.elements
+    ends = np.flatnonzero((np.diff(blocks) != 0) | (np.diff(slots) != 1)) + 1
+    first = 0
+    for end in (*ends.tolist(), blocks.size):
+        slot = int(slots[first])
+        here = elements[int(blocks[first]), slot : slot + end - first]
+        yield here, units[first:end, group.start : group.start + group.size].view(elements.dtype).reshape(here.shape)
+        first = end
+
+
+def _elements(region: Region, layout: Layout, pool: np.ndarray) -> np.ndarray | None:
+    """[block, slot, inner...] of a region whose tokens are addressable, None where its elements aren't aligned."""
+    steps = (region.block_stride, region.slot_stride, *(stride for _, _, stride in region.inner))
+    if not layout.addressable or layout.itemsize not in (1, 2, 4, 8) or any(step % layout.itemsize for step in (region.offset, *steps)):
+        return None
+    shape = (layout.blocks, layout.block_tokens, *(size for _, size, _ in region.inner))
+    return np.ndarray(shape, np.dtype(f"u{layout.itemsize}"), pool, region.offset, steps)
+
+
 def _grouped(layout: Layout, pool: np.ndarray) -> tuple[_Group, ...]:
     """One group where all regions share a grid of useful width, else one per region."""
     widths = [_width(region, layout) for region in layout.regions]
@@ -193,7 +229,11 @@ def _grouped(layout: Layout, pool: np.ndarray) -> tuple[_Group, ...]:
         return (_group(layout, pool, layout.regions, base, common, 0),)
     groups, start = [], 0
     for region, width in zip(layout.regions, widths, strict=True):
-        groups.append(_group(layout, pool, (region,), region.offset, width, start))
+        elements = _elements(region, layout, pool) if width < ROW_BYTES_MIN else None
+        if elements is not None:
+            groups.append(_Group(pool[:0], pool[:0], 0, 0, start, region.inner_bytes(layout.itemsize), elements))
+        else:
+            groups.append(_group(layout, pool, (region,), region.offset, width, start))
         start += groups[-1].size
     return tuple(groups)
 

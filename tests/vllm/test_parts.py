@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from kvguard import engine
@@ -18,7 +19,7 @@ from kvguard.engine.vllm_rows import Rows
 from kvguard.engine.vllm_settings import Settings, faults_of, version_warning
 from kvguard.errors import BadConfig, Refused
 from kvguard.format import local
-from kvguard.format.layout import Layout
+from kvguard.format.layout import Layout, Region, whole
 from kvguard.format.messages import PlanOrder
 from kvguard.format.moves import encode
 from kvguard.types import Epoch, Fork, MovedToken, Rank, StreamId
@@ -315,3 +316,30 @@ def test_every_load_ends_and_none_after_its_deadline_begins():
     ends = all_ends(loads, 2)
     assert ends["refused"].error == "gone" and "moved token" in ends["no token"].error
     loads.close()
+
+
+# ---- the pool -------------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_in_columns_are_copied_by_runs_of_slots():
+    """vLLM's layout on a CPU, against the layout's own arithmetic."""
+    layers, heads, tokens, dim, blocks = 2, 3, 8, 4, 5
+    page, half = 2 * heads * tokens * dim * 2, tokens * dim * 2
+    outer = (("layer", layers, blocks * page), ("head", heads, 2 * half))
+    regions = Region("kv0", 0, page, 2, (*outer, ("dim", dim, 2 * tokens))), Region("kv1", half, page, 2 * dim, (*outer, ("dim", dim, 2)))
+    layout = Layout("m", "bfloat16", 2, blocks, tokens, regions, whole(layers, heads), True, layers * blocks * page)
+    pool = engine.allocate(layout)
+    memory = np.frombuffer(pool.memory, np.uint8)
+    memory[:] = np.random.default_rng(3).integers(0, 256, memory.size, dtype=np.uint8)
+    pieces = [(4, 0, 8), (1, 2, 3), (1, 6, 1), (2, 7, 1), (3, 0, 1)]
+    wanted = b"".join(
+        memory[at : at + size].tobytes() for block, start, count in pieces for slot in range(start, start + count) for at, size in layout.ranges(block, slot)
+    )
+    out = bytearray(len(wanted))
+    assert pool.capture(*zip(*pieces, strict=True), memoryview(out)) == len(wanted) and bytes(out) == wanted
+    before = memory.copy()
+    memory[:] = 0
+    pool.scatter(*zip(*pieces, strict=True), memoryview(out))
+    named = [at + n for block, start, count in pieces for slot in range(start, start + count) for at, size in layout.ranges(block, slot) for n in range(size)]
+    assert np.array_equal(memory[named], before[named]) and not np.delete(memory, named).any()
+    pool.close()
