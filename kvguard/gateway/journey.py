@@ -30,7 +30,7 @@ from kvguard.gateway.fleet import Fleet, Member, NoInstance
 from kvguard.gateway.policy import Followed
 from kvguard.gateway.routing import Standing, is_place
 from kvguard.gateway.text import decoder
-from kvguard.gateway.watching import key_of, sequence_of
+from kvguard.gateway.watching import key_of
 from kvguard.types import ResumeToken, Rung
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class Journey:
     def end(self) -> None:
         """The client has the answer, or will never have more of it."""
         for member, key in self._asked:
-            member.watch.end(key, sequence_of(key))
+            member.watch.end(key)
         self._asked.clear()
 
     # ---- inside ----

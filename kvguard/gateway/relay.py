@@ -12,7 +12,7 @@ from contextlib import aclosing
 from kvguard.gateway.events import DONE, EVENT_BYTES_MAX, Lost, json_object
 from kvguard.gateway.fleet import Member, NoInstance, unless
 from kvguard.gateway.journey import Surroundings
-from kvguard.gateway.watching import key_of, sequence_of
+from kvguard.gateway.watching import key_of
 
 END = b"\n\n"  # of an event, as vLLM writes it
 
@@ -67,7 +67,7 @@ class Relay:
 
     def end(self) -> None:
         for member, key in self._asked:
-            member.watch.end(key, sequence_of(key, chat="chat" in self._path))
+            member.watch.end(key)
         self._asked.clear()
 
     def _begin(self) -> tuple[Member, str]:

@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 RESUME_POLL_S = 0.5  # how long a thread waits at once: what a shutdown waits for
 PROBE_S = 0.2  # between two looks at an instance that dropped a connection and isn't fenced
 HEALTHY_LOOKS = 2  # in a row: an engine's server may still answer while the engine dies
-KEY = re.compile(r"kvg-[0-9a-f]{24}-\d+")  # a request id of this gateway inside an engine's own name for the sequence
+KEY = re.compile(r"kvg-[0-9a-f]{24}-\d+")  # an engine may add something of its own to the name
 
 
 def key_of(request: str, attempt: int) -> str:
-    """What an instance is given as X-Request-Id: `request` (kvg-...) in its `attempt`-th life."""
+    """What an instance is given as X-Request-Id, which is the sequence's name there: `request` (kvg-...) in its `attempt`-th life."""
     return f"{request}-{attempt}"
 
 
@@ -66,11 +66,11 @@ class Watch:
         self._flying.discard(key)
         self._emitter.scheduled(len(self._flying))
 
-    def end(self, key: str, sequence: str) -> None:
-        """The client has what it will get: nothing need be kept for it. `sequence`: the engine's own name, where no token says it."""
+    def end(self, key: str) -> None:
+        """The client has what it will get: nothing need be kept for it."""
         self._owed.discard(key)
         token = self._tokens.pop(key, None)
-        self._emitter.delivered(token.sequence if token else sequence)
+        self._emitter.delivered(token.sequence if token else key)
 
     def standing(self) -> Standing:
         members = {Rank(*member.rank): member.node for member in self._emitter.members}
@@ -160,8 +160,3 @@ class Watch:
             self._recovering.cancel()
             await asyncio.gather(self._recovering, return_exceptions=True)
         await asyncio.to_thread(self._emitter.close)
-
-
-def sequence_of(key: str, chat: bool = False) -> str:
-    """The engine's name for a request that was submitted under `key`: vLLM's, of a completion with one prompt, or of a conversation."""
-    return f"chatcmpl-{key}" if chat else f"cmpl-{key}-0"

@@ -27,15 +27,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Backend:
-    """A fake vLLM."""
+    """A fake vLLM. `node`: (instance, socket) of the kvguard node beside it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, node: tuple[str, str] = ()) -> None:
         with socket.create_server(("127.0.0.1", 0)) as bound:
             self.port = bound.getsockname()[1]
             self.url = f"http://127.0.0.1:{self.port}"
             with open(directory / "backends.log", "ab") as log:
                 environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-                command = [sys.executable, str(BACKEND), str(bound.fileno())]
+                command = [sys.executable, str(BACKEND), str(bound.fileno()), *node]
                 self.popen = subprocess.Popen(command, pass_fds=[bound.fileno()], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
     def wait(self) -> None:
@@ -192,10 +192,17 @@ class World:
         self._serving = None
         self._thread: threading.Thread | None = None
 
-    def start(self, *names: str, dial=None, send_buffer: int = 0, **settings) -> World:
-        self.backends = dict(zip(names, self._pool.take(len(names)), strict=True))
+    def start(self, *names: str, dial=None, send_buffer: int = 0, sockets: dict[str, str] | None = None, **settings) -> World:
+        """`sockets`: of the nodes beside the instances; without, the backends know nothing of kvguard."""
+        self._own = bool(sockets)
+        if sockets:
+            self.backends = {name: Backend(self.directory, (name, sockets[name])) for name in names}
+            for backend in self.backends.values():
+                backend.wait()
+        else:
+            self.backends = dict(zip(names, self._pool.take(len(names)), strict=True))
         toy_model.save(self.directory)
-        lines = tuple(f"{name} {backend.url} node-{name}" for name, backend in self.backends.items())
+        lines = tuple(f"{name} {backend.url} {'' if sockets else 'node-'}{name.removeprefix('toy-')}" for name, backend in self.backends.items())
         values = {"listen": "http://127.0.0.1:0", "probe_ms": 50, "fence_ms": 1000, "resume_ms": 5000, "idle_ms": 20_000, "drain_ms": 5000, **settings}
         self.settings = GatewayConfig(instances=lines, tokenizer=str(self.directory), **values)
         self._serving = process.server(self.settings, dial or self._dial)
@@ -241,7 +248,7 @@ class World:
         known = [*body["prompt"], *(ids or [])]
         position = max(len(known) - 1, 0)
         where = tuple((Rank(0, 0, 0), f"node-{place}") for place in places)
-        return ResumeToken(name, f"cmpl-{key}-0-1234abcd", Epoch(2, "c"), position, tuple(known[position:]), tuple(known[:position]), b"", b"", rung, where, b"p" * 32)
+        return ResumeToken(name, f"{key}-1234abcd", Epoch(2, "c"), position, tuple(known[position:]), tuple(known[:position]), b"", b"", rung, where, b"p" * 32)
 
     def stop(self) -> None:
         if self._serving is not None:
@@ -249,7 +256,11 @@ class World:
             self._thread.join(20)
             assert not self._thread.is_alive(), "the gateway doesn't end"
         for backend in self.backends.values():
-            self._pool.give(backend)
+            if self._own:
+                if backend.popen.poll() is None:
+                    backend.kill()
+            else:
+                self._pool.give(backend)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""A server that behaves like vLLM's, as far as the gateway can see, around the toy model. `python fake_backend.py PORT_FD`: serves on that descriptor.
+"""A server that behaves like vLLM's, as far as the gateway can see, around the toy model. `python fake_backend.py PORT_FD [INSTANCE SOCKET]`: serves on that
+descriptor, and keeps its KV beside the kvguard node at SOCKET.
 
 POST /control changes it: delay_ms a token, garbage (how its answers are wrong), stall (after so many ids nothing comes), garbage_after (it says [DONE] instead), chunk (ids at once), healthy; reset.
 GET /control: the bodies and headers that came, how many streams were broken off.
@@ -23,6 +24,7 @@ from tests.gateway.toy_model import CONTEXT_TOKENS, EOS
 MODEL = "toy"
 DEFAULTS = {"delay_ms": 1, "garbage": "", "stall": -1, "garbage_after": -1, "chunk": 1, "healthy": True, "status": 200}
 settings = dict(DEFAULTS)
+kept = None  # tests/gateway/kept.py's, where there is a node
 seen: dict = {"requests": [], "broken_off": 0, "open": 0}
 
 
@@ -51,8 +53,12 @@ GARBAGE = {
 }
 
 
-async def tokens(body: dict):
-    """(ids so far, new ids, finish reason), a chunk at a time."""
+async def tokens(body: dict, name: str):
+    """(new ids, finish reason, stop reason), a chunk at a time."""
+    moved = (body.get("kv_transfer_params") or {}).get("kvguard")
+    if kept is not None and moved is not None:
+        await asyncio.to_thread(kept.fetch, name, body["prompt"], moved)
+        seen["outcomes"] = kept.outcomes
     ids, emitted, wanted = list(body["prompt"]), [], body["max_tokens"]
     stops = body.get("stop_token_ids") or []
     pending: list[int] = []
@@ -66,6 +72,8 @@ async def tokens(body: dict):
         new = toy_model.next_id(ids, may_end)
         ids.append(new)
         emitted.append(new)
+        if kept is not None:
+            kept.commit(name, ids)
         pending.append(new)
         end = "stop" if new == EOS or (new in stops and len(emitted) > body.get("min_tokens", 0)) else "length" if len(emitted) >= wanted else ""
         if end or len(pending) >= settings["chunk"]:
@@ -92,10 +100,10 @@ async def completions(request: Request) -> Response:
 
     async def stream():
         seen["open"] += 1
-        whole = False
+        whole, name = False, request.headers["x-request-id"]
         try:
             first = True
-            async for new, end, reason in tokens(body):
+            async for new, end, reason in tokens(body, name):
                 if settings["garbage"]:
                     yield GARBAGE[settings["garbage"]]
                     whole = True
@@ -108,6 +116,8 @@ async def completions(request: Request) -> Response:
             yield "data: [DONE]\n\n"
             whole = True
         finally:
+            if kept is not None:
+                kept.release(name)
             seen["open"] -= 1
             seen["broken_off"] += not whole
 
@@ -171,5 +181,9 @@ app = Starlette(
 )
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        from tests.gateway.kept import Kept
+
+        kept = Kept(*sys.argv[2:])
     with socket.socket(fileno=int(sys.argv[1])) as bound:
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[bound])

@@ -94,7 +94,7 @@ def test_sixteen_streams_outlive_their_instance(world):
     assert len(resumed) == 8
     for request in resumed:
         moved = request["body"]["kv_transfer_params"]["kvguard"]
-        assert moved["instance"] == "a" and moved["sequence"].startswith("cmpl-kvg-")
+        assert moved["instance"] == "a" and moved["sequence"].startswith("kvg-")
         assert len(request["body"]["cache_salt"]) > 30
     assert len({request["body"]["cache_salt"] for request in resumed}) == 8
     assert world.metric("kvguard_gateway_resumed_total", rung="replica") == 8

@@ -1,0 +1,124 @@
+"""The demonstration behind tools/demo_vllm.sh: a text undisturbed, the same text with the server killed in the middle, both compared.
+
+Knows: the tests' world of two vLLM servers, the gateway's command line, what a client sees. Must not know: how any of it works.
+Exit code 0 where the streams are equal and the KV was restored, not computed again; else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+from world import MODEL, ROOT, World, free_ports, model_directory  # tests/vllm, on PYTHONPATH
+
+from kvguard import config
+
+DIM, RED, GREEN, PLAIN = ("\033[2m", "\033[31m", "\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "", "", "")
+
+
+def say(line: str) -> None:
+    print(f"{DIM}{line}{PLAIN}", flush=True)
+
+
+def start_gateway(world: World) -> tuple[subprocess.Popen, str]:
+    """`kvguard gateway`, once it takes requests for both servers."""
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
+    lines = tuple(f"{name} {server.url} {name.removeprefix('smol-')}" for name, server in world.servers.items())
+    values = {"listen": url, "instances": lines, "tokenizer": model_directory(), "coordinator": world.coordinator, "resume_ms": 60_000}
+    file = world.directory / "gateway.toml"
+    file.write_text(config.template(config.GatewayConfig, values))
+    with open(world.directory / "gateway.log", "ab") as log:
+        popen = subprocess.Popen([sys.executable, "-m", "kvguard.cli", "gateway", "--config", str(file)], stdout=log, stderr=log, cwd=ROOT)
+
+    def ready() -> bool:
+        try:
+            return httpx.get(f"{url}/ready", timeout=5, trust_env=False).json()["active_instances"] == len(lines)
+        except httpx.HTTPError:
+            return False
+
+    world.until("the gateway", ready, 120)
+    return popen, url
+
+
+def stream(url: str, question: str, tokens: int, kill_at: int, kill) -> tuple[str, dict, float]:
+    """The answer's text, its usage and the longest pause between two chunks in ms; `kill` is called after so many chunks."""
+    body = {
+        "model": MODEL, "messages": [{"role": "user", "content": question}], "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    text, usage, chunks, stall_ms, last = "", {}, 0, 0.0, time.monotonic()
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=300, trust_env=False) as response:
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            document = json.loads(line[6:])
+            if "error" in document:
+                raise SystemExit(f"the stream ended in an error: {document['error']['message']}")
+            usage = document.get("usage") or usage
+            for choice in document["choices"]:
+                now = time.monotonic()
+                stall_ms, last = (max(stall_ms, (now - last) * 1000) if chunks > 1 else 0.0), now
+                text += choice["delta"]["content"]
+                print(choice["delta"]["content"], end="", flush=True)
+            chunks += 1
+            if chunks == kill_at:
+                kill()
+    print(flush=True)
+    return text, usage, stall_ms
+
+
+def show(world: World, url: str, arguments: argparse.Namespace) -> bool:
+    say(f"\nundisturbed, greedy, {arguments.max_tokens} tokens:")
+    wanted, usage, _ = stream(url, arguments.question, arguments.max_tokens, 0, None)
+
+    def kill() -> None:
+        print(f"{RED}[SIGKILL to smol-a]{PLAIN}", end="", flush=True)
+        world.servers["smol-a"].kill()
+
+    say(f"\nthe same, and the server that serves it is killed after {arguments.kill_at} chunks:")
+    text, usage_after, stall_ms = stream(url, arguments.question, arguments.max_tokens, arguments.kill_at, kill)
+    metrics = httpx.get(f"{url}/metrics", timeout=10, trust_env=False).text
+    rungs = [line.split('"')[1] for line in metrics.splitlines() if line.startswith("kvguard_gateway_resumed_total{") and not line.endswith(" 0.0")]
+    outcome = httpx.get(f"{world.servers['smol-b'].url}/metrics", timeout=10, trust_env=False).text
+    hits = [float(line.split()[-1]) for line in outcome.splitlines() if line.startswith("vllm:external_prefix_cache_hits_total")]
+    same = (text, usage_after) == (wanted, usage)
+    colour = GREEN if same else RED
+    say("")
+    print(f"{colour}text and usage {'identical' if same else 'DIFFERENT'}{PLAIN}; rung: {', '.join(rungs) or 'none'}; ", end="")
+    print(f"{sum(hits):.0f} positions restored into smol-b; longest pause {stall_ms:.0f} ms")
+    return same and bool(rungs) and sum(hits) > 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--question", default="Explain in a few sentences how a lighthouse works.")
+    parser.add_argument("--max-tokens", type=int, default=120)
+    parser.add_argument("--kill-at", type=int, default=50, help="chunks of the second run after which the server is killed")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kvguard-demo-vllm-") as directory:
+        world, gateway = World(Path(directory)), None
+        try:
+            say("a coordinator, two nodes, two vLLM servers (half a minute) ...")
+            world.start_daemons()
+            for name in ("a", "b"):
+                world.start_server(name, wait=False)
+            for server in world.servers.values():
+                world.wait_ready(server)
+            gateway, url = start_gateway(world)
+            say(f"an OpenAI-compatible gateway at {url}")
+            return 0 if show(world, url, arguments) else 1
+        finally:
+            if gateway is not None:
+                gateway.terminate()
+                gateway.wait(60)
+            world.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
