@@ -121,7 +121,7 @@ class Cluster:
         """Processes whose end was the fault's own doing."""
         nodes = {"kill-node": [fault.node.name], "corrupt-replica": [fault.node.name], "ids-only": list(before.groups)}.get(name, [])
         woken = [process.pid for label, process in before.processes.items() if name == "pause-node" and label.split("#")[0] in fault.evidence["woken"]]
-        daemons = [fault.process.pid] if name in ("restart-daemon", "fill-arena") else []
+        daemons = {"restart-daemon": [fault.process.pid], "fill-arena": before.daemons}.get(name, [])
         killed = [fault.process.pid] if fault.process.popen.returncode == faults.SIGKILLED else []
         return [*(pid for node in nodes for pid in before.groups[node]), *woken, *daemons, *killed]
 

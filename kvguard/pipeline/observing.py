@@ -93,6 +93,7 @@ class Snapshot:
         self.acked = sum(rank["acked"] for rank in status["ranks"])
         self.committed = sum(rank["committed"] for rank in status["ranks"])
         self.processes: dict[str, Process] = {}
+        self.daemons = [node.daemon.pid for node in world.nodes if node.daemon]
         self.groups = {node.name: [process.pid for process in node.processes()] for node in world.nodes}
         for node in world.nodes:
             self.processes |= {f"{process.name}#{process.pid}": process for process in node.processes() if process.alive()}

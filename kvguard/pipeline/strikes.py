@@ -269,11 +269,14 @@ def slow_link(bench: Bench) -> Fault:
 
 def fill_arena(bench: Bench) -> Fault:
     """The holder comes back with an arena that is too small for what is there, and more comes."""
-    world, client = bench.world, bench.client
+    world, client, small = bench.world, bench.client, []
     fault = _cable(bench, "fill-arena")
     fault.struck_ns = time.monotonic_ns()
-    _restart(bench, fault.node, arena_bytes=SMALL_ARENA_BYTES)  # its daemon is `fault.process` until here
-    bench.wait("the daemon back", lambda: (world.status_or_none() or {}) and _alive(world, fault.node))
+    while (holder := faults.holder_of(world, bench.draw.stage)) not in small:  # one whose daemon is away for long is replaced: then the next is made small too
+        small.append(holder)
+        _restart(bench, holder, arena_bytes=SMALL_ARENA_BYTES)
+        bench.wait("the daemon back", lambda: _heard(world, small[-1]))
+    fault.node = holder
     client.begin(BALLAST, [demo.ids(BALLAST_IDS, 5 * n) for n in range(BALLAST_PROMPTS)], 1, None)
     bench.wait("the ballast in the pools", lambda: client.last("finished", BALLAST))
     bench.wait("sequences refused, and said to be", lambda: bench.stats(fault.node)["store"].get("refused") and bench.watch.saw("unprotected", "store full"))
@@ -285,13 +288,16 @@ def fill_arena(bench: Bench) -> Fault:
     }  # fmt: skip
     fault.fired = fault.evidence["refused"] > 0
     client.release(BALLAST)
-    _restart(bench, fault.node)
+    for node in small:
+        _restart(bench, node)
     bench.wait_protected("an arena that is large enough")
     return bench.counted(fault)
 
 
-def _alive(world: World, node: Node) -> bool:
-    return any(one["node"] == node.name and one["state"] == "alive" and one["heartbeat_age_ms"] < 1000 for one in world.status()["nodes"])
+def _heard(world: World, node: Node) -> bool:
+    """Whether the coordinator hears of it."""
+    nodes = (world.status_or_none() or {"nodes": ()})["nodes"]
+    return any(one["node"] == node.name and one["state"] == "alive" and one["heartbeat_age_ms"] < 1000 for one in nodes)
 
 
 def corrupt_frame(bench: Bench) -> Fault:
