@@ -22,7 +22,7 @@ from kvguard.daemon.perform import Shell
 from kvguard.daemon.perform_node import NodeShell
 from kvguard.types import Rung
 
-RANK = ["instance", "rank"]
+RANK = ["serving_instance", "rank"]  # `instance` is Prometheus' own name of what it scrapes
 PHASES = ("detect", "fence", "plan", "restore", "total")
 FRAMES = {  # result -> the counter of the shell that it is
     "sent": "frames_out", "received": "frames_in", "broken": "frames_broken", "dropped": "sends_dropped", "corrupted_on_purpose": "frames_corrupted",
@@ -51,7 +51,7 @@ class NodeFigures:
         lag_bytes = GaugeMetricFamily("kvguard_lag_bytes", "The same in bytes of KV", labels=RANK)
         lag_seconds = GaugeMetricFamily("kvguard_lag_seconds", "How long the oldest of them has waited", labels=RANK)
         sequences = GaugeMetricFamily("kvguard_sequences", "Sequences of the rank, by state", labels=[*RANK, "state"])
-        epoch = GaugeMetricFamily("kvguard_epoch", "The epoch that the node has promised", labels=["instance"])
+        epoch = GaugeMetricFamily("kvguard_epoch", "The epoch that the node has promised", labels=["serving_instance"])
         window = GaugeMetricFamily("kvguard_window_bytes", "KV that is sent and not acknowledged", labels=[*RANK, "holder"])
         now = self._shell.clock()
         for stream, local in self._core.outbound.streams.items():
@@ -101,7 +101,7 @@ class CoordinatorFigures:
         """Called in the loop's thread."""
         self._count()
         status = self._core.status(self._shell.clock())
-        epoch = GaugeMetricFamily("kvguard_epoch", "The instance's epoch", labels=["instance"])
+        epoch = GaugeMetricFamily("kvguard_epoch", "The instance's epoch", labels=["serving_instance"])
         for instance in status["instances"]:
             epoch.add_metric([instance["instance"]], instance["epoch"])
         yield epoch

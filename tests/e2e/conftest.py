@@ -88,6 +88,9 @@ class Cluster:
                 arguments = [sys.executable, "-m", "kvguard.cli", verb, "--config", str(self.directory / f"{name}.toml")]
                 self.running[name] = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT)
 
+    def free_port(self) -> int:
+        return int(free_addresses(1)[0].rpartition(":")[2])
+
     def kill(self, name: str) -> None:
         process = self.running.pop(name)
         process.send_signal(signal.SIGKILL)

@@ -12,7 +12,7 @@ from kvguard import config
 from kvguard.errors import BadConfig
 
 pytestmark = pytest.mark.e2e
-RANK = {"instance": "llama", "rank": "0.0.0"}
+RANK = {"serving_instance": "llama", "rank": "0.0.0"}
 NODE = {
     "kvguard_lag_tokens", "kvguard_lag_bytes", "kvguard_lag_seconds", "kvguard_time_to_protected_seconds", "kvguard_sequences", "kvguard_epoch",
     "kvguard_frames", "kvguard_replicated_bytes", "kvguard_captures", "kvguard_checksum_failures", "kvguard_stale_epoch_rejections", "kvguard_handshake_failures",
@@ -62,7 +62,7 @@ def test_a_scrape_says_what_the_status_says_and_a_recovery_is_counted(cluster):
     [entry] = cluster.until("the recovery told", lambda: cluster.ask("coordinator", "history")["history"])
     after = Scraped(ports["coordinator"])
     assert after.value("kvguard_recoveries_total", rung="pool", result="done") == 1
-    assert after.value("kvguard_epoch", instance="llama") == entry["epoch"] == 1
+    assert after.value("kvguard_epoch", serving_instance="llama") == entry["epoch"] == 1
     assert after.value("kvguard_recovery_seconds_count", phase="restore") == 1
     assert after.value("kvguard_recovery_seconds_sum", phase="restore") == pytest.approx(entry["timing_ms"]["restore"] / 1000)
     assert after.value("kvguard_recovery_seconds_bucket", phase="restore", le="+Inf") == 1
