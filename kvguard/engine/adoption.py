@@ -15,15 +15,16 @@ import numpy as np
 from kvguard.engine.memory import U64
 from kvguard.engine.table import TableWriter
 from kvguard.format import rows as fmt
+from kvguard.format import tape
 
 
 def rebuild(writer: TableWriter) -> None:
     """Fill the writer's private state from its table; publishes every row anew."""
     views = writer.views
     given = (views.row_generations, views.block_generations, views.row_block_generations, views.heads[:, :, fmt.H_GENERATION])
-    writer._counter = max(writer._counter, *(int(array.max()) for array in given))
+    writer.generations.counter = max(writer.generations.counter, *(int(array.max()) for array in given))
     writer._versions[:] = views.selectors
-    writer.step = writer._latest = _last_step(writer)
+    writer.step = _last_step(writer)
     memory = views.body
     touched = np.flatnonzero(views.selectors)
     kept = {row: found for row in touched.tolist() if (found := _last_version(memory, writer, row)) is not None}
@@ -35,10 +36,7 @@ def rebuild(writer: TableWriter) -> None:
     _close(writer, [row for row in free if views.selectors[row]])
     for row, found in kept.items():
         _mend(writer, row, found)
-    unreferenced = np.flatnonzero((writer._references == 0) & (views.block_generations > 0))
-    if len(unreferenced):
-        first = writer._raise_counter(len(unreferenced))
-        views.block_generations[unreferenced] = np.arange(first, first + len(unreferenced), dtype=U64)
+    writer.generations.raise_blocks(np.flatnonzero((writer.generations.references == 0) & (views.block_generations > 0)))
     for offset in (fmt.SUSPENDED_AT, fmt.SIZE_AT):
         views.words[offset // 8] = 0
     views.words[fmt.ENTERED_AT // 8] = views.words[fmt.LEFT_AT // 8] = writer.step
@@ -52,21 +50,28 @@ def _last_step(writer: TableWriter) -> int:
 
 
 def _last_version(memory: memoryview, writer: TableWriter, row: int) -> fmt.Row | None:
-    """The version that the selector names, or the one before where that one is torn; None where no open version is whole."""
+    """The version that the selector names, or the one before where that one is torn, with its tape; None where no open version is whole."""
     version = int(writer.views.selectors[row])
     found = fmt.read_version(memory, writer.geometry, row, version)
     if found is None:
         found = fmt.read_version(memory, writer.geometry, row, version - 1)
-    return found if found is not None and found.head.is_open else None
+    if found is None or not found.head.is_open:
+        return None
+    return tape.with_tape(memory, writer.geometry, found, writer._tape_word[0]) or found
 
 
 def _take(writer: TableWriter, row: int, found: fmt.Row) -> None:
+    """The row's ids and blocks go where its own are: the tape ends with its writer."""
+    views = writer.views
+    views.ids[row, : len(found.ids)] = found.ids
+    views.row_blocks[row, : len(found.blocks)] = found.blocks
+    views.row_block_generations[row, : len(found.blocks)] = found.block_generations
     fact = fmt.committed(found.head, int(writer._written[0]))
-    head = found.head._replace(accepted=fact, prior=fact, base=fact, step=0, prior_step=0)
+    head = found.head._replace(accepted=fact, prior=fact, base=fact, step=0, prior_step=0, tape=0, column=0)
     writer._set(row, fmt.head_words(head))
     writer._names[found.meta.name] = row
     writer._metas[row] = found.meta
-    np.add.at(writer._references, np.array(found.blocks, np.intp), 1)
+    np.add.at(writer.generations.references, np.array(found.blocks, np.intp), 1)
 
 
 def _close(writer: TableWriter, rows: list[int]) -> None:
@@ -75,7 +80,7 @@ def _close(writer: TableWriter, rows: list[int]) -> None:
         slot = writer.views.heads[row, int(writer._versions[row]) & 1, fmt.H_FLAGS] & U64(fmt.META_SLOT)
         closed = np.zeros(fmt.HEAD_WORDS, U64)
         closed[fmt.H_FLAGS] = slot
-        closed[fmt.H_GENERATION] = writer._raise_row(row)
+        closed[fmt.H_GENERATION] = writer.generations.raise_row(row)
         writer._set(row, closed)
         writer._publish_one(row)
 

@@ -1,144 +1,117 @@
-"""The rows that decode together, step after step: their heads by word instead of by row, so that a commit is two dozen short array operations.
+"""Many rows committed at once, whatever their lengths: the vectorised way, for steps that a tape can't take.
 
-Knows: the plain case, in which every row of the same batch gets one id and everything before is written. Must not know: rows outside it, and any other case:
-then `stage` says no, changes nothing, and the table's general way is taken.
-A usual step, in which every row goes on by one position as in the step before, adds the same to every head: that is one addition.
-Invariants: while a batch exists it, not the table's private heads, is what its rows' next versions are made from (`TableWriter._settle` writes it back).
+Knows: columns of rows, lengths, ids, blocks. Must not know: tapes, publishing.
+Invariants: a batch that can't be raises ValueError before anything has changed.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from kvguard.engine import memory
 from kvguard.engine.memory import U64
 from kvguard.format import rows as fmt
 
-_HALF, _FOLD = U64(32), U64(fmt.FOLD)
-_USUAL = np.zeros((fmt.HOT_WORDS, 1), U64)  # what a usual step adds to a head: one more of everything but hashes and blocks
-_USUAL[[fmt.H_VERSION, fmt.H_ACCEPTED, fmt.H_STEP, fmt.H_PRIOR, fmt.H_PRIOR_STEP, fmt.H_BASE, fmt.H_IDS]] = 1
+
+def stage(writer, rows: np.ndarray, lengths: np.ndarray, new: np.ndarray | None, blocks: dict | None) -> bool:
+    """TableWriter.commit_batch for rows that are distinct rows of the table: int64 [n] rows and lengths, u64 [n] ids (overwritten here) or None.
+
+    True where every row went on by one position and one id, as a tape would take them.
+    """
+    heads = writer._heads.take(rows, 0)
+    signed = heads.view(np.int64)
+    known = signed[:, fmt.H_IDS]
+    slots = writer._slots.take(rows)
+    if blocks:
+        _count_blocks(writer, blocks, heads, slots)
+    bound = np.minimum(known if new is None else known + 1, slots)
+    bad = lengths > bound
+    bad |= lengths < signed[:, fmt.H_ACCEPTED]
+    if bad.any():
+        _explain(writer, rows, heads, lengths, known + (new is not None), slots)
+    plain = new is not None and bool((lengths == signed[:, fmt.H_ACCEPTED] + 1).all())
+    if new is not None:
+        try:
+            writer.views.ids[rows, known] = new
+        except IndexError:  # nothing is stored then
+            _explain(writer, rows, heads, lengths, known + 1, slots)
+            raise
+        multipliers = writer.views.id_multipliers.take(known)
+        new *= multipliers
+        new += multipliers  # (id + 1) * multiplier
+        heads[:, fmt.H_IDS_HASH] += new
+        signed[:, fmt.H_IDS] += 1
+    for index, appended in (blocks or {}).items():
+        for block in map(int, appended):
+            writer.block_references[block] += 1
+            writer.list_block(int(rows[index]), heads[index], block, writer.block_generations[block])
+    _shift(writer, heads)
+    signed[:, fmt.H_ACCEPTED] = lengths
+    writer._keep(rows, heads)
+    return plain
 
 
-class DecodeBatch:
-    """`rows`: int [n]. `words`: u64 [HEAD_WORDS, n], the rows' heads. `slots`: int64 [n]. `key`: the rows' bytes. `staged`: between stage and publish."""
+def _count_blocks(writer, blocks: dict, heads: np.ndarray, slots: np.ndarray) -> None:
+    """Add what a batch appends to `slots` [n]. Raises ValueError."""
+    geometry = writer.geometry
+    for index, appended in blocks.items():
+        for block in appended:
+            if not 0 <= block < geometry.blocks:
+                raise ValueError(f"block {block} is not one of the pool's {geometry.blocks}")
+        if int(heads[index, fmt.H_BLOCKS]) + len(appended) > geometry.blocks_per_row:
+            raise ValueError(f"over {geometry.blocks_per_row} blocks in one row. Try: attach with positions_max= as long as the longest sequence")
+        if slots[index] >= 0:
+            slots[index] += len(appended) * geometry.block_tokens
 
-    def __init__(self, writer, rows: np.ndarray, key: bytes) -> None:
-        views, count = writer.views, len(rows)
-        self._writer, self.rows, self.key, self.staged = writer, rows.copy(), key, False
-        versions = writer._versions.take(rows)
-        self.words = words = np.ascontiguousarray(writer._heads.take(rows, 0).T)
-        words[fmt.H_VERSION] = versions
-        self._cells = memoryview(words.T)  # single words are cheaper to reach so
-        self.slots = writer._slots.take(rows)
-        signed = words.view(np.int64)
-        self._known, self._accepted = signed[fmt.H_IDS], signed[fmt.H_ACCEPTED]
-        self._hot = words[: fmt.HOT_WORDS]
-        self._told = words[: fmt.HOT_WORDS + 1].T  # what changes from step to step, checksum included
-        self._cold_sums = writer._cold_sums.take(rows)
-        self._room = writer.geometry.ids_per_row - int(self._known.max())
-        self._first_id = self.rows * writer.geometry.ids_per_row
-        self._ids, self._multipliers, self._selectors = views.ids.reshape(-1), views.id_multipliers, views.selectors
-        self._heads = views.heads.reshape(-1, fmt.HEAD_WORDS)
-        self._hot_heads = self._heads[:, : fmt.HOT_WORDS + 1]
-        self._places = 2 * self.rows + (versions & 1)
-        self._whole = 2  # publications that write all words, until both heads of every row have the cold ones
-        self._at = self._first_id + self._known  # where each row's next id goes
-        self._total, self._bound = (np.zeros(count, np.int64) for _ in range(2))
-        self._next = self._accepted + 1  # the lengths of a usual step
-        self._step = -1  # the last stage's, where all its words but the hash moved on by one; else -1
-        self._usual = 0  # usual steps that every row has slots for, from the present one on
-        self._high, self._low = np.zeros(count, bool), np.zeros(count, bool)
-        self._mixed, self._shifted = np.zeros_like(self._hot), np.zeros_like(self._hot)
-        self._sums = np.zeros(count, U64)
 
-    def stage(self, step: int, lengths: np.ndarray, ids: np.ndarray, blocks: dict | None) -> bool:
-        """One id per row (u64 [n], overwritten here), int64 [n] lengths, appended blocks. False: not plain, nothing has changed.
+def _explain(writer, rows, heads, lengths, total, slots) -> None:
+    """Raises ValueError for the first row of a batch that can't be."""
+    columns = (column.tolist() for column in (rows, heads, lengths, total, slots))
+    for row, head, length, ids, room in zip(*columns, strict=True):
+        if not head[fmt.H_FLAGS] & fmt.OPEN:
+            raise ValueError(f"row {row} holds no sequence: released?")
+        check(writer, row, head, length, ids, room // writer.geometry.block_tokens)
 
-        Raises ValueError for blocks that can't be."""
-        if self._room <= 0:
-            return False
-        if step != self._step + 1 or lengths.tobytes() != self._next.tobytes() or not (blocks or self._usual > 0):
-            return self._stage(step, lengths, ids, blocks)
-        if blocks:
-            slots = self.slots.copy()
-            self._writer._count_blocks(blocks, self._cells, memoryview(slots))
-            left = int(np.minimum.reduce(slots - lengths))
-            if left < 0:
-                return False
-            self._writer._list_blocks(self.rows, blocks, self._cells)
-            self.slots, self._usual = slots, left
-        else:
-            self._usual -= 1
-        self._hot += _USUAL
-        self._next += 1
-        self._append(ids)
-        self._step = step
-        return True
 
-    def _stage(self, step: int, lengths: np.ndarray, ids: np.ndarray, blocks: dict | None) -> bool:
-        """stage() for whatever lengths and blocks."""
-        words, known = self.words, self._known
-        slots = self.slots
-        if blocks:
-            slots = slots.copy()
-            self._writer._count_blocks(blocks, self._cells, slots)
-        np.add(known, 1, out=self._total)
-        np.minimum(self._total, slots, out=self._bound)
-        np.greater(lengths, self._bound, out=self._high)
-        np.less(lengths, self._accepted, out=self._low)
-        self._high |= self._low
-        if self._high.any():
-            return False
-        if blocks:
-            self._writer._list_blocks(self.rows, blocks, self._cells)
-            self.slots = slots
-        known += 1
-        words[fmt.H_VERSION] += 1
-        words[fmt.H_BASE] = words[fmt.H_PRIOR] = words[fmt.H_ACCEPTED]
-        words[fmt.H_PRIOR_STEP] = words[fmt.H_STEP]
-        words[fmt.H_STEP] = step
-        self._accepted[:] = lengths
-        self._append(ids)
-        # The next step is usual if all that it changes moves on by one from here: each row's two lengths, and the two steps.
-        moved = lengths.tobytes() == self._next.tobytes() and int(words[fmt.H_PRIOR_STEP].min()) == step - 1
-        self._step = step if moved else -1
-        self._usual = int((slots - lengths).min())
-        np.add(lengths, 1, out=self._next)
-        return True
+def check(writer, row: int, head: list[int], length: int, ids: int, blocks: int) -> None:
+    """Raises ValueError where a commit says what can't be: `length` positions in so many ids and blocks, behind what is accepted, or over the table."""
+    geometry, name = writer.geometry, writer.meta(row).name
+    slots = blocks * geometry.block_tokens
+    if ids > geometry.ids_per_row or blocks > geometry.blocks_per_row:
+        raise ValueError(
+            f"sequence {name!r}: {ids} ids in {blocks} blocks are over the table's {geometry.ids_per_row} and {geometry.blocks_per_row}. "
+            "Try: attach with positions_max= as long as the longest sequence"
+        )
+    if length > slots:
+        raise ValueError(f"sequence {name!r}: {length} positions are beyond the block list's {slots}. Try: pass the new blocks with this commit")
+    if length > ids:
+        raise ValueError(f"sequence {name!r}: {length} positions, but only {ids} token ids are known. Try: tokens= with every commit")
+    if length < head[fmt.H_ACCEPTED]:
+        raise ValueError(f"sequence {name!r}: commit of {length} is behind {head[fmt.H_ACCEPTED]}. Try: truncate")
 
-    def _append(self, ids: np.ndarray) -> None:
-        """One id per row behind the ids that it has."""
-        self._ids[self._at] = ids
-        multipliers = self._multipliers.take(self._at - self._first_id)
-        ids *= multipliers
-        ids += multipliers  # (id + 1) * multiplier
-        self.words[fmt.H_IDS_HASH] += ids
-        self._at += 1
-        self._room -= 1
-        self.staged = True
 
-    def publish(self) -> None:
-        """Make the staged versions visible."""
-        words, mixed = self.words, self._mixed
-        self._places ^= 1
-        np.multiply(self._hot, memory.HOT_COLUMN, out=mixed)
-        np.right_shift(mixed, _HALF, out=self._shifted)
-        mixed ^= self._shifted
-        np.add.reduce(mixed, axis=0, out=self._sums)
-        self._sums *= _FOLD
-        np.add(self._sums, self._cold_sums, out=words[fmt.H_SUM])
-        if self._whole:
-            self._heads[self._places] = words.T
-            self._whole -= 1
-        else:
-            self._hot_heads[self._places] = self._told
-        memory.order()  # what a selector chooses is there before it; readers check all the same
-        self._selectors[self.rows] = words[fmt.H_VERSION]
-        self.staged = False
+def _shift(writer, heads: np.ndarray) -> None:
+    """What was accepted before this step becomes `prior` (format.rows.shifted)."""
+    written, steps, accepted = writer._written[0], heads[:, fmt.H_STEP], heads[:, fmt.H_ACCEPTED]
+    if (again := steps == writer.step).any():
+        rows = np.flatnonzero(~again)  # a second commit of one step shifts nothing
+        if len(rows):
+            earlier = heads[rows]
+            _shift(writer, earlier)
+            heads[rows] = earlier
+        return
+    older = np.where(U64(written) >= heads[:, fmt.H_PRIOR_STEP], heads[:, fmt.H_PRIOR], heads[:, fmt.H_BASE])
+    heads[:, fmt.H_BASE] = np.where(U64(written) >= steps, accepted, older)
+    heads[:, fmt.H_PRIOR] = accepted
+    heads[:, fmt.H_PRIOR_STEP] = steps
+    heads[:, fmt.H_STEP] = writer.step
 
-    def write_back(self) -> None:
-        """Give the rows back to the table's private heads."""
-        writer, rows = self._writer, self.rows
-        writer._heads[rows] = self.words.T
-        writer._slots[rows] = self.slots
-        writer._versions[rows] = self.words[fmt.H_VERSION] - U64(self.staged)  # a staged one is nobody's yet
+
+def as_ids(ids) -> np.ndarray:
+    """Token ids as a new u64 array. Raises ValueError outside 0 .. 2**32 - 1."""
+    array = np.asarray(ids)
+    if not array.size:
+        return np.zeros(0, U64)
+    wide = array.astype(U64)  # a negative one becomes a huge one
+    if array.dtype.kind not in "iu" or int(np.maximum.reduce(wide, axis=None)) >> 32:
+        raise ValueError(f"token ids must be integers within 0..{2**32 - 1}, got {array.dtype}. Try: plain ids without padding marks")
+    return wide

@@ -42,7 +42,7 @@ class Step:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._guard._leave(failed=kind is not None)
+        self._guard._leave(kind is not None)
 
     def commit(self, sequence: str, length: int, blocks=(), tokens=(), sampler: bytes | None = None, request: bytes | None = None) -> int:
         """KV of [0, length) is complete once this step is; `blocks`, `tokens`: appended ids (ints), deltas. The first commit of a sequence opens it and brings
@@ -69,6 +69,9 @@ class Step:
         `blocks`: {index in the batch: appended block ids}. Raises KeyError, ValueError; then nothing of the batch is staged.
         """
         table = self._table
+        tape = table.tape
+        if tape is not None and tape.stage(table.step, sequences, lengths, tokens, blocks):
+            return
         if len(sequences) and isinstance(sequences[0], str):
             sequences = np.array([table.row(sequence) for sequence in sequences], np.intp)
         table.commit_batch(sequences, lengths, tokens, blocks)
@@ -152,8 +155,10 @@ class Guard:
         self._ring()
 
     def _ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the counter is full: the bell has been ringing all along
+        try:  # contextlib.suppress is ten times as much code
             os.eventfd_write(self._bell, 1)
+        except BlockingIOError:
+            pass  # the counter is full: the bell has been ringing all along
 
     def _raise_fenced(self) -> None:
         if self.claim is not None:

@@ -17,7 +17,9 @@ import numpy as np
 
 from kvguard.engine import memory
 from kvguard.engine.memory import U64
+from kvguard.engine.tape_look import TapeReader
 from kvguard.format import rows as fmt
+from kvguard.format.tape import read_row
 from kvguard.types import Lineage
 
 Ints = tuple[int, ...]
@@ -95,6 +97,7 @@ class TableReader:
         self._metas: dict[int, fmt.Meta] = {}
         self._bytes = self.views.body
         self.torn = 0
+        self._tape = TapeReader(self.views, self._heads)
 
     # ---- looking ----------------------------------------------------------------------------------------------------------------
 
@@ -102,11 +105,13 @@ class TableReader:
         """What changed since the last look."""
         views = self.views
         written = int(views.words[fmt.WRITTEN_AT // 8])
+        tape = self._tape.word()
+        memory.order()
         selectors = views.selectors.copy()
         memory.order()  # heads are read after the selectors that name them
         changed = np.flatnonzero(selectors != self._versions)
         if not len(changed):
-            return Look(**self._columns(written, changed))
+            return self._look(written, tape, changed, [], [], [], [])
         versions = selectors[changed]
         heads = views.heads[changed, (versions & U64(1)).astype(np.intp)]
         whole = self._whole(heads, versions)
@@ -126,7 +131,16 @@ class TableReader:
         for n in np.flatnonzero(whole & ~same).tolist():
             if self._take_other(int(changed[n]), int(versions[n]), released, cut, opened, grown):
                 touched.append(changed[n : n + 1])
-        columns = self._columns(written, np.concatenate(touched))
+        return self._look(written, tape, np.concatenate(touched), released, cut, opened, grown)
+
+    def _look(self, written: int, tape: tuple[int, int], touched: np.ndarray, released: list, cut: list, opened: list, grown: list) -> Look:
+        """The report, after the tape has added to it."""
+        added: list[tuple[int, int, int, int]] = []
+        moved = np.concatenate((touched, np.array(released, np.int64))) if released else touched
+        got_on, torn = self._tape.follow(*tape, moved, added)
+        self.torn += torn
+        grown += [Grown(row, first, (block,), (generation,)) for row, first, block, generation in added]
+        columns = self._columns(written, np.concatenate((touched, got_on)) if len(got_on) else touched)
         return Look(tuple(released), tuple(cut), tuple(opened), tuple(grown), **columns)
 
     def _whole(self, heads: np.ndarray, versions: np.ndarray) -> np.ndarray:
@@ -208,6 +222,7 @@ class TableReader:
         step = U64(written)
         earlier = np.where(step >= heads[:, fmt.H_PRIOR_STEP], heads[:, fmt.H_PRIOR], heads[:, fmt.H_BASE])
         committed = np.where(step >= heads[:, fmt.H_STEP], heads[:, fmt.H_ACCEPTED], earlier)
+        committed = np.maximum(committed, self._committed)  # a fact stays one: the writer may have seen an earlier completion word than an earlier look
         report = committed != self._committed
         report[touched] = True
         rows = np.flatnonzero(report & ((heads[:, fmt.H_FLAGS] & U64(fmt.OPEN)) != 0))
@@ -218,11 +233,12 @@ class TableReader:
 
     def read_ids(self, row: int, start: int, end: int) -> bytes:
         """Ids [start, end) as u32 LE, as they are now: read the row's generation before and after."""
-        return self.views.ids[row, start:end].astype("<u4").tobytes()
+        first, taped = self._tape.ids(row, start, end)
+        return self.views.ids[row, start:first].astype("<u4").tobytes() + taped.astype("<u4").tobytes()
 
     def read_row(self, row: int) -> fmt.Row | None:
         """The row's present content, whole, or None: not yet."""
-        return fmt.read_row(self._bytes, self.geometry, row)
+        return read_row(self._bytes, self.geometry, row)
 
     def sampler(self, row: int) -> bytes:
         """The sampler state of the version last looked at."""

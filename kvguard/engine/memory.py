@@ -62,6 +62,7 @@ class Views:
 
     `words`: u64 [512], the header page. `selectors`, `row_generations`: u64 [rows]. `block_generations`: u64 [blocks]. `heads`: u64 [rows, 2, HEAD_WORDS].
     `meta`: u64 [rows, 2, META_WORDS]. `row_blocks`: u32 [rows, blocks_per_row]. `row_block_generations`: u64, the same shape. `ids`: u32 [rows, ids_per_row].
+    `tape_bytes`, `tape_words`: the tape's area as memoryviews.
     """
 
     def __init__(self, fd: int, writable: bool) -> None:
@@ -86,6 +87,8 @@ class Views:
         self.row_blocks = view(at.row_blocks, np.uint32, rows, geometry.blocks_per_row)
         self.row_block_generations = view(at.row_block_generations, U64, rows, geometry.blocks_per_row)
         self.ids = view(at.ids, np.uint32, rows, geometry.ids_per_row)
+        self.tape_bytes = self.body[at.tape : at.table_bytes]
+        self.tape_words = self.tape_bytes.cast("Q")
         self.id_multipliers = multipliers(np.arange(geometry.ids_per_row, dtype=U64) + U64(fmt.IDS_SALT))
 
     def word(self, offset: int) -> memoryview:
@@ -106,30 +109,15 @@ def multipliers(places: np.ndarray) -> np.ndarray:
 
 _HEAD = multipliers(np.arange(fmt.HEAD_WORDS, dtype=U64) + U64(fmt.HEAD_SALT))
 _HEAD_FOLD = np.where(np.arange(fmt.HEAD_WORDS) == fmt.H_SUM, U64(0), U64(fmt.FOLD))
-_HOT, _COLD, _ALL = slice(0, fmt.HOT_WORDS), slice(fmt.HOT_WORDS, fmt.HEAD_WORDS), slice(0, fmt.HEAD_WORDS)
 _HALF = U64(32)
-HOT_COLUMN = np.ascontiguousarray(_HEAD[_HOT])[:, None]  # for heads by word
 _META = multipliers(np.arange(fmt.META_WORDS, dtype=U64) + U64(fmt.META_SALT))
-
-
-def _sums(words: np.ndarray, part: slice) -> np.ndarray:
-    mixed = words[:, part] * _HEAD[part]
-    mixed ^= mixed >> _HALF
-    return mixed @ _HEAD_FOLD[part]
 
 
 def head_sums(heads: np.ndarray) -> np.ndarray:
     """Checksums of heads, u64 [n, HEAD_WORDS] -> [n]."""
-    return _sums(heads, _ALL)
-
-
-def hot_sums(heads: np.ndarray) -> np.ndarray:
-    """The share of a head's checksum that the words of every commit have; hot and cold add up to the whole."""
-    return _sums(heads, _HOT)
-
-
-def cold_sums(heads: np.ndarray) -> np.ndarray:
-    return _sums(heads, _COLD)
+    mixed = heads * _HEAD
+    mixed ^= mixed >> _HALF
+    return mixed @ _HEAD_FOLD
 
 
 def ids_sum(ids: np.ndarray, multipliers_: np.ndarray) -> int:

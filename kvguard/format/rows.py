@@ -9,6 +9,7 @@ Invariants
   as that version, as the one before, or as "not yet" (None), never as something that was not committed.
 - ids and blocks are append-only within a generation; meta has two slots and the live one is never written.
 - Generations are never reused: one counter in the header, raised before a generation is given out, over rows and blocks alike.
+- A head that names a tape is that version plus the tape's records (format/tape.py): read_row is there.
 - committed(head, written) is a fact: it counts only positions of steps whose completion word has been seen.
 
 Hashes are sums of (value + 1) * odd multipliers by place, so that both sides add only what is new. They detect tearing; they are not meant against an attacker:
@@ -16,6 +17,7 @@ the engine owns the table, and a reader checks every bound before it uses a coun
 
 Areas, each page aligned: header | selectors u64[rows] | row generations u64[rows] | block generations u64[blocks] | heads u64[rows][2][HEAD_WORDS]
 | meta u64[rows][2][META_WORDS] | block ids u32[rows][blocks_per_row] | their generations u64[rows][blocks_per_row] | ids u32[rows][ids_per_row]
+| tape u64[tape_steps][slot words] (format/tape.py)
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from kvguard.limits import BLOCKS_PER_ROW_MAX, FORKS_MAX, IDS_PER_ROW_MAX, NAME_
 from kvguard.types import Fork, Lineage
 
 MAGIC = int.from_bytes(b"KVGROWS1", "little")
-VERSION = 1
+VERSION = 2
 PAGE_BYTES = 4096
 BLOCKS_MAX = 1 << 24
+TAPE_STEPS, TAPE_STEPS_MAX = 128, 1 << 12
 MASK = (1 << 64) - 1
 
 # Words of the header page, each on a cache line of its own where it is written after creation.
@@ -44,15 +47,17 @@ SIZE_AT = 6 * LINE
 PULSE_AT = 7 * LINE
 SUSPENDED_AT = 8 * LINE
 COUNTER_AT = 9 * LINE  # the last generation given out
+TAPE_AT = 10 * LINE  # the tape's number and how many records it has
 
-# Words of a head. The first HOT_WORDS are what decoding changes; the rest changes with samplers, generations and lineage.
+# Words of a head: first what commits change; the rest changes with samplers, generations, lineage and tapes.
 (
     H_VERSION, H_ACCEPTED, H_STEP, H_PRIOR, H_PRIOR_STEP, H_BASE, H_IDS, H_IDS_HASH, H_BLOCKS, H_BLOCKS_HASH,
-    H_SUM, H_FLAGS, H_BIRTH, H_GENERATION, H_PREVIOUS, H_KEPT, H_KEPT_BLOCKS, H_META_HASH, H_SAMPLER, _, _, _,
-) = range(22)  # fmt: skip
-HOT_WORDS = 10
-HEAD_WORDS = 24  # three cache lines; two words spare, zero
+    H_SUM, H_FLAGS, H_BIRTH, H_GENERATION, H_PREVIOUS, H_KEPT, H_KEPT_BLOCKS, H_META_HASH, H_SAMPLER, _, _, _, H_TAPE, H_COLUMN,
+) = range(24)  # fmt: skip
+HEAD_WORDS = 24  # three cache lines
 OPEN, META_SLOT = 1, 2  # flags; bits 8..15: bytes of sampler state
+
+RECORD_WORDS = 8  # of a tape's record before its ids; the format is format/tape.py's
 
 # Words of a meta slot: sizes, name, forks, request
 NAME_WORDS, FORK_WORDS, REQUEST_WORDS = NAME_BYTES_MAX // 8, 2 * FORKS_MAX, REQUEST_BYTES_MAX // 8
@@ -65,13 +70,14 @@ assert SAMPLER_BYTES_MAX == 32 and META_WORDS % 8 == 0 and HEAD_WORDS % 8 == 0
 
 
 class Geometry(NamedTuple):
-    """How many of everything. `blocks`: of the pool; `block_tokens`: slots per block."""
+    """How many of everything. `blocks`: of the pool; `block_tokens`: slots per block; `tape_steps`: records on a tape."""
 
     rows: int
     blocks: int
     blocks_per_row: int
     ids_per_row: int
     block_tokens: int
+    tape_steps: int = TAPE_STEPS
 
 
 class Areas(NamedTuple):
@@ -85,6 +91,7 @@ class Areas(NamedTuple):
     row_blocks: int
     row_block_generations: int
     ids: int
+    tape: int
     table_bytes: int
 
 
@@ -97,7 +104,9 @@ class Meta(NamedTuple):
 
 
 class Head(NamedTuple):
-    """One version of a row, in the order of its words. Steps and positions as in the module's docstring; `sampler` opaque, `meta_slot` 0 or 1."""
+    """One version of a row, in the order of its words. Steps and positions as in the module's docstring; `sampler` opaque, `meta_slot` 0 or 1.
+
+    `tape`: the number of the tape that goes on from here, 0 for none; `column`: the row's place in its records."""
 
     version: int
     accepted: int
@@ -118,6 +127,8 @@ class Head(NamedTuple):
     meta_hash: int
     sampler: bytes = b""
     meta_slot: int = 0
+    tape: int = 0
+    column: int = 0
 
 
 class Row(NamedTuple):
@@ -143,10 +154,15 @@ class Store(NamedTuple):
 
 def check_geometry(geometry: Geometry) -> None:
     """Raises BadFrame where a count leaves its bounds."""
-    bounds = Geometry(ROWS_MAX, BLOCKS_MAX, BLOCKS_PER_ROW_MAX, IDS_PER_ROW_MAX, 1 << 16)
+    bounds = Geometry(ROWS_MAX, BLOCKS_MAX, BLOCKS_PER_ROW_MAX, IDS_PER_ROW_MAX, 1 << 16, TAPE_STEPS_MAX)
     for name, value, bound in zip(Geometry._fields, geometry, bounds, strict=True):
         if not 1 <= value <= bound:
             raise BadFrame(f"commit table: {name} is {value}, must be within 1..{bound}")
+
+
+def slot_words(rows: int) -> int:
+    """Of one record of the tape: its head, an id for every row, a new block for every row."""
+    return RECORD_WORDS + 3 * rows
 
 
 @lru_cache(maxsize=64)
@@ -156,7 +172,7 @@ def areas(geometry: Geometry) -> Areas:
     rows = geometry.rows
     sizes = (
         8 * rows, 8 * rows, 8 * geometry.blocks, 16 * HEAD_WORDS * rows, 16 * META_WORDS * rows,
-        4 * rows * geometry.blocks_per_row, 8 * rows * geometry.blocks_per_row, 4 * rows * geometry.ids_per_row,
+        4 * rows * geometry.blocks_per_row, 8 * rows * geometry.blocks_per_row, 4 * rows * geometry.ids_per_row, 8 * geometry.tape_steps * slot_words(rows),
     )  # fmt: skip
     offsets, at = [], PAGE_BYTES
     for size in sizes:
@@ -165,11 +181,12 @@ def areas(geometry: Geometry) -> Areas:
     return Areas(*offsets, at)
 
 
-_header = struct.Struct("<8Q")
+_header = struct.Struct("<9Q")
+HEADER_BYTES = _header.size
 
 
 def encode_header(geometry: Geometry) -> bytes:
-    """The first cache line."""
+    """The first words."""
     words = (MAGIC, VERSION, *geometry)
     return _header.pack(*words, additive(words, HEAD_SALT))
 
@@ -181,9 +198,9 @@ def decode_header(data) -> Geometry:
     words = _header.unpack_from(data)
     if words[0] != MAGIC or words[1] != VERSION:
         raise BadFrame("not a commit table of this version. Try: the same kvguard version in engine and daemon")
-    if words[7] != additive(words[:7], HEAD_SALT):
+    if words[8] != additive(words[:8], HEAD_SALT):
         raise BadFrame("commit table: the header's checksum doesn't match")
-    geometry = Geometry(*words[2:7])
+    geometry = Geometry(*words[2:8])
     check_geometry(geometry)
     return geometry
 
@@ -230,7 +247,7 @@ def head_words(head: Head) -> tuple[int, ...]:
     """The HEAD_WORDS words of a version, checksum included."""
     flags = (OPEN if head.is_open else 0) | (META_SLOT if head.meta_slot else 0) | len(head.sampler) << 8
     sampler = struct.unpack("<4Q", head.sampler.ljust(SAMPLER_BYTES_MAX, b"\0"))
-    words = [*head[:H_SUM], 0, flags, *head[H_SUM + 1 : H_SUM + 7], *sampler, 0, 0]
+    words = [*head[:H_SUM], 0, flags, *head[H_SUM + 1 : H_SUM + 7], *sampler, head.tape, head.column]
     words[H_SUM] = head_sum(words)
     return tuple(words)
 
@@ -299,7 +316,7 @@ def decode_head(words, version: int, geometry: Geometry) -> Head | None:
     if words[H_VERSION] != version or words[H_SUM] != head_sum(words) or sampler_bytes > SAMPLER_BYTES_MAX:
         return None
     sampler = struct.pack("<4Q", *words[H_SAMPLER : H_SAMPLER + 4])[:sampler_bytes]
-    head = Head(*words[:H_SUM], bool(flags & OPEN), *words[H_BIRTH:H_SAMPLER], sampler, int(bool(flags & META_SLOT)))
+    head = Head(*words[:H_SUM], bool(flags & OPEN), *words[H_BIRTH:H_SAMPLER], sampler, int(bool(flags & META_SLOT)), *words[H_TAPE:])
     return head if in_bounds(head, geometry) else None
 
 
@@ -331,15 +348,8 @@ def meta_words_used(words) -> int:
     return min(M_REQUEST + -(-(words[M_SIZES] >> 32) // 8), META_WORDS)
 
 
-def read_row(memory, geometry: Geometry, row: int) -> Row | None:
-    """The row's present version from a table's bytes, or None: not yet (torn or reordered), try at the next look."""
-    at = areas(geometry)
-    (version,) = struct.unpack_from("<Q", memory, at.selectors + 8 * row)
-    return read_version(memory, geometry, row, version)
-
-
 def read_version(memory, geometry: Geometry, row: int, version: int) -> Row | None:
-    """A certain version of a row, or None where it is not there completely."""
+    """What the head of a certain version says, without a tape; None where it is not there completely."""
     if version == 0:
         return CLOSED  # never written
     at = areas(geometry)

@@ -17,6 +17,7 @@ from kvguard import engine
 from kvguard.engine import memory
 from kvguard.engine.look import TableReader
 from kvguard.format import rows as fmt
+from kvguard.format.tape import split_word
 from kvguard.format.layout import Layout
 from kvguard.types import Rank
 from tests.engine import fast_writer
@@ -87,7 +88,10 @@ def test_adoption_after_kills_in_mid_commit(processes) -> None:
 
 
 def struck_inside(views: memory.Views, reader: TableReader) -> bool:
-    """Ids stored but not counted by any visible head, heads stored but not selected, or rows of one batch at different versions."""
+    """Ids or records stored but not counted, heads stored but not selected, or rows of one batch at different versions."""
+    number, count = split_word(int(views.words[fmt.TAPE_AT // 8]))
+    if count < fast_writer.GEOMETRY.tape_steps and views.tape_words[count * fmt.slot_words(fast_writer.ROWS) + 1] == number:
+        return True
     for row in range(fast_writer.ROWS):
         version = int(views.selectors[row])
         seen = views.heads[row, version & 1]

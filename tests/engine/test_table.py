@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from random import Random
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvguard.engine import batch as table_batch
 from kvguard.engine import memory as table_memory
-from kvguard.engine.batch import DecodeBatch
 from kvguard.engine.look import Look, TableReader
 from kvguard.engine.table import TableWriter
 from kvguard.errors import Refused
 from kvguard.format import rows as fmt
+from kvguard.format import tape as form
 from kvguard.format.lineage import forked
-from tests.format.pure_table import GEOMETRY, PureTable, apply, new_memory
+from tests.format.pure_table import GEOMETRY, PureTable, apply, content, new_memory
 from tests.format.scripts import next_operation
 
 SLOW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 def perform(writer: TableWriter, operation: tuple) -> None:
-    """What PureTable did, by the numpy writer; decoding commits go as a batch."""
+    """What PureTable did, by the numpy writer; a tape's record is begun as the pure table begins it."""
     name, *arguments = operation
     if name == "complete":
         writer._written[0] = arguments[0]
@@ -38,24 +40,34 @@ def perform(writer: TableWriter, operation: tuple) -> None:
         writer._free = deque([row])  # the pure table chose it
         assert writer.open(sequence, forked((), epoch, 0), request) == row
         writer.commit(row, length, ids, blocks, sampler)
+    elif name == "tape":
+        rows, writer.step, ids, blocks = arguments
+        if writer.tape is not None and (tuple(writer.tape.rows.tolist()) != rows or writer.tape.count >= GEOMETRY.tape_steps):
+            writer._settle()
+        rows = np.array(rows)
+        writer._checked, writer._plain = rows.tobytes(), True  # as after such a step that went the general way
+        lengths = np.array([writer.accepted(row) + 1 for row in rows.tolist()])
+        writer.commit_batch(rows, lengths, np.array(ids), {index: [block] for index, block in blocks})
+        assert writer.tape is not None and writer.tape.staged is not None
     else:
         row, writer.step, length, ids, blocks, sampler = arguments
-        if len(ids) == 1 and not blocks and sampler is None:
-            writer.commit_batch(np.array([row]), np.array([length]), np.array(ids))
-        else:
-            writer.commit(row, length, ids, blocks, sampler)
+        writer.commit(row, length, ids, blocks, sampler)
     writer.publish()
+
+
+def contents(memory) -> list:
+    return [content(form.read_row(memory, GEOMETRY, row)) for row in range(GEOMETRY.rows)]
 
 
 @SLOW
 @given(st.data())
-def test_rows_that_decode_together_make_the_same_bytes(data) -> None:
+def test_rows_that_decode_together_read_the_same(data) -> None:
     """The same batch again and again, with blocks, lagging completion, rolled back steps and other operations in between."""
-    table, memory, writer = PureTable(), new_memory(), TableWriter.create(GEOMETRY)
+    table, writer = PureTable(), TableWriter.create(GEOMETRY)
     reader, mirror = TableReader(os.dup(writer.fd)), Mirror()
     for row in range(3):
         operation = ("open", row, f"s{row}", 0, b"request", 1, 2, (1, 2, 3), (4 * row,), b"")
-        apply(memory, getattr(table, operation[0])(*operation[1:]))
+        getattr(table, operation[0])(*operation[1:])
         perform(writer, operation)
     rows = np.array(data.draw(st.sampled_from([(0, 1, 2), (2, 0)])))
     for step in range(2, data.draw(st.integers(4, 16))):
@@ -73,62 +85,96 @@ def test_rows_that_decode_together_make_the_same_bytes(data) -> None:
             with pytest.raises(ValueError, match="over the table's"):
                 writer.commit_batch(rows, lengths, ids)
             break
+        lengths, ids = np.array(lengths), np.array(ids)
         if data.draw(st.integers(0, 5)) == 0:
             writer.commit_batch(rows, lengths, ids, blocks)
             writer.roll_back()
             for block in sorted(block for listed in blocks.values() for block in listed):  # the pure table never staged them
                 table.counter += 1
                 table.block_generations[block] = table.counter
-            return_to = bytes(writer.views.body)
-            assert all(fmt.read_row(return_to, GEOMETRY, row) == table.rows[row] for row in range(3))
-            memory[:] = return_to  # what was appended but never visible stays
+            assert contents(writer.views.body) == list(map(content, table.rows))
             continue
         writer.commit_batch(rows, lengths, ids, blocks)
         writer.publish()
         for index, row in enumerate(rows.tolist()):
-            apply(memory, table.commit(row, step, lengths[index], (ids[index],), blocks.get(index, ()), None))
+            table.commit(row, step, int(lengths[index]), (int(ids[index]),), blocks.get(index, ()), None)
         done = data.draw(st.sampled_from([step, step, step - 1, None]))
         if done is not None and done > table.written:
-            apply(memory, table.complete(done))
+            table.complete(done)
             perform(writer, ("complete", done))
         if data.draw(st.integers(0, 5)) == 0:
             operation = ("truncate", data.draw(st.integers(0, 2)), 2, None)
-            apply(memory, table.truncate(*operation[1:]))
+            table.truncate(*operation[1:])
             perform(writer, operation)
-        assert bytes(writer.views.body[64:]) == memory[64:]
+        assert contents(writer.views.body) == list(map(content, table.rows))
         if data.draw(st.booleans()):
             mirror.take(reader.look())
-            assert mirror.rows == expected(table)
+            mirror.check(table)
     mirror.take(reader.look())
-    assert mirror.rows == expected(table)
+    mirror.check(table)
+    for n, row in enumerate(table.rows):
+        start = data.draw(st.integers(0, len(row.ids)))
+        assert reader.read_ids(n, start, len(row.ids)) == np.array(row.ids[start:], "<u4").tobytes()
+    assert reader.torn == 0
     writer.close()
 
 
-def test_usual_steps_make_the_same_bytes(monkeypatch) -> None:
-    """Step after step of one position and one id a row, with new blocks where a block ends; one of them rolled back while it is staged."""
-    table, memory, writer = PureTable(), new_memory(), TableWriter.create(GEOMETRY)
+def test_usual_steps_are_records_on_a_tape(monkeypatch) -> None:
+    """Step after step of one position and one id a row, with new blocks where a block ends; one of them rolled back while it is staged. Only the first goes the
+    general way, and a tape that is full is followed by another."""
+    writer = TableWriter.create(GEOMETRY)
     for row in range(3):
-        operation = ("open", row, f"s{row}", 0, b"request", 1, 2, (1, 2, 3), (4 * row,), b"")
-        apply(memory, getattr(table, operation[0])(*operation[1:]))
-        perform(writer, operation)
+        perform(writer, ("open", row, f"s{row}", 0, b"request", 1, 2, (1, 2, 3), (4 * row,), b""))
     general = []
-    whole = DecodeBatch._stage
-    monkeypatch.setattr(DecodeBatch, "_stage", lambda *given: general.append(given[1]) or whole(*given))
-    rows = np.arange(3)
-    for step in range(2, 12):
+    stage = table_batch.stage
+    monkeypatch.setattr(table_batch, "stage", lambda *given: general.append(given[0].step) or stage(*given))
+    rows, reader, tapes = np.arange(3), TableReader(os.dup(writer.fd)), set()
+    for step in range(2, 20):
         writer.step, length = step, step + 1
-        blocks = {row: [4 * row + (length - 1) // 4] for row in range(3)} if (length - 1) % 4 == 0 else {}
-        if step == 7:  # no new blocks: theirs would get new generations
+        blocks = {row: [4 * row + (length - 1) // 4] for row in range(3)} if (length - 1) % 4 == 0 and length < 17 else {}
+        if length == 17:
+            with pytest.raises(ValueError, match="beyond the block list"):
+                writer.commit_batch(rows, np.full(3, length), np.arange(3) + step)
+            assert contents(writer.views.body)[2].head.accepted == 16
+            break
+        if step == 7:
             writer.commit_batch(rows, np.full(3, length), np.arange(3) + step, blocks)
             writer.roll_back()
         writer.commit_batch(rows, np.full(3, length), np.arange(3) + step, blocks)
+        assert contents(writer.views.body)[0].head.accepted == length - 1
         writer.publish()
-        for row in range(3):
-            apply(memory, table.commit(row, step, length, (row + step,), blocks.get(row, ()), None))
-        apply(memory, table.complete(step))
-        perform(writer, ("complete", step))
-        assert bytes(writer.views.body[64:]) == memory[64:], f"step {step}"
-    assert 0 < len(general) < 6, f"the steps {general} took the general way"
+        writer._written[0] = step
+        look = reader.look()
+        assert look.rows == (0, 1, 2) and look.committed == (length,) * 3 and look.ids == (length + 1,) * 3 and reader.torn == 0
+        assert [grown.blocks for grown in look.grown if grown.first] == [tuple(listed) for listed in blocks.values()]
+        tapes.add(form.split_word(writer._tape_word[0])[0])
+    assert general == [2, 17 - 1] and len(tapes) >= 3, (general, tapes)
+    writer.close()
+
+
+@pytest.mark.parametrize("what", ["ids", "lengths", "rows", "block", "twice"])
+def test_a_wrong_step_ends_the_tape_and_changes_nothing(what: str) -> None:
+    writer = TableWriter.create(GEOMETRY)
+    for row in range(2):
+        perform(writer, ("open", row, f"s{row}", 0, b"", 1, 2, (1, 2, 3), (row,), b""))
+    rows, ids = np.arange(2), np.array([7, 8])
+    for step, length in ((2, 3), (3, 4)):
+        writer.step = step
+        writer.commit_batch(rows, np.full(2, length), ids, {0: [4], 1: [5]} if step == 3 else None)
+        writer.publish()
+    assert writer.tape is not None and writer.tape.count == 1
+    before, writer.step = contents(writer.views.body), 4
+    wrong = {
+        "ids": (rows, np.full(2, 5), np.array([1, -1]), None), "lengths": (rows, np.array([5, 3]), ids, None),
+        "rows": (np.array([0, 2]), np.full(2, 5), ids, None), "block": (rows, np.full(2, 5), ids, {1: [99]}), "twice": (np.array([1, 1]), np.full(2, 5), ids, None),
+    }[what]  # fmt: skip
+    with pytest.raises(ValueError):
+        writer.commit_batch(*wrong)
+    writer.publish()
+    assert contents(writer.views.body) == before
+    writer.commit_batch(rows, np.full(2, 5), ids, None)
+    writer.publish()
+    assert [row.head.accepted for row in contents(writer.views.body)[:2]] == [5, 5]
     writer.close()
 
 
@@ -159,6 +205,14 @@ class Mirror:
             assert committed >= self.rows[row]["committed"] and ids >= self.rows[row]["ids"]
             self.rows[row].update(committed=committed, ids=ids)
 
+    def check(self, table: PureTable) -> None:
+        """All that was published is known, and as committed what the heads say at least, the facts at most."""
+        sure = expected(table)
+        for n, row in self.rows.items():
+            assert sure[n]["committed"] <= row["committed"] <= table.committed(n)
+            sure[n]["committed"] = row["committed"]
+        assert self.rows == sure
+
 
 def expected(table: PureTable) -> dict[int, dict]:
     return {
@@ -181,14 +235,17 @@ def test_the_numpy_writer_makes_the_same_bytes_and_the_reader_sees_the_same_life
         operation = next_operation(data.draw, table, step)
         apply(memory, getattr(table, operation[0])(*operation[1:]))
         perform(writer, operation)
-        assert bytes(writer.views.body[64:]) == memory[64:]
+        assert bytes(writer.views.body[fmt.PAGE_BYTES :]) == memory[fmt.PAGE_BYTES :]
+        for word in (fmt.COUNTER_AT, fmt.TAPE_AT):
+            assert bytes(writer.views.body[word : word + 8]) == memory[word : word + 8]
         if data.draw(st.booleans()):  # else the look is missed
             mirror.take(reader.look())
-            assert mirror.rows == expected(table)
+            mirror.check(table)
     mirror.take(reader.look())
-    assert mirror.rows == expected(table) and reader.torn == 0 and reader.look().is_empty
+    mirror.check(table)
+    assert reader.torn == 0 and reader.look().is_empty
     for n, row in enumerate(table.rows):
-        assert reader.read_row(n) == row
+        assert content(reader.read_row(n)) == content(row)
         if row.head.is_open:
             assert reader.read_ids(n, 0, len(row.ids)) == np.array(row.ids, "<u4").tobytes()
             assert (reader.sampler(n), reader.request(n)) == (row.head.sampler, row.meta.request)
@@ -211,7 +268,7 @@ def test_what_a_dead_writer_left_is_adopted_as_facts(data) -> None:
             break
     fd = table_memory.create(GEOMETRY)
     os.pwrite(fd, bytes(memory), 0)
-    seen = [fmt.read_row(memory, GEOMETRY, row) for row in range(GEOMETRY.rows)]
+    seen = [form.read_row(memory, GEOMETRY, row) for row in range(GEOMETRY.rows)]
     written = int.from_bytes(memory[fmt.WRITTEN_AT : fmt.WRITTEN_AT + 8], "little")
     reader = TableReader(os.dup(fd))
     mirror = Mirror()
@@ -220,7 +277,7 @@ def test_what_a_dead_writer_left_is_adopted_as_facts(data) -> None:
     writer = TableWriter.adopt(fd)
     assert writer.step >= written
     for n, row in enumerate(seen):
-        assert row in (before[n], table.rows[n])
+        assert content(row) in (content(before[n]), content(table.rows[n]))
         if row.head.is_open:
             assert writer.accepted(n) == fmt.committed(row.head, written) and writer.meta(n) == row.meta
         else:
@@ -230,6 +287,7 @@ def test_what_a_dead_writer_left_is_adopted_as_facts(data) -> None:
     assert {n: row["committed"] for n, row in mirror.rows.items()} == {n: writer.accepted(n) for n in writer.sequences().values()}
     for n in writer.sequences().values():  # and the adopted table is alive and sound
         row = reader.read_row(n)
+        assert reader.read_ids(n, 0, len(row.ids)) == np.array(row.ids, "<u4").tobytes()
         assert row.head.generation == reader.row_generation(n)
         generations = reader.generations([n], row.blocks)[1]
         assert tuple(generations.tolist()) == row.block_generations
@@ -311,6 +369,35 @@ def test_what_an_engine_can_write_never_makes_a_look_raise() -> None:
             writer.views.selectors[:] = version
             reader.look()
     assert reader.torn > 0
+
+
+def test_what_an_engine_can_write_on_a_tape_never_makes_a_look_raise() -> None:
+    """Tapes with sound sums and any numbers in them, numbers that come back, records that change after they were read, columns of nobody."""
+    writer, draw = TableWriter.create(GEOMETRY), Random(4)
+    for row in range(3):
+        perform(writer, ("open", row, f"s{row}", 0, b"", 1, 2, (1, 2, 3), (row,), b""))
+    reader = TableReader(os.dup(writer.fd))
+    reader.look()
+    grown = got_on = 0
+    for turn in range(600):
+        number, count = draw.randrange(1, 4), draw.choice([0, 1, 3, 5, 6, 60000])
+        if turn % 5 == 0:
+            for row in range(3):
+                head = writer._heads[row : row + 1].copy()
+                head[0, fmt.H_TAPE], head[0, fmt.H_COLUMN] = draw.randrange(4), draw.choice([0, 1, 2] * 9 + [3, 2**63, 2**64 - 1])
+                writer._publish(np.array([row]), head)
+        for place in range(GEOMETRY.tape_steps):
+            blocks = tuple(form.NewBlock(*map(draw.choice, ((0, 1, 2, 9), (0, 5, 11, 12), (0, 2**64 - 1)))) for _ in range(draw.randrange(2)))
+            record = form.Record(draw.choice([turn, 2**64 - 1]), tuple(draw.choice([7, 8, 9, 2**32 - 1, 2**32]) for _ in range(draw.randrange(4))), blocks)
+            for store in form.record_stores(GEOMETRY, number, place, record):
+                writer.views.body[store.offset : store.offset + store.width] = store.value.to_bytes(store.width, "little")
+        writer._tape_word[0] = form.tape_word(number, count)
+        look = reader.look()
+        grown, got_on = grown + len(look.grown), got_on + len(look.rows)
+        for row in range(3):
+            assert len(reader.read_ids(row, 0, 24)) <= 4 * 24
+            assert (found := reader.read_row(row)) is None or found.head.accepted <= len(found.ids) <= 24
+    assert reader.torn > 0 and grown > 0 and got_on > 0
 
 
 @pytest.mark.parametrize("kind", ["unsealed", "short", "garbage", "pipe"])
