@@ -40,7 +40,7 @@ class Cluster:
         # Dozens of failovers in minutes is what this is for; the bound on them and the waits between them have tests of their own.
         self.world = World(WorldSettings(
             root=self.root, model=model, stages=stages, gated=True, node_overrides={"hang_ms": HANG_MS},
-            coordinator_overrides={"failovers_per_window": 10_000, "backoff_ms": 0},
+            coordinator_overrides={"failovers_per_window": 10_000, "backoff_ms": 0, "standby_ms": int(1e3 * DISTRESS_S)},
         ))  # fmt: skip
         self.client = Client(self.world)
         self.load = Load(self.client, demo.prompts_of(options, model), max_tokens)
