@@ -14,7 +14,7 @@ from kvguard.core.known import Known, Round, Settings
 from kvguard.core.membership import DEAD, MS, FairClock, Verdict
 from kvguard.format import ledger, messages
 from kvguard.format.ledger import FENCING, PLANNED
-from kvguard.format.messages import Beat, Fault, Fence, NodeHello, NodeWelcome, RankBeat, Resumed
+from kvguard.format.messages import Beat, Fault, Fence, NodeHello, NodeWelcome, RankBeat
 from kvguard.types import NodeId, Rank
 
 
@@ -162,7 +162,7 @@ class Coordinator:
             if current is not None:
                 resuming.say_resumed(known, instance, again=True)
             elif instance not in known.failed:
-                known.tell_node(node, Resumed(instance, epoch, ()))
+                known.tell_node(node, resuming.word(known, instance))
 
     def _floor(self, instance: str, epoch) -> None:
         """A higher epoch than ours lives out there (a restored store): what is under way begins again above it."""
@@ -182,7 +182,7 @@ class Coordinator:
             for instance in list(known.epochs):
                 self._bring_up_to_date(node, instance, promised.get(instance))
         for rank_beat in new:
-            if rank_beat.state != "lost":
+            if rank_beat.state != "lost" and not self._is_over(node, rank_beat):
                 self._adopt(node, rank_beat)
         for rank_beat in strange:
             self._strange(node, rank_beat)
@@ -196,6 +196,15 @@ class Coordinator:
                 member.former = ()
                 known.keep_member(rank_beat.stream.instance, rank_beat.stream.rank)
         resuming.sweep(known, node, tuple(stream for stream, _, _ in message.replicas))
+
+    def _is_over(self, node: NodeId, rank_beat: RankBeat) -> bool:
+        """A life whose sequences moved elsewhere, and that slept through it or is not dead yet."""
+        known, stream = self.known, rank_beat.stream
+        over = resuming.is_ended(known, stream)
+        if over:
+            known.note_once("stale_rank", f"{stream.instance}/{stream.rank}", f"a former life on {node}: its sequences moved elsewhere", node, stream)
+            known.tell_node(node, resuming.word(known, stream.instance, ended=(stream,)))
+        return over
 
     def _adopt(self, node: NodeId, rank_beat: RankBeat) -> None:
         known, instance, rank = self.known, rank_beat.stream.instance, rank_beat.stream.rank
@@ -215,7 +224,7 @@ class Coordinator:
         if rank_beat.epoch.counter < known.epoch(instance).counter:
             known.note_once("stale_rank", f"{instance}/{rank}", f"a former life on {node} still is in epoch {rank_beat.epoch.counter}", node, rank_beat.stream)
             if not known.phase(instance) and instance not in known.failed:  # it slept through the plan that would have ended it, and holds memory for nobody
-                known.tell_node(node, Resumed(instance, known.epoch(instance), (), (rank_beat.stream,)))
+                known.tell_node(node, resuming.word(known, instance, ended=(rank_beat.stream,)))
             return
         home = known.membership.nodes.get(member.node)
         idle = member.beat is None or not member.beat.sequences

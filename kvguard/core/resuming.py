@@ -151,7 +151,7 @@ def _resume(known: Known, instance: str) -> None:
     known.keep_history(HistoryRecord(
         instance, record.epoch, record.reason, record.lost, targets, timing, dict(zip(order.sequences, order.positions, strict=True)),
         dict(zip(order.sequences, order.rungs, strict=True)), lost, moved, record.attempt, verdict_ns=record.verdict_ns, recomputed=recomputed,
-        moved=len(proofs),
+        moved=len(proofs), ended=record.former if order.moved else (),
     ))  # fmt: skip
     _keep_resume(known, instance, resume)
     known.keep_round(instance, record)
@@ -204,6 +204,13 @@ def _say_resume(known: Known, instance: str, resume: Resume) -> None:
         known.unheard[instance] = True
 
 
+def word(known: Known, instance: str, unpinned: tuple[StreamId, ...] = (), ended: tuple[StreamId, ...] = ()) -> Resumed:
+    """That the instance runs; and whether what moved from it is still kept."""
+    current = known.rounds.get(instance)
+    kept = current is not None and current.record.phase == RESUMED and current.record.order is not None
+    return Resumed(instance, known.epoch(instance), unpinned, ended, kept)
+
+
 def say_resumed(known: Known, instance: str, again: bool = False) -> None:
     """To every node that hasn't heard it on its present link. `again`: with the plan before it, where it is still needed to answer fetches."""
     current = known.rounds[instance]
@@ -213,7 +220,7 @@ def say_resumed(known: Known, instance: str, again: bool = False) -> None:
             current.asked[node] = link
             if again and current.record.order is not None:
                 known.tell_node(node, current.record.order)
-            known.tell_node(node, Resumed(instance, current.record.epoch, (), pinned=current.record.order is not None))
+            known.tell_node(node, word(known, instance))
 
 
 def _unpin_moved(known: Known, instance: str) -> None:
@@ -261,7 +268,7 @@ def sweep(known: Known, node: NodeId, held: tuple[StreamId, ...]) -> None:
         if instance in known.rounds or instance in known.failed or instance in known.held:
             continue
         gone = tuple(stream for stream in held if stream.instance == instance and _is_left_behind(known, node, stream))
-        if gone and known.tell_node(node, Resumed(instance, known.epoch(instance), gone)):
+        if gone and known.tell_node(node, word(known, instance, gone)):
             known.note("unpinned", instance, f"{_count(gone)} on {node} may go: the ranks are protected without", epoch=known.epoch(instance).counter)
 
 
@@ -274,7 +281,7 @@ def _is_left_behind(known: Known, node: NodeId, stream: StreamId) -> bool:
         return _is_unlisted(known, node, stream)
     place = known.membership.members.get(stream.instance, {}).get(stream.rank)
     if place is None:
-        return _is_of_moved(known, stream)
+        return is_ended(known, stream)  # and its round is over: nobody fetches from it any more
     beat = place.beat
     if beat is None or place.lost or beat.stream != place.stream or beat.state != "protected" or beat.epoch != known.epoch(stream.instance):
         return False
@@ -284,10 +291,9 @@ def _is_left_behind(known: Known, node: NodeId, stream: StreamId) -> bool:
     return stream != place.stream or node == place.node or node not in (*place.holders, *place.former, *beat.holders)
 
 
-def _is_of_moved(known: Known, stream: StreamId) -> bool:
-    """A rank that ended because its sequences moved, and has not come back: its round is over, so nobody fetches them any more."""
-    last = next((record for record in reversed(known.history) if record.instance == stream.instance), None)
-    return last is not None and last.epoch == known.epoch(stream.instance) and not last.error and not last.targets and stream.rank in last.ranks
+def is_ended(known: Known, stream: StreamId) -> bool:
+    """Whether it is a life that ended because its sequences moved elsewhere."""
+    return any(stream in record.ended for record in known.history if record.instance == stream.instance)
 
 
 def _is_unlisted(known: Known, node: NodeId, stream: StreamId) -> bool:

@@ -221,7 +221,9 @@ def _order(known: Known, instance: str, answer) -> None:
     )  # fmt: skip
     if answer.order.moved:
         secret = moves.secret_of(known.secret, instance, record.epoch)
-        record = msgspec.structs.replace(record, order=msgspec.structs.replace(answer.order, secret=secret))
+        lives = (known.membership.members[instance][rank].stream for rank in answer.order.moved)
+        former = tuple(dict.fromkeys((*record.former, *lives)))
+        record = msgspec.structs.replace(record, order=msgspec.structs.replace(answer.order, secret=secret), former=former)
     known.keep_round(instance, record)  # first: forks of a plan that nobody was told would cut the next one for nothing
     known.forks[instance] = dict(zip(answer.order.sequences, answer.order.lineages, strict=True))
     known.persist(f"forks/{instance}", known.forks[instance])

@@ -74,6 +74,7 @@ class HistoryRecord(msgspec.Struct, frozen=True, array_like=True):
     verdict_ns: int = 0  # the coordinator's monotonic clock when the loss was told; comparable on its machine alone
     recomputed: int = 0  # known positions, but for each sequence's last, whose KV has to be computed again
     moved: int = 0  # sequences that went on in other instances
+    ended: tuple[StreamId, ...] = ()  # then, the lives that ended with it: none of them is a rank of the instance any more
 
 
 _encoder = msgspec.msgpack.Encoder()
