@@ -20,7 +20,7 @@ from kvguard.errors import BadConfig
 from kvguard.store.shelf import Files, Memfds
 
 
-class Manager:
+class ServiceSocket:
     """The other end of a notification socket."""
 
     def __init__(self, address: str) -> None:
@@ -43,7 +43,7 @@ class Manager:
 @pytest.fixture(params=["path", "abstract"])
 def manager(request, tmp_path):
     address = str(tmp_path / "notify") if request.param == "path" else f"\0kvguard-test-{os.getpid()}"
-    made = Manager(address)
+    made = ServiceSocket(address)
     made.word = address.replace("\0", "@")
     yield made
     made.socket.close()
