@@ -1,4 +1,4 @@
-"""What a service manager hears, and what is taken from it at the start."""
+"""What systemd hears, and what is taken from it at the start."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ServiceSocket:
 
 
 @pytest.fixture(params=["path", "abstract"])
-def manager(request, tmp_path):
+def service(request, tmp_path):
     address = str(tmp_path / "notify") if request.param == "path" else f"\0kvguard-test-{os.getpid()}"
     made = ServiceSocket(address)
     made.word = address.replace("\0", "@")
@@ -49,13 +49,13 @@ def manager(request, tmp_path):
     made.socket.close()
 
 
-def told(manager, **more) -> tuple[Notifier, dict]:
-    environ = {"NOTIFY_SOCKET": manager.word, "HOME": "/", **more}
+def told(service, **more) -> tuple[Notifier, dict]:
+    environ = {"NOTIFY_SOCKET": service.word, "HOME": "/", **more}
     return Notifier(environ), environ
 
 
-def test_a_life_as_the_manager_hears_it(manager):
-    notifier, environ = told(manager)
+def test_a_life_as_the_manager_hears_it(service):
+    notifier, environ = told(service)
     assert environ == {"HOME": "/"}  # no child speaks for this process
     notifier.ready("all is\nwell")
     notifier.status("all is\nwell")
@@ -63,20 +63,20 @@ def test_a_life_as_the_manager_hears_it(manager):
     notifier.reloading()
     notifier.stopping()
     notifier.close()
-    heard = [text for text, _ in manager.heard()]
+    heard = [text for text, _ in service.heard()]
     assert heard[:2] == ["READY=1\nSTATUS=all is well", "STATUS=other"] and heard[3] == "STOPPING=1"
     word, moment = heard[2].splitlines()
     assert word == "RELOADING=1" and int(moment.removeprefix("MONOTONIC_USEC=")) > 0
 
 
-def test_descriptors_are_kept_and_forgotten(manager):
-    notifier, _ = told(manager)
+def test_descriptors_are_kept_and_forgotten(service):
+    notifier, _ = told(service)
     shelf = ServiceShelf(notifier)
     descriptor = shelf.create("x.arena")
     os.write(descriptor, b"page")
     shelf.remove("x.arena")
     shelf.remove("never")
-    (kept, [duplicate]), (forgotten, none) = manager.heard()
+    (kept, [duplicate]), (forgotten, none) = service.heard()
     assert kept == "FDSTORE=1\nFDPOLL=0\nFDNAME=x.arena" and os.pread(duplicate, 4, 0) == b"page"
     assert (forgotten, none) == ("FDSTOREREMOVE=1\nFDNAME=x.arena", [])
     os.close(descriptor)
@@ -84,11 +84,11 @@ def test_descriptors_are_kept_and_forgotten(manager):
     notifier.close()
 
 
-def test_a_manager_that_is_gone_or_full_changes_nothing(manager):
-    notifier, _ = told(manager)
+def test_a_manager_that_is_gone_or_full_changes_nothing(service):
+    notifier, _ = told(service)
     while notifier.dropped < 2:  # nobody reads
         notifier.alive()
-    manager.socket.close()
+    service.socket.close()
     notifier.status("said to nobody")
     assert notifier.dropped == 3
     shelf = ServiceShelf(notifier)
@@ -143,29 +143,29 @@ class Timers:
             ready()
 
 
-def test_one_loop_that_is_stuck_starves_the_watchdog(manager):
-    notifier, _ = told(manager, WATCHDOG_USEC="3000000", WATCHDOG_PID=str(os.getpid()))
+def test_one_loop_that_is_stuck_starves_the_watchdog(service):
+    notifier, _ = told(service, WATCHDOG_USEC="3000000", WATCHDOG_PID=str(os.getpid()))
     loops = [Timers(), Timers()]
     Watchdog(notifier, loops)
     assert {delay for loop in loops for delay, _ in loop.due} == {3_000_000_000 // FEEDS_PER_TIMEOUT}
-    manager.heard()
+    service.heard()
     for loop in loops:
         loop.turn()
-    assert manager.heard() == [("WATCHDOG=1", [])]
+    assert service.heard() == [("WATCHDOG=1", [])]
     for _ in range(5):
         loops[0].turn()
-    assert manager.heard() == []
+    assert service.heard() == []
     loops[1].turn()
-    assert manager.heard() == [("WATCHDOG=1", [])]
+    assert service.heard() == [("WATCHDOG=1", [])]
     notifier.close()
-    other, _ = told(manager, WATCHDOG_USEC="3000000", WATCHDOG_PID="1")
+    other, _ = told(service, WATCHDOG_USEC="3000000", WATCHDOG_PID="1")
     Watchdog(other, loops := [Timers()])
     assert loops[0].due == []
     other.close()
 
 
-def test_where_replicas_stay(tmp_path, manager):
-    notifier, nobody = told(manager)[0], Notifier({})
+def test_where_replicas_stay(tmp_path, service):
+    notifier, nobody = told(service)[0], Notifier({})
     memory, disk = Path("/dev/shm"), Path("/proc")
     assert isinstance(shelf_of("auto", disk, notifier)[0], ServiceShelf) and isinstance(shelf_of("no", memory, notifier)[0], Memfds)
     assert isinstance(shelf_of("auto", memory, nobody)[0], Files) and isinstance(shelf_of("auto", disk, nobody)[0], Memfds)
@@ -206,19 +206,19 @@ class Reloaded:
         return "fine"
 
 
-def test_a_reload_takes_over_what_it_can(manager, caplog):
-    notifier, daemon = told(manager)[0], Reloaded()
+def test_a_reload_takes_over_what_it_can(service, caplog):
+    notifier, daemon = told(service)[0], Reloaded()
     reread(daemon, notifier, lambda: NodeConfig(name="a", arena_bytes=1 << 21, window_bytes=1 << 25))
     assert daemon.taken == [1 << 21] and daemon.config.arena_bytes == 1 << 21 and daemon.config.window_bytes == NodeConfig(name="a").window_bytes
     assert "only a restart takes over window_bytes" in caplog.text
-    heard = [text.splitlines()[0] for text, _ in manager.heard()]
+    heard = [text.splitlines()[0] for text, _ in service.heard()]
     assert heard == ["RELOADING=1", "READY=1"]
 
     def broken():
         raise BadConfig("node.toml:3: poll_ms: 0 is outside 1..10000. Try: poll_ms = 1")
 
     reread(daemon, notifier, broken)
-    assert daemon.taken == [1 << 21] and "the configuration stays as it was: node.toml:3" in manager.heard()[-1][0]
+    assert daemon.taken == [1 << 21] and "the configuration stays as it was: node.toml:3" in service.heard()[-1][0]
     notifier.close()
 
 
