@@ -14,7 +14,7 @@ import click
 
 from kvguard.cli import show
 from kvguard.cli.asking import Reach, found
-from kvguard.errors import BadConfig
+from kvguard.errors import BadConfig, KvguardError
 
 reports_option = click.option("--reports", type=click.Path(file_okay=False), envvar="KVGUARD_DRILL_DIR", help="Where reports are kept.")
 
@@ -111,6 +111,10 @@ def on_cluster(scenarios: list, seed: int, repeat: int, dry_run: bool, yes: bool
             continue
         runs = [documents.judged(scenario, number, "cluster", seen) for number, seen in cluster.run(reach, scenario, seed, repeat, confirm)]
         told.append(documents.document(scenario, seed, runs, {"target": "cluster", "coordinator": reach.address}))
+        try:
+            cluster.tell(reach, told[-1])
+        except KvguardError as error:  # the drill is done and its report is worth more than this note
+            click.echo(f"the coordinator could not be told of {scenario.name}: {error}", err=True)
     return told
 
 

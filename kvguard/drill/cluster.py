@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol
 
 from kvguard.daemon import whereabouts
@@ -272,6 +273,12 @@ def _recovery(entry: dict) -> dict:
         "ms": {**{phase: timing.get(phase) for phase in ("detect", "fence", "plan", "restore")}, "first_token": None, "total": timing.get("total")},
         "sequences": sequences,
     }  # fmt: skip
+
+
+def tell(reach: Reaches, document: dict) -> None:
+    """The coordinator remembers when each drill was last run, and whether it passed: alerts look at it. Raises as asking does."""
+    at_s = datetime.fromisoformat(document["started"]).timestamp()
+    reach.coordinator("drilled", {"name": document["name"], "passed": not document["failed"], "at_s": at_s})
 
 
 def run(reach: Reaches, scenario: Scenario, seed: int, repeat: int, confirm: Callable[[str], None]) -> list[tuple[int, dict]]:

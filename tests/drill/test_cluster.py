@@ -116,6 +116,18 @@ def test_a_rank_is_killed_and_the_new_epoch_waited_for(child) -> None:
     assert seen["observed"]["promises"] == {"n0": 4, "n1": 4} and (seen["observed"]["epoch_before"], seen["observed"]["epoch_after"]) == (3, 4)
 
 
+def test_the_coordinator_hears_what_became_of_a_drill() -> None:
+    told = []
+
+    class Hears:
+        def coordinator(self, verb: str, arguments: dict) -> dict:
+            told.append((verb, arguments))
+            return {"noted": arguments["name"]}
+
+    cluster.tell(Hears(), {"name": "kill-rank", "failed": 1, "started": "2026-05-04T03:02:01.005+00:00"})
+    assert told == [("drilled", {"name": "kill-rank", "passed": False, "at_s": 1777863721.005})]
+
+
 def test_what_was_stopped_is_woken_also_when_the_drill_is_aborted(child) -> None:
     risen = status(instances=[{"instance": "llama", "epoch": 4, "state": "running", "reason": ""}])
     with pytest.raises(Refused, match="aborted, and the process woken"):
