@@ -24,7 +24,7 @@ class Checks:
         self._promised: dict[str, int] = {}  # by node: the highest promise that this machine ever wrote
         self._fences: dict[tuple, tuple] = {}
         self._plans: dict[tuple, bytes] = {}
-        self._raised = 0
+        self._raised: dict[str, int] = {}  # by key of the durable store
         self._reported: dict[int, dict[str, bool]] = {}  # by epoch: sequences whose ids some node reported
         self._touched: dict[str, bool] = {}  # nodes whose store changed in this turn
 
@@ -46,7 +46,7 @@ class Checks:
             elif type(message) is messages.PlanOrder:
                 key, packed = (message.instance, message.epoch), messages.pack(message)
                 assert self._plans.setdefault(key, packed) == packed, f"I3: two plans in epoch {key}"
-            elif type(message) is messages.Report:
+            elif type(message) is messages.Report and message.instance == self.world.instance:
                 for holding in message.holdings:
                     for name, known in zip(holding.sequences, holding.ids, strict=True):
                         if known:
@@ -73,8 +73,9 @@ class Checks:
             from kvguard.format import ledger
 
             counter = ledger.unpack(effect.key, effect.value).counter
-            assert counter >= self._raised, f"I3: epoch {counter} is raised after {self._raised}"
-            self._raised = counter
+            raised = self._raised.get(effect.key, 0)
+            assert counter >= raised, f"I3: {effect.key} {counter} is raised after {raised}"
+            self._raised[effect.key] = counter
 
     def after(self, life, effect, told) -> None:
         if type(effect) in (effects.Apply, effects.Probe, effects.CarryPlan, effects.DropReplica):
@@ -204,6 +205,19 @@ class Checks:
         world.count("resumed_sequences", len(resume.sequences))
         for entry in resume.sequences:
             world.count(f"rung_{entry.rung}")
+
+    def moved(self, driver, resume) -> None:
+        """I1, I2: what moves is what was emitted, and what isn't named was never reported, or somebody says why."""
+        named = {entry.sequence: True for entry in resume.sequences}
+        for entry in resume.sequences:
+            ids = [int.from_bytes(entry.known.ids[n : n + 4], "little") for n in range(0, len(entry.known.ids), 4)]
+            old, life = driver.sequences.get(entry.sequence), int(entry.known.request.split(b",")[2])
+            common = min(len(ids), len(old.ids)) if old is not None and old.life == life else 0
+            assert not common or ids[:common] == old.ids[:common], f"I1: {entry.sequence} comes back with other ids than were emitted"
+        for name, sequence in driver.sequences.items():
+            if name not in named and sequence.kv and self.world.coordinator.life is not None:
+                told = {lost: True for record in self.world.coordinator.life.core.known.history for lost in record.lost}
+                assert name in told or name not in self._reported.get(resume.epoch.counter, {}), f"I2: {name} was reported, does not move, and nobody says why"
 
     def _resumed(self, driver, rank, guard, pool, live, entry) -> None:
         ids = [int.from_bytes(entry.known.ids[n : n + 4], "little") for n in range(0, len(entry.known.ids), 4)]
@@ -366,7 +380,8 @@ class Checks:
                 if sequences or used:
                     return f"{host.name} still holds {sequences} sequences, {used} bytes of {stream}"
         for host in world.nodes.values():
-            dead = [str(local.stream) for local in host.life.core.outbound.streams.values() if not local.alive]
+            streams = [local for local in host.life.core.outbound.streams.values() if local.stream.instance == world.instance]
+            dead = [str(local.stream) for local in streams if not local.alive]
             if dead:
                 return f"{host.name} still maps the dead {dead}"
         return ""

@@ -76,7 +76,7 @@ class Driver:
             kind = type(incoming)
             if kind is Up and incoming.link == COORDINATOR:
                 self.linked = True
-                self.say(messages.EmitterHello(self.world.instance, self.incarnation, self.adopted))
+                self.say(messages.EmitterHello(self.world.instance, self.incarnation, self.adopted, self.world.moving.on))
                 if self.adopted != NO_EPOCH:
                     self.say(messages.Adopted(self.world.instance, self.incarnation, self.adopted))
             elif kind is Down:
@@ -106,6 +106,7 @@ class Driver:
             first, self.welcomed = not self.welcomed, True
             if message.members and not message.recovering:
                 self.members = {member.rank: member.endpoint for member in message.members}
+                self.world.moving.homeless &= len(self.members) < self.world.stages
             if first and not message.recovering and self.adopted == NO_EPOCH:
                 self.adopted = message.epoch
             self._announce(message.epoch)
@@ -144,6 +145,9 @@ class Driver:
     def _adopt(self, resume: messages.Resume) -> None:
         world = self.world
         assert resume.epoch.counter > self.adopted.counter
+        if resume.moved:
+            self._move(resume)
+            return
         world.checks.adopted(self, resume)
         self.members = {member.rank: member.endpoint for member in resume.members}
         former, self.sequences = self.sequences, {}
@@ -183,6 +187,23 @@ class Driver:
         self.started = True
         self.say(messages.Adopted(world.instance, self.incarnation, self.adopted))
         world.count("adopted")
+
+    def _move(self, resume: messages.Resume) -> None:
+        """All that was served goes on elsewhere; here nothing is left, and the next processes of this instance begin empty."""
+        world = self.world
+        world.checks.moved(self, resume)
+        for entry in resume.sequences:
+            world.finished[int(entry.known.request.split(b",")[2])] = True
+        for sequence in self.sequences.values():
+            world.finished[sequence.life] = True
+        self.sequences, self.members, self.over, self.cuts, self.void, self.held_by_over = {}, {}, [], [], {}, {}
+        self.refs, self.free = [0] * BLOCKS, list(range(BLOCKS))
+        world.random.shuffle(self.free)
+        self.adopted, self.resume, self.waiting, self.failed, self.pending = resume.epoch, None, {}, "", []
+        self.started = True
+        self.say(messages.Adopted(world.instance, self.incarnation, self.adopted))
+        world.count("adopted")
+        world.moving.resumed(self, resume)
 
     def _place(self, sequence: Running, position: int) -> None:
         """Where it goes on: where KV is, where all ranks have it in the same blocks, and where the next input is known."""

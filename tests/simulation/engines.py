@@ -220,6 +220,8 @@ class RankProcess(Process):
     def __init__(self, world, node: str, name: str) -> None:
         super().__init__(world, node, name)
         self.guard: Guard | None = None
+        self.instance = world.instance
+        self.fetches: dict[int, tuple] = {}  # what simulation/moving.py asked for
         self.mirror: Mirror | None = None
         self.pool = None
         self.step = None
@@ -234,9 +236,9 @@ class RankProcess(Process):
     # ---- becoming ----
 
     def start_as_rank(self, rank: Rank) -> None:
-        stream = StreamId(self.world.instance, rank, self.world.random.getrandbits(62) | 1)
+        stream = StreamId(self.instance, rank, self.world.random.getrandbits(62) | 1)
         self.pool = HostDevice().allocate(layout_of(rank.pp, self.world.stages, self.world.addressable))
-        self._become(Guard("rank", self.world.instance, rank, TableWriter.create(GEOMETRY), None, self.pool.layout, stream, self.name, NO_EPOCH))
+        self._become(Guard("rank", self.instance, rank, TableWriter.create(GEOMETRY), None, self.pool.layout, stream, self.name, NO_EPOCH))
         self.guard.session = self.line
         self.line.attachment, self.line.received = self.attachment, self.guard_received
         self.later(MS, self.line.connect)
@@ -259,6 +261,9 @@ class RankProcess(Process):
         return message, [os.dup(self.death), os.dup(guard._bell), os.dup(table), *self.pool.export()]
 
     def guard_received(self, message, descriptors: list[int]) -> None:
+        if isinstance(message, local.FetchGiven | local.FetchRefused):
+            self.world.moving.answered(self, message, descriptors)
+            return
         self.guard.received(message, descriptors)
         self.later(self.world.random.randrange(20_000, 3 * MS), self._restore)
 

@@ -17,6 +17,7 @@ from kvguard.core.coordinator import Coordinator
 from kvguard.core.node import COORDINATOR, Node, NodeSettings
 from kvguard.core.promises import decode_epoch
 from kvguard.daemon import perform, perform_node
+from kvguard.daemon.fetching import Fetching
 from kvguard.daemon.checking import Checking
 from kvguard.daemon.journal import NotDurable
 from kvguard.daemon.loop import Loop
@@ -24,7 +25,7 @@ from kvguard.daemon.perform_node import PROMISE, NodeShell, promised
 from kvguard.daemon.ranks import Ranks
 from kvguard.device.host import HostDevice
 from kvguard.errors import KvguardError
-from kvguard.format import local, messages
+from kvguard.format import ledger, local, messages
 from kvguard.store.store import ReplicaStore
 
 MS = 1_000_000
@@ -214,6 +215,7 @@ class NodeLife(Life):
         super().__init__(world, name, Node(settings, promises), shell, deeds, perform_node.FAILURES)
         self.ranks = SimulatedRanks(world, HostDevice(), store, self.loop, self._tell, shell.streams, shell.local, shell.epochs)
         shell.engines = self.ranks
+        self.fetching = Fetching(shell, self.ranks, self._tell)
         for instance, epoch in promises.items():
             promised(shell, instance, epoch)
         Checking(shell, self.loop.after, cost_bytes=30_000, pause_ns=MS)
@@ -281,6 +283,9 @@ class NodeLife(Life):
             return self.ranks.attach(connection, 0, message, descriptors)
         if type(message) is local.Restored:
             return self.ranks.restored(connection, message)
+        if type(message) is local.Fetch:
+            self.fetching.fetch(connection, message)
+            return ()
         if type(message) is local.Detach:
             return self.ranks.detach(connection)
         raise AssertionError(message)
@@ -328,6 +333,7 @@ class CoordinatorLife(Life):
         shell = perform.Shell(transport, disk, lambda: world.now, lambda note: world.noted(name, note))
         deeds = {**perform.SHARED, effects.AnswerAsked: lambda shell_, effect: ()}
         super().__init__(world, name, Coordinator("sim", settings), shell, deeds, {})
+        disk.values.setdefault("secret", ledger.pack(b"the secret of this simulated one"))
         self.loop.feed(events.Loaded(dict(disk.values)))
 
     def due(self) -> int | None:

@@ -16,6 +16,7 @@ from simulation.driver import Driver
 from simulation.engines import RankProcess
 from simulation.faults import Faults
 from simulation.lives import MS, CoordinatorLife, Crashed, Disk, NodeLife
+from simulation.moving import Moving
 from simulation.shelf import Shelf
 
 from kvguard.core.events import Looked
@@ -27,6 +28,7 @@ from kvguard.types import Rank
 COORDINATOR, DRIVER = "coordinator", "driver"
 SETTINGS = Settings(
     Patience(50 * MS, 150 * MS, 300 * MS, 500 * MS, 500 * MS, 400 * MS), exclude_ns=600 * MS, seal_ns=3000 * MS, standby_ns=6000 * MS, restore_ns=3000 * MS,
+    moved_ns=3000 * MS,
     replace_ns=1000 * MS, backoff_ns=50 * MS, backoff_free=6, failovers_max=1000, window_ns=5000 * MS, attempts_max=30,
 )  # fmt: skip
 DRAIN_NS = 25_000 * MS
@@ -78,6 +80,7 @@ class World:
         self.processes: dict[str, RankProcess] = {}
         self._graveyard: list[RankProcess] = []
         self.checks = Checks(self)
+        self.moving = Moving(self)
         self.faults = Faults(self)
         count = max(2, self.stages) if random.random() < 0.7 else 3
         keeps = Random(f"shelves {seed}").random() < 0.5  # replicas outlive their daemons in every other world
@@ -97,11 +100,12 @@ class World:
         for host in self.nodes.values():
             self.start(host)
         for stage in range(self.stages):
-            self._process(list(self.nodes)[stage % len(self.nodes)]).start_as_rank(Rank(0, stage, 0))
+            self.process(list(self.nodes)[stage % len(self.nodes)]).start_as_rank(Rank(0, stage, 0))
         for name in self.nodes:
-            if name not in self.barren:
+            if name not in self.barren and not self.moving.on:
                 self.spare(name)
         self.start(self.driver_host)
+        self.moving.start()
 
     def start(self, host: Host) -> None:
         if host.life is not None:
@@ -134,21 +138,26 @@ class World:
     def driver(self) -> Driver:
         return self.driver_host.life or _NOBODY
 
-    def _process(self, node: str) -> RankProcess:
+    def process(self, node: str, instance: str = "") -> RankProcess:
         self._number += 1
         process = RankProcess(self, node, f"{node}-p{self._number}")
+        process.instance = instance or self.instance
         self._graveyard.append(process)
         return process
 
     def spare(self, node: str) -> None:
-        self._process(node).start_as_spare()
+        self.process(node).start_as_spare()
 
     def process_died(self, process: RankProcess) -> None:
         """The node's supervisor starts another spare after a while; a barren node's on another one, else ranks of barren nodes would use the spares up."""
+        if self.moving.on:
+            return
         node = process.node if process.node not in self.barren else next(name for name in self.nodes if name not in self.barren)
         self.after(self.random.randrange(50, 400) * MS, lambda: self._supervise(node))
 
     def _supervise(self, node: str) -> None:
+        if self.moving.on:  # no spare anywhere: what is lost goes on elsewhere
+            return
         if self.nodes[node].life is None:
             self.after(100 * MS, lambda: self._supervise(node))
         elif sum(1 for process in self.processes.values() if process.node == node and process.alive and process.guard is None) < max(2, self.stages):
