@@ -19,11 +19,12 @@ from functools import partial
 
 import torch
 import transformers
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from kvguard.engine import generate_call, joining, telling
 from kvguard.engine.arena_cache import ArenaCache, Shape, identity_of, layout_of, prove, shape_of
 from kvguard.engine.generate_call import Drawn, Row, Terms
+from kvguard.engine.generate_seams import Told, with_ended
 from kvguard.engine.random_state import DrawCount, RandomStart
 from kvguard.engine.telling import Telling
 from kvguard.errors import KvguardError, Refused
@@ -75,10 +76,11 @@ class Guarded:
     def __init__(self, model, shape: Shape, joined: joining.Joined) -> None:
         self.model, self.shape, self.joined = model, shape, joined
         self.guard, self.emitter, self.earlier = joined.guard, joined.emitter, joined.earlier
-        self.cache = ArenaCache(shape, joined.pool.memory, self._written, self._pulse)
+        self.cache = ArenaCache(shape, joined.pool.memory, self._written, self.guard.pulse if self.guard is not None else _nothing)
         self.unprotected, self.resumed_at, self.recomputed = "", None, 0
         self._active, self._telling, self._results = False, None, 0
         self._names: list[str] = []
+        self._prompt = 0
         self._count: DrawCount | None = None
         self._drawn: Drawn | None = None
         self._said: set[str] = set()
@@ -157,7 +159,7 @@ class Guarded:
             if drawn is not None:
                 state = RandomStart(first.start).state_at(drawn.draws)
                 torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-            return self._run(ids, mask, {**_with_ended(again, ended, options, ends), "generation_config": options})
+            return self._run(ids, mask, {**with_ended(again, ended, options, ends), "generation_config": options})
         finally:
             self._end()
 
@@ -173,7 +175,7 @@ class Guarded:
 
     def _run(self, ids: torch.Tensor, mask: torch.Tensor, arguments: dict):
         arguments = {name: value for name, value in arguments.items() if value is not None}
-        criteria = StoppingCriteriaList([*(arguments.pop("stopping_criteria", None) or ()), _Told(self._sampled)])
+        criteria = StoppingCriteriaList([*(arguments.pop("stopping_criteria", None) or ()), Told(self._sampled)])
         try:
             return self.model.generate(ids, attention_mask=mask, past_key_values=self.cache, stopping_criteria=criteria, **arguments)
         finally:
@@ -198,6 +200,7 @@ class Guarded:
     def _begin(self, rows: list, length: int, drawn: Drawn | None) -> None:
         """`rows`: (Row, ids known) each. The cache's first rows are the call's; `length` columns of them are there."""
         self._active, self._names, self._drawn = True, [row.name for row, _ in rows], drawn
+        self._prompt = rows[0][0].prompt
         self._count = DrawCount(RandomStart(rows[0][0].start), drawn.draws, drawn.each, drawn.even) if drawn is not None else None
         self.unprotected = "" if self.guard is not None else self.joined.reason
         self.cache.begin(len(rows), length)
@@ -280,12 +283,13 @@ class Guarded:
     def _written(self, cache: ArenaCache) -> None:
         """The last layer has its KV: on a CPU it is in memory, so it is a fact."""
         if self._telling is not None:
-            self._attempt(self._commit)
+            self._attempt(self._commit_written)
 
-    def _pulse(self) -> None:
-        """A long prefill is no hang."""
-        if self._telling is not None:
-            self._telling.guard.pulse()
+    def _commit_written(self) -> None:
+        """At once, unless an id is about to be chosen from it: without that id it is worth nothing to a resumption, and one commit costs half of two."""
+        length = self.cache.get_seq_length()
+        if length <= self._prompt or len(self._telling.rows[0].ids) > length:
+            self._commit()
 
     def _sampled(self, ids: torch.Tensor) -> None:
         """Chosen, and not yet shown to anybody."""
@@ -332,45 +336,8 @@ class Guarded:
             log.warning("kvguard: UNPROTECTED: %s", reason)
 
 
-class _Told(StoppingCriteria):
-    """Stops nothing: it is where generate() shows what it chose."""
-
-    def __init__(self, sampled) -> None:
-        self._sampled = sampled
-
-    def __call__(self, input_ids: torch.LongTensor, scores, **_) -> torch.BoolTensor:
-        self._sampled(input_ids)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-class _Ended(StoppingCriteria):
-    """Rows that had ended before the resumption stay ended."""
-
-    def __init__(self, ended: torch.Tensor) -> None:
-        self._ended = ended
-
-    def __call__(self, input_ids: torch.LongTensor, scores, **_) -> torch.BoolTensor:
-        return self._ended
-
-
-class _Padded(LogitsProcessor):
-    """And get padding, also from the first token on, which is chosen before anything can be stopped."""
-
-    def __init__(self, ended: torch.Tensor, pad: int) -> None:
-        self._ended, self._pad = ended, pad
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores[self._ended] = float("-inf")
-        scores[self._ended, self._pad] = 0.0
-        return scores
-
-
-def _with_ended(again: dict, ended: torch.Tensor, options: GenerationConfig, ends: torch.Tensor) -> dict:
-    if not bool(ended.any()):
-        return again
-    pad = options.pad_token_id if options.pad_token_id is not None else int(ends[0])
-    processors = LogitsProcessorList([*(again.get("logits_processor") or ()), _Padded(ended, pad)])
-    return {**again, "logits_processor": processors, "stopping_criteria": [*(again.get("stopping_criteria") or ()), _Ended(ended)]}
+def _nothing() -> None:
+    """No step to pulse in."""
 
 
 def _inferred_mask(ids: torch.Tensor, terms: Terms) -> torch.Tensor:

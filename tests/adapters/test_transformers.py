@@ -1,4 +1,4 @@
-"""The transformers adapter without daemons: the stock cache's answers, bit by bit; what can't be protected is refused; what goes wrong never reaches generate()."""
+"""The transformers adapter without daemons: the stock cache's answers, bit by bit; what can't be protected is refused; no fault reaches generate()."""
 
 from __future__ import annotations
 

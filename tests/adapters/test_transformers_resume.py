@@ -71,13 +71,15 @@ class Script:
 
 
 @pytest.fixture
-def scripts(cluster):
+def scripts(cluster, request):
     started: list[Script] = []
 
     def start(node: str, what: dict) -> Script:
         started.append(Script(cluster, node, what))
         return started[-1]
 
+    if "late" in request.node.name:
+        cluster.configure_coordinator(standby_ms=1000)
     cluster.start()
     cluster.until("both nodes", lambda: len(cluster.ask("coordinator", "status")["nodes"]) == 2)
     yield start
@@ -119,13 +121,13 @@ def test_a_killed_script_goes_on_in_its_own_pool(cluster, scripts):
 
 
 def test_a_lost_node_s_script_goes_on_from_the_replica(cluster, scripts):
-    what = call("gpt2", 1, 60, 25)
+    what = call("gpt2", 2, 60, 25)
     first = scripts("a", what)
     first.until("token", 25)
-    cluster.protected(RANK, 9 + 25 - 1)
+    cluster.protected(RANK, 2 * (9 + 25 - 1))
     cluster.kill("a")
     first.kill()
-    second = scripts("b", {**what, "hold_at": -1})
+    second = scripts("b", {**what, "hold_at": -1, "sizes": {"sequences": 3, "positions": 120}})  # where less fits: blocks are named anew
     found = second.until("sequences")
     assert_undisturbed(found, undisturbed(what))
     assert (found["rungs"], found["resumed_at"], found["recomputed"]) == (["replica"], 33, 0)
@@ -181,3 +183,23 @@ def test_another_model_takes_nothing_over(cluster, scripts):
     found = again.until("sequences")
     assert_undisturbed(found, undisturbed(what))
     assert found["rungs"] == ["pool"]
+
+
+def test_a_script_that_comes_back_late_orders_its_own_recovery(cluster, scripts):
+    """Its recovery waited for a standby for `standby_ms`, and had failed."""
+    what = call("gpt2", 2, 30, 8, **SAMPLED)
+    first = scripts("a", what)
+    first.until("token", 8)
+    first.kill()
+
+    def failed() -> bool:
+        [instance] = cluster.ask("coordinator", "status")["instances"]
+        return instance["state"] == "failed"
+
+    cluster.until("the recovery given up", failed, 60.0)
+    second = scripts("a", {**what, "hold_at": -1})
+    found = second.until("sequences")
+    assert_undisturbed(found, undisturbed(what))
+    assert (found["rungs"], found["recomputed"]) == (["pool"], 0)
+    failed_entry, entry = cluster.ask("coordinator", "history")["history"]
+    assert failed_entry["error"] and not entry["error"]
