@@ -65,6 +65,7 @@ class NodeConfig:
     uids: tuple[int, ...] = setting((), "ints", "users whose engines may attach; empty: only the daemon's own", 0, (1 << 32) - 2)
     fault_injection: bool = setting(False, "bool", "true lets drills damage replicas and frames on purpose; never in production")
     log_level: str = setting("info", "word", "least severity that is logged", choices=LEVELS)
+    log_format: str = setting("text", "word", "a log line's form: text, or one JSON object", choices=("text", "json"))
     metrics: str = setting("", "address", "where Prometheus reads this process's metrics, such as tcp://127.0.0.1:9464; empty: nowhere")
     bulk_port: int = setting(0, "int", "where peers bring payloads, on the host of `listen`; 0 takes a free one. Say it where a firewall has to know", 0, 65535)
 
@@ -102,10 +103,14 @@ class CoordinatorConfig:
     failovers_per_window: int = setting(10, "int", "automatic failovers of one instance within `window_s`; more need an operator", 1, 10_000)
     window_s: int = setting(60, "int", "see failovers_per_window", 1, 86_400)
     metrics: str = setting("", "address", "where Prometheus reads this process's metrics, such as tcp://127.0.0.1:9464; empty: nowhere")
+    on_failover: str = setting("", "path", "program that is run when a recovery begins, with one JSON document on its stdin; empty: none")
+    on_recovered: str = setting("", "path", "program that is run when a recovery has ended, well or not")
+    on_unprotected: str = setting("", "path", "program that is run when a rank is no longer protected")
     backoff_ms: int = setting(500, "int", "how long the fourth failover within `window_s` waits; twice as long each one after it; 0: none waits", 0, 600_000)
     keys: str = setting("", "path", "file with this process's key and the peers that are allowed (`kvguard keys generate`); empty: no encryption")
     insecure: bool = setting(False, "bool", "true allows addresses off loopback without keys")
     log_level: str = setting("info", "word", "least severity that is logged", choices=LEVELS)
+    log_format: str = setting("text", "word", "a log line's form: text, or one JSON object", choices=("text", "json"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,12 @@ from kvguard.core.coordinator import Coordinator
 from kvguard.core.known import Settings
 from kvguard.core.membership import Patience
 from kvguard.daemon import drilled
+from kvguard.daemon.hooks import Hooks
 from kvguard.daemon.journal import Journal
 from kvguard.daemon.loop import Loop
 from kvguard.daemon.mail import Mail, answering
 from kvguard.daemon.metrics import CoordinatorFigures
+from kvguard.daemon.occasions import EVENTS, Occasions
 from kvguard.daemon.perform import SHARED, Events, Shell, performer
 from kvguard.daemon.process import begun, noted, serve
 from kvguard.daemon.questions import Questions
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 MS = 1_000_000
 ORDERS = ("failover", "pause", "unpause")  # change something: the core decides
 ASKED_MAX = 1024
+PROTECTION_NS = 500 * MS  # how long a rank may be unprotected before its hook hears of it
 
 
 class CoordinatorDaemon:
@@ -51,7 +54,8 @@ class CoordinatorDaemon:
         self.transport = ZeromqTransport("coordinator", keys, config.insecure, incarnation=self.journal.next_incarnation())
         self.address = self.transport.listen(config.listen)
         self.core = Coordinator(config.name, settings_of(config))
-        self.shell = Shell(self.transport, self.journal, time.monotonic_ns, noted)
+        self.occasions = Occasions(Hooks({event: getattr(config, event) for event in EVENTS}))
+        self.shell = Shell(self.transport, self.journal, time.monotonic_ns, self._noted)
         self.loop = Loop(self.core, performer(self.shell, {**SHARED, effects.AnswerAsked: self._answer_asked}, {}))
         self._answer = answering(self.shell)
         self._asked: dict[int, tuple[str, int]] = {}
@@ -68,6 +72,18 @@ class CoordinatorDaemon:
         if config.metrics:
             figures = CoordinatorFigures(self.core, self.shell, self.drilled, lambda: dict(self.transport.counters))
             self.scrapes = Scrapes(config.metrics, self.loop, figures.families)
+
+        if config.on_unprotected:
+            self._watch_protection()
+
+    def _noted(self, note: effects.Note) -> None:
+        noted(note)
+        self.occasions.noted(note)
+
+    def _watch_protection(self) -> Events:
+        self.loop.after(PROTECTION_NS, self._watch_protection)
+        self.occasions.seen(self.core.status(time.monotonic_ns())["ranks"])
+        return ()
 
     def _query(self, link: str, query: Query) -> None:
         """Orders go to the core, everything else is answered from what it knows."""
@@ -96,7 +112,10 @@ class CoordinatorDaemon:
         return {"schema": "kvguard.history/1", "history": self.core.history()}
 
     def _stats(self, arguments: dict) -> dict:
-        return {"counters": dict(sorted(self.shell.counters.items())), "transport": dict(self.transport.counters)}
+        return {
+            "counters": dict(sorted(self.shell.counters.items())), "transport": dict(self.transport.counters),
+            "hooks": {**self.occasions.hooks.counters, "ranks_watched": self.occasions.watched},
+        }  # fmt: skip
 
     def take_over(self, config: CoordinatorConfig) -> None:
         """Nothing beyond the log level."""
@@ -111,6 +130,7 @@ class CoordinatorDaemon:
     def close(self) -> None:
         if self.scrapes is not None:
             self.scrapes.close()
+        self.occasions.hooks.close()
         self.transport.close()
         self.journal.close()
         self.loop.close()

@@ -42,12 +42,13 @@ class Daemon(Protocol):
 
 
 def noted(note: effects.Note) -> None:
-    log.log(logging.WARNING if note.what in LOUD else logging.INFO, f"{note.what}: %s: %s", note.subject, note.reason)
+    fields = {"what": note.what, "subject": note.subject, "reason": note.reason, **dict(note.fields)}
+    log.log(logging.WARNING if note.what in LOUD else logging.INFO, f"{note.what}: %s: %s", note.subject, note.reason, extra={"fields": fields})
 
 
 def begun(config: Config) -> Notifier:
     """Before a daemon is made: its log, and what the service manager says."""
-    logs.to_stderr(config.log_level, os.environ.get("KVGUARD_LOG_NAME", config.name))
+    logs.to_stderr(config.log_level, os.environ.get("KVGUARD_LOG_NAME", config.name), config.log_format)
     faulthandler.enable()  # a watchdog's SIGABRT shows where it hung
     return Notifier(os.environ)
 
