@@ -22,14 +22,6 @@ from typing import Any
 
 import torch
 import vllm
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
-    KVConnectorMetadata,
-    KVConnectorRole,
-    KVConnectorTransferResults,
-    KVConnectorWorkerMetadata,
-    SupportsHMA,
-)
 
 from kvguard.engine import attach, attach_scheduler
 from kvguard.engine.client import socket_path
@@ -40,10 +32,22 @@ from kvguard.engine.vllm_loads import Loads
 from kvguard.engine.vllm_moves import Moves
 from kvguard.engine.vllm_pool import SlabContext, attention_of, proved_pool
 from kvguard.engine.vllm_rows import Rows
-from kvguard.engine.vllm_settings import Settings, faults_of, fingerprint_of_model, version_warning
+from kvguard.engine.vllm_settings import VERSIONS_TESTED, Settings, faults_of, fingerprint_of_model, version_warning
 from kvguard.errors import BadConfig
 from kvguard.limits import ROWS_MAX
 from kvguard.types import Rank
+
+try:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+        KVConnectorBase_V1,
+        KVConnectorMetadata,
+        KVConnectorRole,
+        KVConnectorTransferResults,
+        KVConnectorWorkerMetadata,
+        SupportsHMA,
+    )
+except ImportError as error:
+    raise ImportError(f"kvguard's connector is made for vLLM {' and '.join(VERSIONS_TESTED)}; {vllm.__version__} has another interface: {error}") from error
 
 _log = logging.getLogger("kvguard.engine")
 
@@ -112,7 +116,8 @@ class KvguardConnector(KVConnectorBase_V1, SupportsHMA):
     def give_up(self, reason: str) -> None:
         """End the attachment: what can't be followed any more must not look protected."""
         self.broken = reason
-        _log.exception("kvguard: UNPROTECTED from now on: the connector's %s failed: %s", self.role.name.lower(), reason)
+        said = "kvguard: UNPROTECTED from now on: the connector's %s failed: %s"
+        _log.error(said, self.role.name.lower(), reason, exc_info=sys.exc_info()[0] is not None)
         rows, self.rows = self.rows, None
         if rows is not None:
             rows.guard.detach()

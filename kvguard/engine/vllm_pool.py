@@ -124,14 +124,15 @@ def layout_of(caches: list[torch.Tensor], slab: Slab, attention: Attention, mode
         known = ", ".join(sorted({f"{backend}/{isa}/{dtype}" for backend, isa, dtype in REGISTRY}))
         raise BadConfig(f"KV of {attention.backend}/{attention.isa}/{attention.kv_dtype} is not in the registry of layouts. Try: one of {known}")
     pages = _pages_of(caches, slab, attention.head_dim)
-    addressable = make is _column_keys
+    regions = make(pages)
+    addressable = regions[0].slot_stride > 0
     said = f"vllm {model} {attention.backend} {attention.isa} {attention.kv_dtype} {attention.compute_dtype}"
     if attention.kv_dtype in _FP8:
         said += f" {attention.scales}"
     layers, heads = len(caches), pages.heads
     dtype = str(caches[0].dtype).removeprefix("torch.")
     return Layout(
-        said, dtype, pages.itemsize if addressable else 1, caches[0].shape[0], pages.tokens, make(pages), whole(layers, heads), addressable, slab.size,
+        said, dtype, pages.itemsize if addressable else 1, caches[0].shape[0], pages.tokens, regions, whole(layers, heads), addressable, slab.size,
     )  # fmt: skip
 
 

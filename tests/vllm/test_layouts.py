@@ -1,0 +1,106 @@
+"""Layouts of vLLM's CPU attention, proved by its own code on this machine's instruction set: what is right is accepted, what is wrong is not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm import _custom_ops as ops
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from kvguard.engine import vllm_pool
+from kvguard.engine.vllm_pool import Attention, Slab, SlabContext, attention_of, layout_of, proved_pool
+from kvguard.errors import BadConfig, Refused
+
+pytestmark = pytest.mark.vllm
+LAYERS, BLOCKS, HEADS, DIM = 3, 5, 2, 64
+
+
+def attention(tokens: int, dtype: torch.dtype, kv_dtype: str = "auto", scale: float = 1.0, isa: str = "") -> Attention:
+    isa = isa or _get_attn_isa(dtype, tokens, DIM, kv_dtype)
+
+    def write(layer, cache, key, value, slots):
+        blocks, heads, size, _ = cache.shape
+        keys, values = cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
+        ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, isa, k_scale=scale, v_scale=scale, kv_cache_dtype=kv_dtype)
+
+    return Attention("CPU_ATTN", isa, kv_dtype, DIM, dtype, ((scale, scale),) * LAYERS, write)
+
+
+@pytest.fixture
+def caches():
+    slabs = []
+
+    def make(tokens: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], Slab]:
+        page = HEADS * tokens * 2 * DIM * dtype.itemsize
+        with SlabContext(LAYERS * BLOCKS * page) as context:
+            made = torch.zeros(LAYERS * BLOCKS * page, dtype=torch.int8, device="cpu")
+        slabs.append(context.slab)
+        return [part.view(dtype).view(BLOCKS, HEADS, tokens, 2 * DIM) for part in made.view(LAYERS, BLOCKS * page)], context.slab
+
+    yield make
+    for slab in slabs:
+        slab.close()
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_plain_kv_is_proved(caches, tokens, dtype):
+    made, slab = caches(tokens, dtype)
+    pool = proved_pool(made, slab, attention(tokens, dtype), "m")
+    assert pool.layout.blocks == BLOCKS and pool.layout.token_bytes == LAYERS * 2 * HEADS * DIM * dtype.itemsize
+    assert not slab.tensor.any(), "the proof leaves nothing behind"
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_scales_of_quantised_kv_are_part_of_the_fingerprint(caches, kv_dtype):
+    if not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
+        pytest.skip("vLLM has quantised KV on a CPU with AVX-512 or AMX alone")
+    made, slab = caches(32, torch.uint8)
+    first, second = (proved_pool(made, slab, attention(32, torch.bfloat16, kv_dtype, scale), "m").layout for scale in (1.0, 0.5))
+    assert not first.addressable and first.fingerprint != second.fingerprint
+
+
+def test_what_decides_how_bytes_lie_is_in_the_fingerprint(caches):
+    found = set()
+    for tokens, dtype in ((32, torch.bfloat16), (64, torch.bfloat16), (32, torch.float16)):
+        made, slab = caches(tokens, dtype)
+        found |= {layout_of(made, slab, attention(tokens, dtype), model).fingerprint for model in ("m", "n")}
+    assert len(found) == 6
+
+
+def test_an_unknown_backend_is_refused(caches):
+    made, slab = caches(32, torch.bfloat16)
+    with pytest.raises(BadConfig, match="CPU_ATTN/abacus/auto is not in the registry"):
+        layout_of(made, slab, attention(32, torch.bfloat16, isa="abacus"), "m")
+
+
+def test_a_layout_that_is_not_what_the_backend_writes_is_refused(caches, monkeypatch):
+    made, slab = caches(32, torch.bfloat16)
+    right = attention(32, torch.bfloat16)
+    if right.isa not in ("vec", "vec16"):
+        pytest.skip("tokens aren't addressable with this instruction set")
+
+    def rows_for_keys(pages):
+        keys, values = vllm_pool._column_keys(pages)
+        outer = keys.inner[:2]
+        wrong = keys.__class__("kv0", keys.offset, keys.block_stride, pages.head_dim * pages.itemsize, (*outer, ("dim", pages.head_dim, pages.itemsize)))
+        return wrong, values
+
+    monkeypatch.setitem(vllm_pool.REGISTRY, ("CPU_ATTN", right.isa, "auto"), rows_for_keys)
+    with pytest.raises(Refused, match="which the layout doesn't name there|left .* bytes as they were"):
+        proved_pool(made, slab, right, "m")
+
+
+def test_layers_that_share_kv_or_differ_are_refused():
+    def layer(**more):
+        shared = SimpleNamespace(kv_sharing_target_layer_name=more.pop("shares", None))
+        backend = SimpleNamespace(get_name=lambda: "CPU_ATTN")
+        return SimpleNamespace(**{"impl": shared, "attn_backend": backend, "isa": "vec", "kv_cache_dtype": "auto", "head_size": 64, **more})
+
+    for odd in ({"shares": "a"}, {"head_size": 128}):
+        context = {"a": layer(), "b": layer(**odd)}
+        config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context), model_config=SimpleNamespace(dtype=torch.bfloat16))
+        with pytest.raises(BadConfig, match="shares the KV of a|2 kinds of attention"):
+            attention_of(config, ["a", "b"])
