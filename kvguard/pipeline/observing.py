@@ -7,6 +7,7 @@ Invariants: looking changes nothing; a daemon that can't be asked is left out an
 from __future__ import annotations
 
 import os
+import re
 import time
 
 from kvguard.errors import KvguardError
@@ -15,7 +16,7 @@ from kvguard.pipeline.world import INSTANCE, Process, World
 from kvguard.transport.ask import ask
 
 LOOK_EVERY_S = 0.15
-LOOK_TIMEOUT_S = 0.4  # a coordinator that is away must not hold up the load
+LOOK_TIMEOUT_S = 2.0  # a coordinator that is away holds the load up no longer
 STATES_MAX = 64
 
 
@@ -28,8 +29,13 @@ def stopped(pid: int) -> bool:
         return False
 
 
+def kind(reason: str) -> str:
+    """A reason without its numbers: how long somebody is silent differs in every sample, that somebody is silent doesn't."""
+    return re.sub(r"\d+", "#", reason)
+
+
 class Watch:
-    """Samples of the coordinator's status: which states with which reasons ranks and nodes were said to be in, how far ranks lagged, how full arenas were."""
+    """Samples of the coordinator's status: which states with which kinds of reasons ranks and nodes were said to be in, how far ranks lagged, how full arenas were."""
 
     def __init__(self, world: World):
         self._world, self._due_s = world, 0.0
@@ -58,13 +64,13 @@ class Watch:
             if rank["state"] != "standby":
                 reasons = self.states.setdefault(rank["state"], {})
                 if len(reasons) < STATES_MAX:
-                    reasons[rank["reason"]] = None
+                    reasons[kind(rank["reason"])] = None
                 self.lag_tokens_max = max(self.lag_tokens_max, rank["lag_tokens"])
                 self.unprotected_sequences_max = max(self.unprotected_sequences_max, rank["unprotected_sequences"])
         for node in status["nodes"]:
             reasons = self.node_states.setdefault(node["state"], {})
             if len(reasons) < STATES_MAX:
-                reasons[node["reason"]] = None
+                reasons[kind(node["reason"])] = None
             if node["arena_bytes_max"]:
                 self.arena_share_max = max(self.arena_share_max, node["arena_bytes"] / node["arena_bytes_max"])
         self.epochs += [one["epoch"] for one in status["instances"] if one["instance"] == INSTANCE]
