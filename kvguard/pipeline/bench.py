@@ -47,7 +47,7 @@ class Cluster:
 
     def start(self) -> None:
         self.world.start()
-        self.world.wait_ready()
+        self.world.wait_ready(DISTRESS_S)
         self.client.connect("ready")
 
     def close(self, keep_logs: bool) -> None:

@@ -35,7 +35,7 @@ def kind(reason: str) -> str:
 
 
 class Watch:
-    """Samples of the coordinator's status: which states with which kinds of reasons ranks and nodes were said to be in, how far ranks lagged, how full arenas were."""
+    """Samples of the coordinator's status: the states, with kinds of reasons, of ranks and nodes; how far ranks lagged; how full arenas were."""
 
     def __init__(self, world: World):
         self._world, self._due_s = world, 0.0
