@@ -85,7 +85,7 @@ def test_every_committed_byte_is_in_the_replica(small, glass):
     shared = prompt_of(0, 200)
     for number in range(8):
         own = prompt_of(number + 1, 20 + 40 * number)
-        streams.start(server, f"copy-{number}", shared + own if number < 4 else own, 60 if number != 5 else 1000 - len(own), ignore_eos=True)
+        streams.start(server, f"copy-{number}", shared + own if number < 4 else own, 40 if number != 5 else 1000 - len(own), ignore_eos=True)
     positions, compared, first_blocks = {}, 0, set()
     while streams.running:
         time.sleep(0.1)  # between two looks: the looking must not take the servers' processor
@@ -96,11 +96,11 @@ def test_every_committed_byte_is_in_the_replica(small, glass):
             positions[name] = max(positions.get(name, 0), committed)
             if name.startswith("copy-") and int(name[5:]) < 4 and blocks:
                 first_blocks.add(blocks[0])
-        if positions.get("copy-5", 0) > 400:
+        if positions.get("copy-5", 0) > 330:
             abort(server, "copy-5")
     streams.join()
-    assert compared > 800 and len(positions) == 8
-    assert all(committed >= 250 for name, committed in positions.items() if int(name[5:]) < 4), positions
+    assert compared > 800 and len(positions) == 8 and len(streams.ids["copy-5"]) < 700
+    assert all(committed >= 240 for name, committed in positions.items() if int(name[5:]) < 4), positions
     assert len(first_blocks) < 4, "the common prefix was shared"
     assert metric(server, "vllm:num_preemptions_total") > 0
     small.until("rows released", lambda: not glass.look())
@@ -108,8 +108,8 @@ def test_every_committed_byte_is_in_the_replica(small, glass):
 
 
 def abort(server, name: str) -> None:
-    """As a client does: there is no other way from outside than closing the connection, or vLLM's own verb."""
-    body = json.dumps({"request_ids": [f"cmpl-{name}"]}).encode()
+    """By vLLM's own verb."""
+    body = json.dumps({"request_ids": [f"cmpl-{name}-0"]}).encode()
     request = urllib.request.Request(f"{server.url}/inference/v1/abort_requests", body, {"Content-Type": "application/json"})
     with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=10):  # noqa: S310 (loopback)
         pass
@@ -125,27 +125,13 @@ def test_a_damaged_copy_is_noticed(small, glass):
     streams.join()
 
 
-def test_a_daemon_that_restarts_is_joined_again(small):
-    server = small.servers["smol-a"]
-    daemon = small.running.pop("a")
-    daemon.kill()
-    daemon.wait()
-    assert len(server.complete(prompt_of(3, 30), 5, "meanwhile")["choices"][0]["token_ids"]) == 5
-    small.start_daemons("a")
-    streams = Streams()
-    streams.start(server, "after", prompt_of(4, 30), 60)
-    fresh = Glass(server.popen.pid, small.running["b"].pid)
-    small.until("replicated again", lambda: fresh.compared(fresh.look())[0] > 40, 60)
-    streams.join()
-
-
 EXTERNAL = "vllm:external_prefix_cache_hits_total"
 
 
 def test_killed_requests_go_on_in_another_server(small, glass):
     """One stream at a time, so that the batch's shape is the same before and after: the greedy answer is identical, and so are the KV bytes that were moved."""
     a, b = small.servers["smol-a"], small.servers["smol-b"]
-    prompt, tokens = prompt_of(20, 150), 60
+    prompt, tokens = prompt_of(20, 150), 50
     wanted = a.complete(prompt, tokens, "undisturbed")["choices"][0]["token_ids"]
     assert len(wanted) == tokens
     outlet = emitter.connect("smol-a", small.coordinator, moves=True)
@@ -197,3 +183,31 @@ def test_an_engine_restarted_in_place_begins_empty_and_is_protected(small):
     streams.join()
     rank = small.until("alive in the status", lambda: small.rank("smol-a"))
     assert rank["state"] == "protected"
+
+
+def test_a_daemon_that_restarts_is_joined_again(small):
+    """Daemon gone is not node gone: the emitter sees progress, the engine serves on, and is protected again when a daemon is back."""
+    server, streams = small.servers["smol-b"], Streams()
+    outlet = emitter.connect("smol-b", small.coordinator, moves=True)
+    try:
+        outlet.welcome(20.0)
+        outlet.scheduled(1)
+        streams.start(server, "through", prompt_of(40, 30), 120)
+        small.until("it runs", lambda: len(streams.ids["through"]) > 3, 60)
+        daemon = small.running.pop("b")
+        daemon.kill()
+        daemon.wait()
+        gone = len(streams.ids["through"])
+        small.until("progress without a daemon", lambda: outlet.progress(len(streams.ids["through"])) or len(streams.ids["through"]) > gone + 5, 60)
+        small.start_daemons("b")
+        copy = Glass(server.popen.pid, small.running["a"].pid)
+
+        def replicated() -> bool:
+            outlet.progress(len(streams.ids["through"]))
+            return copy.compared(copy.look())[0] > 40
+
+        small.until("replicated again", replicated, 60)
+        streams.join()
+        assert len(streams.ids["through"]) == 120
+    finally:
+        outlet.close()
