@@ -29,6 +29,7 @@ FIRED = {
     "note_resync": 100, "note_duplicate": 20, "note_stale_epoch": 50, "note_stale_answer": 10, "note_fenced": 100, "note_broken_frame": 20, "shed_at_rest": 1,
     "claims_adopt": 50, "claims_pull": 50, "rung_pool": 50, "rung_replica": 50, "resumptions_checked": 200, "positions_resumed": 2000, "steps_fenced": 5,
     "steps_of_other_epochs": 5, "prefixes_shared": 100, "preempted": 500, "transfers_done": 1, "reused_between_looks": 5, "cut_to_the_plan": 20,
+    "moves": 10, "moved_replica": 10, "moved_tokens": 10, "fetches_replica": 20, "fetches_forged_refused": 4, "started_empty_after_a_move": 20,
     "suspected_early": 100, "suspected_alive": 20, "sequences_read_back": 40, "drained": FIXED, "finished": FIXED,
 }  # fmt: skip
 
