@@ -24,9 +24,30 @@ def config() -> None:
 @config.command()
 @click.argument("section", type=SECTIONS, default="node")
 @click.option("--name", help="The name to write in.")
-def init(section: str, name: str | None) -> None:
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="A setting to write in, checked. Several may be given.")
+def init(section: str, name: str | None, assignments: tuple[str, ...]) -> None:
     """Print a commented configuration of SECTION to stdout."""
-    click.echo(settings.template(settings.KINDS[section], {"name": name} if name else {}), nl=False)
+    given = [f"name={name}"] if name else []
+    click.echo(settings.template(settings.KINDS[section], assigned(settings.KINDS[section], [*given, *assignments])), nl=False)
+
+
+def assigned(kind: type, assignments: list[str]) -> dict[str, object]:
+    """The values of KEY=VALUE, each checked alone. Raises BadConfig with every fault."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    values, faults = {}, []
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if key not in fields or not equals:
+            faults.append(f"{assignment!r} is not KEY=VALUE with a setting of [{kind.SECTION}]. Try: one of {', '.join(fields)}")
+            continue
+        try:
+            values[key] = settings.converted(fields[key], text, True)
+        except ValueError as error:
+            what, _, attempt = str(error).partition("|")
+            faults.append(f"{key}: {what}. Try: {attempt or settings.example(fields[key])}")
+    if faults:
+        raise BadConfig("\n".join(faults))
+    return values
 
 
 def sections_of(file: str) -> list[str]:

@@ -13,6 +13,16 @@ def test_init_validates(tmp_path, cli):
     assert (code, out) == (0, f"{tmp_path}/node.toml: [node] is good\n")
 
 
+def test_init_writes_what_is_set_and_refuses_what_is_wrong(tmp_path, cli):
+    settings = ("--set", "listen=tcp://127.0.0.2:7420", "--set", "arena_bytes=2MiB", "--set", "insecure=no", "--set", "uids=5,6")
+    code, out, _ = cli("config", "init", "node", "--name", "a", *settings)
+    (tmp_path / "node.toml").write_text(out)
+    code, out, _ = cli("config", "show", "--config", str(tmp_path / "node.toml"))
+    assert (code, out) == (0, '[node]\nname = "a"\nlisten = "tcp://127.0.0.2:7420"\narena_bytes = 2097152\ninsecure = false\nuids = [5, 6]\n')
+    code, out, err = cli("config", "init", "node", "--set", "listne=x", "--set", "bulk_port=99999")
+    assert (code, out) == (78, "") and "listne=x" in err and "bulk_port: 99999 is outside 0..65535" in err
+
+
 def test_validate_names_everything(tmp_path, cli):
     file = tmp_path / "both.toml"
     file.write_text('[node]\nname = 3\n[coordinator]\ndead_ms = "soon"\n')
