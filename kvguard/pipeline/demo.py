@@ -23,7 +23,6 @@ from kvguard.pipeline.client import Client
 from kvguard.pipeline.faults import KILLS, Fault
 from kvguard.pipeline.observing import replicas_equal
 from kvguard.pipeline.world import INSTANCE, World, WorldSettings
-from kvguard.transport.ask import ask
 
 PREFIX = "kvguard-demo."
 SUPERVISED = "supervised"  # in a demo's directory, locked while its supervisor lives; not in one that is kept for its logs
@@ -227,16 +226,14 @@ def positions(resumed: dict, sequences: int) -> list[int]:
 
 def lost_sequences(world: World, epoch: int) -> int:
     """How many the coordinator gave up in that epoch's recovery, by its own history."""
-    history = ask(world.coordinator_address, "history", {}, timeout=5.0)["history"]
-    return next(len(one["lost"]) for one in reversed(history) if one["epoch"] == epoch)
+    return next(len(one["lost"]) for one in reversed(world.history()) if one["epoch"] == epoch)
 
 
 def timing_ms(world: World, client: Client, fault: Fault, run: str) -> dict:
     """Phases in ms; each starts where the last ended. All clocks are the machine's one monotonic clock."""
     resumed = fault.resumed
     told = resumed["timing_ms"]
-    history = ask(world.coordinator_address, "history", {}, timeout=5.0)["history"]
-    verdict_ns = next((one["verdict_ns"] for one in reversed(history) if one["epoch"] == resumed["epoch"]), None)
+    verdict_ns = next((one["verdict_ns"] for one in reversed(world.history()) if one["epoch"] == resumed["epoch"]), None)
     first = min((t_ns for t_ns, told_run in client.arrivals if told_run == run and t_ns > resumed["t_ns"]), default=None)
     return {
         "detect": (verdict_ns - fault.struck_ns) / 1e6 if verdict_ns else None, "fence": told.get("fence"), "plan": told.get("plan"),

@@ -65,9 +65,11 @@ class Guarded:
 
     def __init__(self, settings: DriverSettings):
         from kvguard import emitter
+        from kvguard.transport import keys as keyring
 
         self._stages = settings.stages
-        self._emitter = emitter.connect(settings.instance, settings.coordinator)
+        keys = keyring.load(settings.keys) if settings.keys else None
+        self._emitter = emitter.connect(settings.instance, settings.coordinator, keys)
 
     def welcome(self, timeout_s: float) -> Joined:
         """Waits until every stage is a member, unless a recovery is going on (then its resumption says who is). Raises TimedOut."""

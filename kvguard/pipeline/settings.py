@@ -23,7 +23,7 @@ class StageSettings:
     model: str  # a model directory
     stages: int
     pp: int
-    listen: str  # "tcp://127.0.0.1:PORT", where steps arrive; advertised as the rank's endpoint
+    listen: str  # "tcp://127.0.0.1:PORT", where steps arrive; advertised as the rank's endpoint. Any address of this host: the links carry no keys
     socket: str  # the node daemon's Unix socket
     blocks: int = 1024
     block_tokens: int = 16
@@ -49,6 +49,7 @@ class DriverSettings:
     chunk: int = 64
     sequences_max: int = 16
     resume_timeout_s: float = 60.0
+    keys: str = ""  # the emitter's key file (`kvguard keys generate`), for its session with the coordinator; off loopback there must be one
 
 
 def read(path: str | Path, kind: type):

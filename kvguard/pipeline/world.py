@@ -64,6 +64,10 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
+def port_of(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
 def die_with_parent(parent: int) -> None:
     """In the child, before exec: SIGKILL when the supervisor goes, however it goes. One that went before this call sends nothing."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -74,13 +78,17 @@ def die_with_parent(parent: int) -> None:
 class Process:
     """One started process: its handle, its log."""
 
-    def __init__(self, name: str, arguments: list[str], log: Path, group: int = 0, environment: dict[str, str] | None = None, pipes: bool = False):
+    def __init__(
+        self, name: str, arguments: list[str], log: Path, group: int = 0, environment: dict[str, str] | None = None, pipes: bool = False,
+        launcher: tuple[str, ...] = (sys.executable, "-m"),
+    ):  # fmt: skip
+        """`launcher`: what `arguments` are given to; by default they name a module."""
         self.name = name
         self.log = log
         self.endpoint = ""  # of an engine process: what it advertises
         with open(log, "ab") as out:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
+                [*launcher, *arguments],
                 stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if pipes else out,
                 stderr=out,
@@ -136,22 +144,28 @@ class World:
         self.root = wanted.root
         (self.root / "logs").mkdir(parents=True, exist_ok=True)
         count = max(2, wanted.stages) if wanted.guarded else wanted.stages
-        ports = free_ports(2 + (2 if wanted.gated else 1) * count)
-        self.coordinator_address = f"tcp://127.0.0.1:{ports[0]}"
-        self.driver_address = f"tcp://127.0.0.1:{ports[1]}"
-        self.nodes = [Node(i, f"node-{i}", f"tcp://127.0.0.1:{port}") for i, port in enumerate(ports[2 : 2 + count])]
+        self.coordinator_address, self.driver_address, self.nodes = self.laid_out(count)
         self.proxy: Proxy | None = None
         if wanted.gated:
-            self._lay_cables(ports[2:])
+            self._lay_cables()
         self.coordinator: Process | None = None
         self.driver: Process | None = None
         self._started = 0
         self.endpoints: list[str] = []
 
-    def _lay_cables(self, ports: list[int]) -> None:
+    def laid_out(self, count: int) -> tuple[str, str, list[Node]]:
+        """Where the coordinator, the driver and `count` daemons listen. On other hosts than this one: overridden, with everything that starts or asks."""
+        coordinator, driver, *ports = free_ports(2 + count)
+        nodes = [Node(i, f"node-{i}", f"tcp://127.0.0.1:{port}") for i, port in enumerate(ports)]
+        return f"tcp://127.0.0.1:{coordinator}", f"tcp://127.0.0.1:{driver}", nodes
+
+    def _lay_cables(self) -> None:
         """A gate in front of each daemon, at a loopback address of its own and the daemon's port numbers."""
         self.proxy = Proxy()
-        for node, port, bulk in zip(self.nodes, ports, ports[len(self.nodes) :], strict=False):
+        taken = {port_of(address) for address in (self.coordinator_address, self.driver_address, *(node.address for node in self.nodes))}
+        bulk_ports = [port for port in free_ports(len(self.nodes) + len(taken)) if port not in taken]
+        for node, bulk in zip(self.nodes, bulk_ports, strict=False):
+            port = port_of(node.address)
             node.bulk_port = bulk
             node.gate = self.proxy.gate(f"127.0.1.{node.index + 1}", "127.0.0.1", {port: port, bulk: bulk})
 
@@ -288,7 +302,15 @@ class World:
     # ---- looking
 
     def status(self) -> dict:
-        return ask(self.coordinator_address, "status", {}, timeout=2.0)
+        return self.ask("status", timeout_s=2.0)
+
+    def history(self) -> list[dict]:
+        """The coordinator's recoveries, oldest first."""
+        return self.ask("history")["history"]
+
+    def ask(self, verb: str, arguments: dict | None = None, node: Node | None = None, timeout_s: float = 5.0) -> dict:
+        """The coordinator's answer, or a node's."""
+        return ask(node.address if node else self.coordinator_address, verb, arguments or {}, timeout=timeout_s)
 
     def wait_until(self, what: str, condition, timeout_s: float, every_s: float = 0.05):
         """The first true value of `condition()`. Raises TimedOut, or KvguardError at once, with its last words, if a process died meanwhile."""
@@ -326,7 +348,7 @@ class World:
             return None
 
     def query(self, node: Node, verb: str, arguments: dict, timeout: float = 5.0) -> dict:
-        return ask(node.address, verb, arguments, timeout=timeout)
+        return self.ask(verb, arguments, node, timeout)
 
     def engine_at(self, endpoint: str) -> tuple[Node, Process]:
         """The node and process behind an endpoint that the driver uses."""
