@@ -146,10 +146,16 @@ class KvguardConnector(KVConnectorBase_V1, SupportsHMA):
         """Running sequences, those preempted, and a margin: a row is free again a step after its sequence's end."""
         return min(self.settings.rows or max(64, 4 * self._vllm_config.scheduler_config.max_num_seqs), ROWS_MAX)
 
-    @harmless(lambda: None)
     def on_new_request(self, request) -> None:
-        self.ledger.arrived(request)
-        self.moves.arrived(request)
+        """A request that can't be understood is served unprotected; the others go on."""
+        if self.broken:
+            return
+        try:
+            self.ledger.arrived(request)
+            self.moves.arrived(request)
+        except Exception:
+            self.ledger.counts["unprotected requests"] += 1
+            _log.exception("kvguard: request %s is not understood, and served as if kvguard weren't there", request.request_id)
 
     @harmless(lambda: (0, False))
     def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int | None, bool]:

@@ -46,8 +46,8 @@ class Moves:
 
     def arrived(self, request: Any) -> None:
         """A request that brings a token is remembered, and gets its salt."""
-        parameters = request.kv_transfer_params or {}
-        token = parameters.get(PARAMETER)
+        parameters = request.kv_transfer_params
+        token = parameters.get(PARAMETER) if isinstance(parameters, dict) else None
         if token is None:
             return
         try:

@@ -350,3 +350,16 @@ def execute_with_faults(runner: Runner, output):
     from vllm.v1.outputs import ModelRunnerOutput
 
     return ModelRunnerOutput(list(sampled), {name: n for n, name in enumerate(sampled)}, list(sampled.values()))
+
+
+def test_a_request_that_is_not_understood_is_served_and_the_others_stay_protected(bench, monkeypatch):
+    world = bench(1, 64, 0, 1)
+    ledger = world.scheduler.connector.ledger
+    arrived = ledger.arrived
+    monkeypatch.setattr(ledger, "arrived", lambda request: arrived(request) if "odd" not in request.request_id else 1 / 0)
+    world.add("cmpl-odd-0-00000001", [1, 2, 3], 10)
+    world.add("cmpl-even-0-00000002", [4, 5, 6], 10)
+    world.turn(), world.turn()
+    assert list(world.runner.observer.names.values()) == ["even"]
+    world.drain()
+    assert world.outputs["cmpl-odd-0-00000001"] == continuation([1, 2, 3], 10) and ledger.counts["unprotected requests"] == 1
