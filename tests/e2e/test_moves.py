@@ -45,8 +45,14 @@ def held(cluster, instance: str, positions: int, holder: str) -> None:
         raise AssertionError(f"{found[-1:]}\n{error}") from error
 
 
-def two_instances(cluster):
+def begin(cluster) -> None:
+    """Patient with nodes that are slow to answer: what is tried here is where sequences go on, not how soon."""
+    cluster.configure_coordinator(suspect_ms=3000, dead_ms=10_000, exclude_ms=10_000, seal_ms=30_000, emitter_ms=10_000)
     cluster.start()
+
+
+def two_instances(cluster):
+    begin(cluster)
     return cluster.engine("rank", "a", RANK, "llama-a"), cluster.engine("rank", "b", RANK, "llama-b")
 
 
@@ -91,7 +97,7 @@ def test_a_killed_instance_goes_on_in_the_other(cluster, gateway, seed):
 
 def test_on_one_node_the_dead_pool_is_read(cluster, gateway):
     """Everything that was committed, replicated or not; the node's memory is the dead process's own."""
-    cluster.start()
+    begin(cluster)
     a, b = cluster.engine("rank", "a", RANK, "llama-a"), cluster.engine("rank", "a", RANK, "llama-b")
     front = gateway("llama-a")
     a.tell("step", commits=[["one", 70]])
