@@ -9,8 +9,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,11 +33,18 @@ def model(tmp_path_factory) -> Path:
     return make_random(tmp_path_factory.mktemp("model"), "llama", seed=1, layers=6, context=2048)
 
 
-def kvguard(tmp_path: Path, *arguments: str, timeout_s: float = 1400) -> tuple[int, str, str]:
+def kvguard(tmp_path: Path, *arguments: str, meanwhile: Callable[[], object] = lambda: None) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr. `meanwhile`: done while it runs."""
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "KVGUARD_DRILL_DIR": str(tmp_path / "reports")}
     command = [sys.executable, "-m", "kvguard.cli", "drill", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
-    return done.returncode, done.stdout, done.stderr
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as running:
+        try:
+            meanwhile()
+            out, err = running.communicate(timeout=1400)
+        except BaseException:
+            running.terminate()
+            raise
+    return running.returncode, out, err
 
 
 def test_every_drill_passes_and_proves_that_its_fault_fired(model, tmp_path) -> None:
@@ -100,10 +107,11 @@ def test_a_live_cluster_is_struck_where_it_is_whole_and_refused_where_it_is_not(
     assert json.loads(out)["runs"][0]["fault"]["evidence"] == {"stopped": True}
 
     struck = next(node for node in world.nodes if f"the daemon on {node.name} " in kvguard(tmp_path, "run", "kill-daemon", *there, "--dry-run")[1])
-    supervisor = threading.Thread(target=lambda: (struck.daemon.popen.wait(), world.start_daemon(struck)))
-    supervisor.start()
-    code, out, err = kvguard(tmp_path, "run", "kill-daemon", *there, "--yes", "-o", "json")
-    supervisor.join()
+    def supervise() -> None:  # in this thread: what a thread has started dies with it
+        struck.daemon.popen.wait(120)
+        world.start_daemon(struck)
+
+    code, out, err = kvguard(tmp_path, "run", "kill-daemon", *there, "--yes", "-o", "json", meanwhile=supervise)
     assert code == 0, out + err
     assert json.loads(out)["runs"][0]["recovery"] is None
 
