@@ -19,6 +19,7 @@ from starlette.routing import Route
 from kvguard.gateway import replies
 from kvguard.gateway.answering import RETRY_AFTER_S, Answering
 from kvguard.gateway.events import Declined, Lost
+from kvguard.gateway.fleet import HEALTH_S
 from kvguard.gateway.journey import Surroundings
 
 
@@ -64,7 +65,7 @@ class Paths:
         tried: set[str] = set()
         while (member := self.around.fleet.choose(without=frozenset(tried))) is not None:
             try:
-                return json_response(await member.upstream.models(request.headers))
+                return json_response(await member.upstream.models(request.headers, HEALTH_S))
             except Declined as error:
                 return Response(error.body, error.status, media_type="application/json")
             except Lost as lost:

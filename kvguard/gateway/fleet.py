@@ -77,7 +77,7 @@ class Fleet:
         self.members = {member.name: member for member in members}
         self._counters, self._probe_s, self._headers = counters, probe_s, headers
         self._changed = asyncio.Condition()
-        self._probing: asyncio.Task | None = None
+        self._looking: list[asyncio.Task] = []
 
     def choose(self, fits: Callable[[Standing], bool] = lambda standing: True, without: frozenset[str] = frozenset()) -> Member | None:
         found = choose((self.standing(member) for name, member in self.members.items() if name not in without), fits)
@@ -117,25 +117,23 @@ class Fleet:
     # ---- looking ----
 
     async def start(self) -> None:
-        await self._look()
-        self._probing = asyncio.create_task(self._probe())
+        """The first look at all, then each by itself: one that hangs delays no other."""
+        await asyncio.gather(*map(self._look_at, self.members.values()))
+        self._looking = [asyncio.create_task(self._keep_looking(member)) for member in self.members.values()]
 
     async def close(self) -> None:
-        if self._probing is not None:
-            self._probing.cancel()
-            await asyncio.gather(self._probing, return_exceptions=True)
+        for task in self._looking:
+            task.cancel()
+        await asyncio.gather(*self._looking, return_exceptions=True)
         for member in self.members.values():
             await member.watch.close()
 
-    async def _probe(self) -> None:
+    async def _keep_looking(self, member: Member) -> None:
         while True:
             await asyncio.sleep(self._probe_s)
-            await self._look()
-
-    async def _look(self) -> None:
-        await asyncio.gather(*map(self._look_at, self.members.values()))
-        async with self._changed:
-            self._changed.notify_all()
+            await self._look_at(member)
+            async with self._changed:  # a fence that ended, or a doubt, is news as well
+                self._changed.notify_all()
 
     async def _look_at(self, member: Member) -> None:
         watch, was = member.watch, member.watch.up
@@ -150,7 +148,7 @@ class Fleet:
     async def _learn(self, member: Member) -> bool:
         """What the instance serves. An instance that doesn't say is not up."""
         try:
-            document = await member.upstream.models(self._headers)
+            document = await member.upstream.models(self._headers, HEALTH_S)
         except Declined:
             return True  # it wants a key that only clients have
         except Lost as error:

@@ -88,7 +88,7 @@ def decide(body: dict, chat: bool, seeded_by_position: bool = False) -> Followed
     refuse_forbidden(body)
     listed = {*PASSED, *UNDERSTOOD, *(TEMPLATE if chat else PROMPT)}
     for name, value in body.items():
-        if name not in listed and value is not None and value not in NEUTRAL.get(name, ()):
+        if name not in listed and value is not None and not _is_neutral(name, value):
             return Relayed(name)
     if body.get("seed") is not None and body.get("temperature") != 0 and not seeded_by_position:
         return Relayed("seed")
@@ -107,6 +107,11 @@ def decide(body: dict, chat: bool, seeded_by_position: bool = False) -> Followed
         bool(options.get("continuous_usage_stats")), bool(body.get("return_token_ids")),
     )  # fmt: skip
     return _rendered(ask, body) if chat else _prompted(ask, body)
+
+
+def _is_neutral(name: str, value) -> bool:
+    """Exactly: `logprobs` 0 asks for something, False doesn't."""
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in NEUTRAL.get(name, ()))
 
 
 def _of_another_type(body: dict) -> str:

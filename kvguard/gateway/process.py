@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ from kvguard.transport import keys
 
 log = logging.getLogger(__name__)
 CONNECTIONS_SPARE = 16  # for looks and models beside the answers
+KEEPALIVE_S = 2.0  # less than the 5 s after which vLLM's server closes a connection that nobody uses
 
 Dial = Callable[[str], Emitter]  # an instance's name -> its emitter
 
@@ -52,7 +54,9 @@ async def surroundings(settings: GatewayConfig, dial: Dial) -> AsyncIterator[Sur
     """All that requests are served with. Raises BadConfig."""
     tokenizer, counters = text.load(settings.tokenizer), Counters()
     timeout = httpx.Timeout(settings.idle_ms / 1000, connect=settings.connect_ms / 1000, pool=settings.connect_ms / 1000)
-    limits = httpx.Limits(max_connections=settings.in_flight_max + CONNECTIONS_SPARE, max_keepalive_connections=settings.in_flight_max)
+    limits = httpx.Limits(
+        max_connections=settings.in_flight_max + CONNECTIONS_SPARE, max_keepalive_connections=settings.in_flight_max, keepalive_expiry=KEEPALIVE_S
+    )
     # trust_env: no proxy of the environment stands between gateway and engines.
     async with httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, follow_redirects=False) as client:
         members = []
@@ -99,6 +103,8 @@ def run(settings: GatewayConfig) -> None:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     serving = server(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # uvicorn puts its own in place, and raises the signal again at its end: which was in order
     with listening(settings) as bound:
         host, port = bound.getsockname()[:2]
         log.info("gateway of %s on http://%s:%d", ", ".join(line.split()[0] for line in settings.instances), host, port)

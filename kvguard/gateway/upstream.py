@@ -103,10 +103,10 @@ class Upstream:
             raise Lost("garbage", "a tokenized prompt without ids")
         return Tokenized(tuple(ids), context if type(context) is int else 0)
 
-    async def models(self, headers: Mapping[str, str]) -> dict:
-        """The instance's /v1/models. Raises Lost."""
+    async def models(self, headers: Mapping[str, str], timeout_s: float) -> dict:
+        """The instance's /v1/models. Raises Lost, Declined."""
         passed = {name: value for name, value in headers.items() if name.lower() in PASSED_HEADERS}
-        response = await self._sent(self._client.build_request("GET", f"{self._url}/v1/models", headers=passed))
+        response = await self._sent(self._client.build_request("GET", f"{self._url}/v1/models", headers=passed, timeout=timeout_s))
         try:
             said = await self.whole(response)
             if response.status_code in (401, 403):

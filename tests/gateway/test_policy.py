@@ -31,7 +31,7 @@ def test_followed(fields):
     [
         ({"presence_penalty": 0.1}, "presence_penalty"), ({"frequency_penalty": -1}, "frequency_penalty"), ({"bad_words": ["x"]}, "bad_words"),
         ({"n": 2}, "n"), ({"best_of": 3}, "best_of"), ({"use_beam_search": True}, "use_beam_search"), ({"prompt_logprobs": 0}, "prompt_logprobs"),
-        ({"logprobs": 1}, "logprobs"), ({"response_format": {"type": "json_object"}}, "response_format"), ({"structured_outputs": {}}, "structured_outputs"),
+        ({"logprobs": 1}, "logprobs"), ({"logprobs": 0}, "logprobs"), ({"n": True}, "n"), ({"response_format": {"type": "json_object"}}, "response_format"), ({"structured_outputs": {}}, "structured_outputs"),
         ({"guided_json": {}}, "guided_json"), ({"tools": [{}]}, "tools"), ({"seed": 3}, "seed"), ({"seed": 3, "temperature": 1}, "seed"),
         ({"repetition_detection": {}}, "repetition_detection"), ({"vllm_xargs": {"a": 1}}, "vllm_xargs"), ({"something_new": 1}, "something_new"),
         ({"max_tokens": "5"}, "max_tokens"), ({"max_tokens": 0}, "max_tokens"), ({"stop": [1]}, "stop"), ({"stop": ""}, "stop"), ({"stream": "yes"}, "stream"),
