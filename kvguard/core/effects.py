@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvguard.format.messages import Hello, IdsFrame, KvFrame, Message, PlanOrder, Rebuild
-from kvguard.types import Epoch, NodeId, StreamId
+from kvguard.types import Epoch, NodeId, Rank, StreamId
 
 Ints = tuple[int, ...]
 
@@ -28,7 +28,7 @@ class Persist(Effect):
     """Make key = value durable (fsync) before anything after this in the same tuple. None deletes.
 
     Node: "promise/INSTANCE" -> Epoch. Coordinator: "epoch/INSTANCE", "recovery/INSTANCE", "holders/INSTANCE/RANK", "forks/INSTANCE", "history/N",
-    "resume/INSTANCE", "emitter/INSTANCE", "paused" (format/ledger.py says what is in them).
+    "resume/INSTANCE", "emitter/INSTANCE", "paused", "drained/NODE" (format/ledger.py says what is in them).
     """
 
     key: str
@@ -135,6 +135,14 @@ class Apply(Effect):
     session: int
     message: IdsFrame | KvFrame
     buffer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recheck(Effect):
+    """Verify the replicas of an instance (of one rank, where `rank` isn't None) against their sums; what doesn't hold goes. A Probe waits for it."""
+
+    instance: str
+    rank: Rank | None
 
 
 @dataclass(frozen=True, slots=True)

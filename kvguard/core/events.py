@@ -261,6 +261,14 @@ class ReplicasSeen(Event):
     arena_bytes_max: int
 
 
+@dataclass(frozen=True, slots=True)
+class ResyncAsked(Event):
+    """An operator doubts the replicas of an instance, or of one of its ranks (None: of all): both halves of their streams begin anew."""
+
+    instance: str
+    rank: Rank | None = None
+
+
 # ---- the coordinator ------------------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +290,6 @@ class Asked(Event):
 
 __all__ = [
     "Applied", "Arrived", "Asked", "Broken", "Captured", "Cut", "DeathSuspected", "EngineRestored", "Event", "Grown", "LinkDown", "LinkUp", "Loaded", "Looked",
-    "Opened", "PlanCarried", "PlanOrder", "Probed", "ProcessDied", "Rebuild", "ReplicasSeen", "StandbyAttached", "StepsSeen", "StreamAttached",
-    "StreamDetached", "Tick", "TurnEnded",
+    "Opened", "PlanCarried", "PlanOrder", "Probed", "ProcessDied", "Rebuild", "ReplicasSeen", "ResyncAsked", "StandbyAttached", "StepsSeen",
+    "StreamAttached", "StreamDetached", "Tick", "TurnEnded",
 ]  # fmt: skip

@@ -95,8 +95,12 @@ class LocalStream:
         steps = self.progress.progress if self.progress is not None else 0
         return RankBeat(
             self.stream, self.epoch, self.incarnation, self.endpoint, state, reason, tuple(self.senders), len(self.ledger.rows), unprotected, committed, acked,
-            lag, (committed - acked) * self.shape.token_bytes, lag_ms, steps + self.looks, self.shape.fingerprint,
+            lag, (committed - acked) * self.shape.token_bytes, lag_ms, steps + self.looks, self.shape.fingerprint, self.whole(),
         )  # fmt: skip
+
+    def whole(self) -> tuple[NodeId, ...]:
+        """Holders that have everything but, of each sequence, the newest position at most."""
+        return tuple(node for node, sender in self.senders.items() if sender.state == "stream" and all(_follows(copy) for copy in sender.flow.copies.values()))
 
     def judged(self, promised: Epoch, answering: bool, unprotected: int) -> tuple[str, str]:
         """State and reason, as a beat says them."""
@@ -126,6 +130,11 @@ class LocalStream:
             sender.check()
         if self.progress is not None:
             self.progress.check()
+
+
+def _follows(copy: Copy) -> bool:
+    row = copy.row
+    return not copy.shed and (copy.acked > 0 or not row.committed) and copy.acked >= row.committed - 1 and copy.acked_ids >= row.committed
 
 
 def _covers(new: Sender, old: Sender) -> bool:

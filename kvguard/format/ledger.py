@@ -4,8 +4,8 @@ Knows: the records and their keys. Must not know: databases, when a record is wr
 Invariants: fields are only added at the end with a default; a record that can't be read raises BadFrame, it is never taken for an empty one.
 
 Keys: epoch/INSTANCE -> Epoch; holders/INSTANCE/RANK -> MemberRecord; recovery/INSTANCE -> RecoveryRecord; resume/INSTANCE -> messages.Resume;
-forks/INSTANCE -> lineages by sequence; emitter/INSTANCE -> the incarnation of its session; history/N -> HistoryRecord; paused -> bool; secret -> bytes, made by
-the shell (never by the core), from which each recovery's secret is made.
+forks/INSTANCE -> lineages by sequence; emitter/INSTANCE -> the incarnation of its session; history/N -> HistoryRecord; paused -> bool; drained/NODE -> True;
+secret -> bytes, made by the shell (never by the core), from which each recovery's secret is made.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class RecoveryRecord(msgspec.Struct, frozen=True, array_like=True):
 
     `refused`: (node, standby) that failed in an earlier round; `former`: streams pinned until the rebuilt ranks are protected; times are of this round.
     `order` of sequences that moved stays until they are delivered; `away`: names that earlier recoveries moved elsewhere, which no later one brings back.
+    `targets`: where an operator wants ranks to go, if a standby is there.
     """
 
     instance: str
@@ -54,6 +55,7 @@ class RecoveryRecord(msgspec.Struct, frozen=True, array_like=True):
     timing_ms: dict[str, float] = {}
     verdict_ns: int = 0
     away: tuple[SequenceId, ...] = ()
+    targets: tuple[tuple[Rank, NodeId], ...] = ()
 
 
 class HistoryRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -87,6 +89,7 @@ _decoders = {
     "emitter": msgspec.msgpack.Decoder(int),
     "history": msgspec.msgpack.Decoder(HistoryRecord),
     "paused": msgspec.msgpack.Decoder(bool),
+    "drained": msgspec.msgpack.Decoder(bool),
     "secret": msgspec.msgpack.Decoder(bytes),
 }
 

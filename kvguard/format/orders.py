@@ -16,7 +16,8 @@ class RankBeat(msgspec.Struct, frozen=True, array_like=True):
     """One attached rank in a heartbeat. Positions are sums over its sequences; lag is the largest of any decoding sequence.
 
     `progress` rises whenever the engine does (steps left, pulses): frames prove the daemon alive, only this proves the engine.
-    `endpoint`: opaque, what the engine advertised at attach, given to the emitter as the rank's address.
+    `endpoint`: opaque, what the engine advertised at attach, given to the emitter as the rank's address. `whole`: holders that have acknowledged everything, of
+    each sequence the newest position at most excepted: the rank could be handed to one of them without loss.
     """
 
     stream: StreamId
@@ -35,6 +36,7 @@ class RankBeat(msgspec.Struct, frozen=True, array_like=True):
     lag_ms: float
     progress: int
     fingerprint: int = 0  # of its shape: equal ones of two instances hold interchangeable bytes
+    whole: tuple[NodeId, ...] = ()
 
 
 class StandbyBeat(msgspec.Struct, frozen=True, array_like=True):
