@@ -23,12 +23,10 @@ from kvguard.daemon.hooks import Hooks
 from kvguard.daemon.journal import Journal
 from kvguard.daemon.loop import Loop
 from kvguard.daemon.mail import Mail, answering
-from kvguard.daemon.metrics import CoordinatorFigures
 from kvguard.daemon.occasions import EVENTS, Occasions
 from kvguard.daemon.perform import SHARED, Events, Shell, performer
 from kvguard.daemon.process import begun, noted, serve
 from kvguard.daemon.questions import Questions
-from kvguard.daemon.scrape import Scrapes
 from kvguard.format import ledger, moves
 from kvguard.format.messages import Answer, Query
 from kvguard.transport import keys as keyring
@@ -69,7 +67,10 @@ class CoordinatorDaemon:
         self.loop.feed(events.Loaded(drilled.without(with_secret(self.journal))))
         self.loop.watch(self.transport.fileno(), self.mail.read)
         self.scrapes = None
-        if config.metrics:
+        if config.metrics:  # imported where it is asked for: a restart is quicker without
+            from kvguard.daemon.metrics import CoordinatorFigures
+            from kvguard.daemon.scrape import Scrapes
+
             figures = CoordinatorFigures(self.core, self.shell, self.drilled, lambda: dict(self.transport.counters))
             self.scrapes = Scrapes(config.metrics, self.loop, figures.families)
 

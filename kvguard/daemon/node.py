@@ -26,14 +26,12 @@ from kvguard.daemon.keeping import owner_of, shelf_of
 from kvguard.daemon.loop import Loop
 from kvguard.daemon.mail import Mail, answering
 from kvguard.daemon.measure import Measures, watched
-from kvguard.daemon.metrics import NodeFigures
 from kvguard.daemon.node_verbs import NodeVerbs
 from kvguard.daemon.notify import Notifier
 from kvguard.daemon.perform_node import PROMISE, NodeShell, node_performer, promised
 from kvguard.daemon.process import begun, noted, serve
 from kvguard.daemon.questions import Questions
 from kvguard.daemon.ranks import Ranks
-from kvguard.daemon.scrape import Scrapes
 from kvguard.device import open_device
 from kvguard.errors import BadConfig
 from kvguard.format import local
@@ -94,7 +92,10 @@ class NodeDaemon:
         self._every(max(config.heartbeat_ms * MS, FIGURES_NS), self._replicas_seen)
         self._every(EXPIRE_NS, self._expire)
         self.scrapes = None
-        if config.metrics:
+        if config.metrics:  # imported where it is asked for: a restart is quicker without
+            from kvguard.daemon.metrics import NodeFigures
+            from kvguard.daemon.scrape import Scrapes
+
             figures = NodeFigures(self.core, self.shell, self.measures, lambda: dict(self.transport.counters))
             self.scrapes = Scrapes(config.metrics, self.loop, figures.families)
         self.transport.dial(COORDINATOR, config.coordinator)

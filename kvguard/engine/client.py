@@ -206,7 +206,7 @@ class Client:
 
     def _later(self, session: Session, now: float) -> None:
         session.due = now + session.retry_s
-        session.retry_s = min(2 * session.retry_s, RETRY_S_MAX)
+        session.retry_s = min(1.25 * session.retry_s, RETRY_S_MAX)  # the wait is a quarter of how long the daemon has been away
 
     def _hang_up(self, session: Session, now: float) -> None:
         if session.line is not None:

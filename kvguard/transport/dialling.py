@@ -99,7 +99,7 @@ class Dialled:
         link.go_down(reason)
         self._tear_down()
         self._due_ns = time.monotonic_ns() + int(self._retry_ns * random.uniform(0.8, 1.2))
-        self._retry_ns = min(2 * self._retry_ns, RETRY_MAX_NS)
+        self._retry_ns = min(5 * self._retry_ns // 4, RETRY_MAX_NS)  # the wait is a quarter of how long the peer has been away
         self._shared.wakeup.again(_redial)
 
     def _tear_down(self) -> None:
