@@ -106,4 +106,4 @@ def test_the_example_is_as_short_as_the_guide_says():
     assert len(code) <= 100
     guide = (ROOT / "docs" / "adapters.md").read_text()
     for number in range(1, 11):  # the marks that the guide explains
-        assert f"({number})" in text and f"({number})" in guide
+        assert f"({number})" in text and f"\n{number}. " in guide

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -282,6 +283,17 @@ def test_without_a_daemon_it_says_so_once(guarded, caplog):
         guarded.generate(**inputs(1, 9, False), max_new_tokens=3)
     said = [record.getMessage() for record in caplog.records if "no daemon" in record.getMessage()]
     assert len(said) == 1 and "UNPROTECTED" in said[0] and "no daemon" in guarded.unprotected
+
+
+def test_a_coordinator_that_is_away_costs_its_wait_and_nothing_else(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(joining, "CONNECT_S", 0.0)
+    monkeypatch.setattr(joining, "SAID_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        address = f"tcp://127.0.0.1:{nobody.getsockname()[1]}"
+    with protect(models["llama"], "essay", address, socket=tmp_path / "none.sock", sequences=2, positions=64, wait_s=0.2) as guarded:
+        assert "coordinator" in guarded.unprotected and guarded.resume() is None
+        given = inputs(1, 9, False)
+        assert torch.equal(guarded.generate(**given, max_new_tokens=4), models["llama"].generate(**given, max_new_tokens=4))
 
 
 def test_the_cache_alone_works_and_says_that_it_is_not_protected(models, guarded):

@@ -185,6 +185,20 @@ def test_another_model_takes_nothing_over(cluster, scripts):
     assert found["rungs"] == ["pool"]
 
 
+def test_killed_before_anything_was_computed(cluster, scripts):
+    """There is a former life to follow, and nothing to go on with."""
+    what = call("llama", 1, 10, 0)  # stands still when it is shown the prompt
+    first = scripts("a", what)
+    first.until("joined")
+    cluster.until("the rank", lambda: cluster.rank(RANK))
+    first.kill()
+    second = scripts("a", {**what, "hold_at": -1})
+    assert second.until("joined") == {"joined": False, "unprotected": ""}
+    found = second.until("sequences")
+    assert_undisturbed(found, undisturbed(what))
+    assert found["unprotected"] == "" and found["resumed_at"] is None
+
+
 def test_a_script_that_comes_back_late_orders_its_own_recovery(cluster, scripts):
     """Its recovery waited for a standby for `standby_ms`, and had failed."""
     what = call("gpt2", 2, 30, 8, **SAMPLED)
