@@ -13,7 +13,7 @@ import re
 from collections.abc import Awaitable, Callable
 
 from kvguard.emitter import Emitter, Resumption
-from kvguard.errors import KvguardError, TimedOut
+from kvguard.errors import Fenced, KvguardError, TimedOut
 from kvguard.gateway.routing import Instance, Standing
 from kvguard.types import Rank, ResumeToken
 
@@ -111,6 +111,7 @@ class Watch:
         log.warning("%s is fenced: %s", self.instance.name, getattr(self._emitter.fenced, "reason", ""))
         self.fenced.set()
         self._recovering = asyncio.create_task(self._recover())
+        self._recovering.add_done_callback(_loud)
 
     async def _recover(self) -> None:
         said = ""
@@ -118,9 +119,9 @@ class Watch:
             try:
                 resumption = await asyncio.to_thread(self._emitter.resume, RESUME_POLL_S)
                 self._emitter.adopt(resumption)
-            except TimedOut:
+            except (TimedOut, Fenced):  # not over yet, or overtaken by a newer epoch, whose recovery ends as well
                 continue
-            except KvguardError as error:  # failed for good, or overtaken by a newer epoch
+            except KvguardError as error:  # failed for good: nothing comes for those who wait; a later epoch may bring the instance back
                 if str(error) != said:
                     said = str(error)
                     log.warning("%s: %s", self.instance.name, said)
@@ -160,3 +161,9 @@ class Watch:
             self._recovering.cancel()
             await asyncio.gather(self._recovering, return_exceptions=True)
         await asyncio.to_thread(self._emitter.close)
+
+
+def _loud(task: asyncio.Task) -> None:
+    """A bug in a recovery would leave its instance fenced for ever, in silence."""
+    if not task.cancelled() and task.exception() is not None:
+        log.error("a recovery ended in a bug", exc_info=task.exception())

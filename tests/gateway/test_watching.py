@@ -1,0 +1,115 @@
+"""One instance under watch: fences that overtake each other, recoveries that fail, tokens for nobody."""
+
+from __future__ import annotations
+
+import asyncio
+
+from kvguard import errors
+from kvguard.gateway.routing import Instance
+from kvguard.gateway.watching import Watch, key_of
+from kvguard.types import Epoch, ResumeToken
+from tests.gateway.conftest import FakeEmitter
+
+KEYS = [key_of(f"kvg-{number:024x}", 0) for number in range(3)]
+
+
+def token(sequence: str) -> ResumeToken:
+    return ResumeToken("a", sequence, Epoch(2, "c"), 1, (2,), (1,), b"", b"", "replica")
+
+
+def play(scene) -> tuple[FakeEmitter, object]:
+    async def run():
+        emitter, healthy = FakeEmitter("a"), [False]
+
+        async def look() -> bool:
+            return healthy[0]
+
+        watch = Watch(Instance("a", "http://a", "n"), emitter, look)
+        try:
+            return emitter, await asyncio.wait_for(scene(watch, emitter, healthy), 20)
+        finally:
+            await watch.close()
+
+    return asyncio.run(run())
+
+
+def test_each_token_to_its_request():
+    async def scene(watch, emitter, healthy):
+        for key in KEYS[:2]:
+            watch.begin(key)
+        waiting = [asyncio.create_task(watch.token(key, 5, 5)) for key in KEYS[:2]]
+        emitter.fence()
+        await watch.fenced.wait()
+        assert not watch.standing().active
+        emitter.recover([token(f"{KEYS[0]}-abcd"), token(KEYS[2]), token("somebody else's")])
+        found = await asyncio.gather(*waiting)
+        for key in KEYS[:2]:
+            watch.left(key)
+            watch.end(key)
+        return found
+
+    emitter, found = play(scene)
+    assert [one and one.sequence for one in found] == [f"{KEYS[0]}-abcd", None]
+    assert emitter.deliveries == [KEYS[2], "somebody else's", f"{KEYS[0]}-abcd", KEYS[1]]
+    assert emitter.in_flight == 0
+
+
+def test_a_loss_that_is_noticed_after_the_recovery():
+    async def scene(watch, emitter, healthy):
+        watch.begin(KEYS[0])
+        emitter.fence()
+        await watch.fenced.wait()
+        emitter.recover([token(KEYS[0])])
+        while watch.fenced.is_set():
+            await asyncio.sleep(0.01)
+        return await watch.token(KEYS[0], 0, 0)
+
+    assert play(scene)[1].sequence == KEYS[0]
+
+
+def test_an_overtaken_recovery_takes_nothing_away():
+    async def scene(watch, emitter, healthy):
+        watch.begin(KEYS[0])
+        adopt, refused = emitter.adopt, []
+
+        def overtaken(resumption) -> None:
+            if not refused:
+                refused.append(resumption)
+                emitter.recover([token(KEYS[0])])  # the newer one's end
+                raise errors.Fenced("epoch 2 is over")
+            adopt(resumption)
+
+        emitter.adopt = overtaken
+        emitter.fence()
+        emitter.recover([])
+        return await watch.token(KEYS[0], 5, 5), refused
+
+    found, refused = play(scene)[1]
+    assert refused and found.sequence == KEYS[0]
+
+
+def test_a_failed_recovery_keeps_nobody_waiting():
+    async def scene(watch, emitter, healthy):
+        watch.begin(KEYS[0])
+        emitter.fence()
+        emitter.fail("no ids anywhere")
+        return await watch.token(KEYS[0], 5, 5), watch.fenced.is_set()
+
+    assert play(scene)[1] == (None, True)
+
+
+def test_who_is_alive_is_not_waited_for():
+    async def scene(watch, emitter, healthy):
+        watch.begin(KEYS[0])
+        healthy[0] = True
+        return await watch.token(KEYS[0], 3600, 3600)
+
+    assert play(scene)[1] is None
+
+
+def test_nobody_fences_and_nobody_lives():
+    async def scene(watch, emitter, healthy):
+        watch.begin(KEYS[0])
+        return await watch.token(KEYS[0], 0.05, 3600)
+
+    assert play(scene)[1] is None
