@@ -116,8 +116,8 @@ class Machine:
         raise AssertionError(f"{what} did not come about; last seen: {last!r}\n{self.last_words()}")
 
     def last_words(self) -> str:
-        if not self._leader:
-            return self.console.read_text(errors="replace")[-2000:]
+        if not self._leader or self._nspawn.poll() is not None:
+            return self.console.read_text(errors="replace")[-2000:] if self.console.exists() else ""
         return "\n".join(f"--- {unit}\n{self.journal(unit)[-3000:]}" for unit in ("kvguard-node", "kvguard-coordinator"))
 
     def close(self) -> None:
@@ -135,12 +135,22 @@ class Machine:
                 _run("umount", str(mount))
         shutil.rmtree(self._directory, ignore_errors=True)
         for group in sorted(self._leftover_groups() - self._groups):
-            os.rmdir(group)
+            self.until(f"{group} removed", lambda group=group: _emptied(group), 10)
 
     @staticmethod
     def _leftover_groups() -> set[str]:
         """What nspawn makes beside a control group of its own and leaves: empty folders."""
         return {str(path) for name in ("payload", "supervisor") for path in GROUPS.glob(f"*/{name}")} if GROUPS.is_dir() else set()
+
+
+def _emptied(group: str) -> bool:
+    """Remove a control group with those in it, whose processes may still be ending."""
+    for folder, _, _ in os.walk(group, topdown=False):
+        try:
+            os.rmdir(folder)
+        except OSError:
+            return False
+    return not os.path.exists(group)
 
 
 def _run(*command: str) -> None:
