@@ -81,7 +81,7 @@ def protected(call: dict, socket: str, coordinator: str) -> None:
     from kvguard.engine.transformers import protect
 
     sizes = {"sequences": 4, "positions": 200, **call.get("sizes", {})}
-    guarded = protect(tiny(call["family"]), "essay", coordinator, socket=socket, wait_s=call.get("wait_s", 30.0), **sizes)
+    guarded = protect(tiny(call["family"]), "essay", coordinator, socket=socket, wait_s=call.get("wait_s", 60.0), **sizes)
     say({"joined": bool(guarded.earlier), "unprotected": guarded.unprotected})
     streamer = Shown(call["hold_at"])
     output = guarded.resume(streamer=streamer)
