@@ -52,10 +52,13 @@ class Cluster:
 
     def close(self, keep_logs: bool) -> None:
         self.world.stop()
-        if keep_logs:
-            (self.root / demo.SUPERVISED).unlink()
-        else:
-            shutil.rmtree(self.root)
+        for left in self.root.iterdir():
+            if left.is_dir() and not (keep_logs and left.name == "logs"):
+                shutil.rmtree(left)
+            elif left.is_file():
+                left.unlink()
+        if not keep_logs:
+            self.root.rmdir()
 
     # ---- one strike
 
@@ -168,18 +171,21 @@ def obey(command: dict, cluster: Cluster | None) -> Cluster | None:
 
 def main() -> int:
     signal.signal(signal.SIGTERM, demo.stopped)
-    cluster, failed = None, True
+    cluster, failed = None, False
     try:
         for line in sys.stdin:
             command = json.loads(line)
             if command["do"] == "quit":
                 break
             cluster = obey(command, cluster)
-        failed = False
     except KvguardError as error:
+        failed = True
         logs = f" (logs: {cluster.root / 'logs'})" if cluster else ""
         say({"event": "error", "message": f"{error}{logs}", "code": error.exit_code})
         return error.exit_code
+    except Exception:
+        failed = True
+        raise
     finally:
         if cluster is not None:
             cluster.close(keep_logs=failed)
