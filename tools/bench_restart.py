@@ -56,6 +56,8 @@ class Cluster:
         for name in ("own", "holder"):
             values = {"name": name, "listen": self.addresses[name], "coordinator": coordinator, "runtime_dir": str(directory / name)}
             self._write(config.NodeConfig, name, {**values, "arena_bytes": arena_bytes, "keep_replicas": "files"})
+
+    def start_all(self) -> None:
         for name in self.addresses:
             self.start(name)
         for name in self.addresses:
@@ -196,6 +198,7 @@ def measured(mebibytes: int, daemons: tuple[str, ...], kills: int, delay_s: floa
     cluster = Cluster(directory, (mebibytes + 64) * MIB * 5 // 4)
     rows = []
     try:
+        cluster.start_all()
         engine = Engine(cluster, sequences)
         try:
             wait_whole(cluster, engine.positions)

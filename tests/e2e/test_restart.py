@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
 
 from kvguard.store.shelf import on_tmpfs
 
@@ -20,17 +19,17 @@ RANK = "0.1.0"
 
 
 @pytest.fixture
-def cluster():
+def tmp_path():
+    """Where the cluster's runtime directories are: memory, as /run is."""
     directory = Path(tempfile.mkdtemp(prefix="kvguard-test-", dir="/dev/shm"))
-    made = Cluster(directory)
-    made.configure_coordinator(dead_ms=60_000, reattach_ms=60_000)  # nobody vouches for the engine here, and a busy machine starts daemons slowly
-    try:
-        yield made
-    finally:
-        try:
-            made.stop()
-        finally:
-            shutil.rmtree(directory)
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def cluster(cluster):
+    cluster.configure_coordinator(dead_ms=60_000, reattach_ms=60_000)  # nobody vouches for the engine here, and a busy machine starts daemons slowly
+    return cluster
 
 
 def sent_bytes(cluster) -> int:
