@@ -112,9 +112,10 @@ def test_a_killed_server_is_not_noticed(pair):
 
 
 def test_sixteen_streams_and_a_server_that_comes_back(pair):
-    """After the one before: a is dead. It comes back, is used again, and now b dies."""
+    """After the one before a is dead. It comes back, is used again, and now b dies."""
     world, gateway = pair
-    world.start_server("a")
+    if world.servers["smol-a"].popen.poll() is not None:
+        world.start_server("a")
     world.until("a to be active again", lambda: gateway.active() == 2, 60)
     world.until("both protected", lambda: all((world.rank(name) or {}).get("state") == "protected" for name in world.servers), 60)
     answers: list[list] = [[] for _ in range(16)]
