@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvguard.gateway.policy import BadRequest, Followed, Relayed, decide
+from kvguard.engine import vllm_policy
+from kvguard.gateway.policy import PASSED, BadRequest, Followed, Relayed, decide
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
@@ -91,3 +92,13 @@ def test_what_clients_must_not_say(name):
 
 def test_seeds_by_position():
     assert decide({**TEXT, "seed": 3}, False, seeded_by_position=True).ask.passed == {"seed": 3}
+
+
+def test_what_the_connector_refuses_is_not_followed():
+    """One policy in two places: whatever the engine's side wouldn't resume, the gateway doesn't either."""
+    for name in vllm_policy.REFUSED:
+        value = next(value for value in (1.5, [{"type": "x"}], {"type": "json_object"}) if vllm_policy.refusal_of_parameters({name: value}))
+        assert isinstance(decide({**TEXT, name: value}, False), Relayed), name
+        assert isinstance(decide({**CHAT, name: value}, True), Relayed), name
+    for name in PASSED:
+        assert name not in vllm_policy.REFUSED
