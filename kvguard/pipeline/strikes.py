@@ -57,6 +57,15 @@ class Bench:
 
         self.load.wait(what, looked, timeout_s)
 
+    def supervised(self, what: str, condition: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
+        """wait(); what ends meanwhile is started again, as a fleet's supervisor would."""
+
+        def watched() -> object:
+            self.world.replenish(self.client.endpoints)
+            return condition()
+
+        self.wait(what, watched, timeout_s)
+
     def aim(self, kind: str) -> Fault:
         return faults.aim(self.world, self.client, kind, self.draw.stage)
 
@@ -334,7 +343,7 @@ def corrupt_replica(bench: Bench) -> Fault:
     faults.strike(world, bench.client, fault)
     fault.evidence |= {"holder": holder.name, "sequence": number, "position": position, "changed": changed, "verified": verified}
     fault.fired = fault.fired and changed and False in verified
-    faults.resumption(bench.client, fault, bench.wait, PATIENCE_S)
+    faults.resumption(bench.client, fault, bench.supervised, PATIENCE_S)  # a standby that finds damage ends: where many ranks are lost none may be left
     fault.evidence["resumed_at"] = demo.positions(fault.resumed, len(bench.load.prompts))[number]
     return fault
 
