@@ -97,14 +97,14 @@ class Glass:
         self.pool.capture([block], [0], [tokens], out)
         return bytes(out)
 
-    def arena(self) -> PageReader | None:
-        """The holder's pages for a pool of this shape, None until there are any."""
+    def arenas(self) -> list[PageReader]:
+        """The holder's pages for pools of this shape: this one's, and what it keeps of former lives."""
         shape = self.pool.layout.shape()
         wanted = shape.blocks * page_bytes(shape)
         found = descriptors([self._holder], "")
         try:
             fitting = [fd for fd in found if os.fstat(fd).st_size >= wanted and os.fstat(fd).st_size != self.pool.layout.pool_bytes]
-            return PageReader(fitting[0], shape) if fitting else None
+            return [PageReader(fd, shape) for fd in fitting]
         finally:
             for fd in found:
                 os.close(fd)
@@ -114,15 +114,12 @@ class Glass:
 
         `damage`: flips a bit of what was read from the pool: the comparison must notice.
         """
-        arena, equal, missing, gone = self.arena(), 0, 0, 0
+        arenas, equal, missing, gone = self.arenas(), 0, 0, 0
         for name, (blocks, committed) in look.items():
             for index in range(-(-committed // TOKENS)):
                 block, tokens = blocks[index], min(TOKENS, committed - index * TOKENS)
                 generation = int(self.table.views.block_generations[block])
-                try:
-                    held = None if arena is None else bytes(arena.page(block, generation, tokens))
-                except (Stale, BadFrame):
-                    held = None
+                held = next((found for arena in arenas if (found := page_of(arena, block, generation, tokens)) is not None), None)
                 here = self.block(block, tokens)
                 row = next((row for row, listed in self._blocks.items() if listed[: len(blocks)] == blocks), -1)
                 if int(self.table.views.block_generations[block]) != generation or row < 0:
@@ -134,6 +131,14 @@ class Glass:
                     assert here == held, f"{name}: block {block} (index {index}, {tokens} tokens) differs between pool and replica"
                     equal += tokens
         return equal, missing, gone
+
+
+def page_of(arena: PageReader, block: int, generation: int, tokens: int) -> bytes | None:
+    """A page that holds, None where it isn't there (yet)."""
+    try:
+        return bytes(arena.page(block, generation, tokens))
+    except (Stale, BadFrame):
+        return None
 
 
 def holds(pid: int, name: str) -> bool:
