@@ -194,7 +194,7 @@ def strike(cluster: Cluster, engine: Engine, name: str, delay_s: float) -> dict:
 def measured(mebibytes: int, daemons: tuple[str, ...], kills: int, delay_s: float) -> list[dict]:
     """One row by daemon, medians over kills; the worst where less is worse."""
     directory = Path(tempfile.mkdtemp(prefix="kvguard-bench-", dir="/dev/shm"))
-    sequences = mebibytes * MIB // (POSITIONS * 2 * LAYERS * HEADS * DIM * 2)
+    sequences = max(1, mebibytes * MIB // (POSITIONS * 2 * LAYERS * HEADS * DIM * 2))
     cluster = Cluster(directory, (mebibytes + 64) * MIB * 5 // 4)
     rows = []
     try:
