@@ -22,7 +22,8 @@ ALERT = re.compile(r"- alert: (\w+)")
 def promtool(*arguments: str) -> None:
     program = shutil.which("promtool")
     if program is None:
-        assert not os.environ.get("KVGUARD_REQUIRE_ALL"), "promtool isn't installed. Try: apt-get install prometheus"
+        wanted = os.environ.get("KVGUARD_REQUIRE_ALL") and "prometheus" not in os.environ.get("KVGUARD_UNOBTAINABLE", "")
+        assert not wanted, "promtool isn't installed. Try: apt-get install prometheus"
         pytest.skip("promtool isn't installed (Debian: prometheus)")
     done = subprocess.run([program, *arguments], cwd=MONITORING, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
