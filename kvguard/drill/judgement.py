@@ -106,9 +106,10 @@ def resume_safety(scenario: Scenario, run: dict) -> Finding:
     recovered, observed = run["recovery"], run["observed"]
     if not recovered:
         return Finding(NOT_CHECKED, "nothing was resumed")
-    within = all(position <= prompt + emitted - 1 for _, _, position, prompt, emitted in observed["resumed"])
+    # All of it where a death took only the logits of the newest position: its KV is there, and it is computed once more.
+    within = all(position <= prompt + emitted for _, _, position, prompt, emitted in observed["resumed"])
     return _all([
-        (within, "every resume position <= prompt + emitted - 1"),
+        (within, "no resume position is beyond the ids known"),
         (run["kv_identical"], "bytes below the resume positions are the undisturbed run's" if run["kv_identical"] is not None else "nothing was restored"),
         (not observed["disagreed"], "no rank disagreed with the plan"),
         (run["logits_identical"], "logits of recomputed positions are those of the first time"),

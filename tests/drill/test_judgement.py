@@ -34,7 +34,7 @@ def spoil(run: dict, path: str, value) -> dict:
         ("kill-rank", "logits_identical", False, "logits_identical is false", "I9"),
         ("kill-node", "kv_identical", False, "kv_identical is false", "I1"),
         ("kill-node", "observed/disagreed", ["{}"], "no rank disagreed", "I1"),
-        ("kill-node", "observed/resumed", [["drill-1.0", 0, 44, 24, 20]], "I1 is violated", "I1"),
+        ("kill-node", "observed/resumed", [["drill-1.0", 0, 45, 24, 20]], "I1 is violated", "I1"),
         ("kill-node", "observed/resumed", [["drill-1.0", 0, 39, 24, 20]], "I2 is violated", "I2"),
         ("kill-node", "observed/conflicts", ["logits of sequence 0"], "I2 is violated", "I2"),
         ("kill-node", "recovery/lost_sequences", 1, "sequences are lost", "I2"),
