@@ -132,6 +132,7 @@ class Client:
                     self._serve(session, now)
                 except Exception:  # one attachment's fault must not silence the others, nor reach the engine
                     _log.exception("kvguard: the line to the daemon failed; connecting again")
+                    session.outgoing.clear()  # what could not be said would fail again on every line; the daemon asks again for what it misses
                     self._hang_up(session, now)
             waits = [session.due - now for session in sessions if session.waits()]
             for key, _ in self._selector.select(max(0.0, min(waits, default=60.0))):
@@ -213,7 +214,7 @@ class Client:
             self._selector.unregister(session.line)
             session.line.close()
             session.line = None
-            self._later(session, now)
+        self._later(session, now)  # also where there was no line yet: no descriptor is left, say
 
 
 _client: Client | None = None

@@ -14,7 +14,7 @@ import msgspec
 
 from kvguard.errors import BadFrame
 from kvguard.limits import EPOCH_MAX, IDS_PER_ROW_MAX, NAME_BYTES_MAX
-from kvguard.types import Epoch, MovedToken, NodeId, Position, Rank, ResumeToken, SequenceId
+from kvguard.types import SCHEDULER_PP, Epoch, MovedToken, NodeId, Position, Rank, ResumeToken, SequenceId
 
 PROOF_BYTES = 32
 SECRET_BYTES = 32
@@ -62,7 +62,12 @@ def _is_count(value: object, most: int) -> bool:
 
 
 def _is_name(value: object, empty: bool = False) -> bool:
-    return isinstance(value, str) and (empty or bool(value)) and len(value.encode(errors="replace")) <= NAME_BYTES_MAX
+    if not isinstance(value, str) or not (empty or value):
+        return False
+    try:
+        return len(value.encode()) <= NAME_BYTES_MAX
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can say and no message can carry
+        return False
 
 
 def _proof(value: object) -> bytes:
@@ -82,9 +87,12 @@ def _places(value: object) -> tuple[tuple[Rank, NodeId], ...]:
         if not isinstance(place, list | tuple) or len(place) != 2 or not isinstance(place[0], str) or len(place[0]) > NAME_BYTES_MAX or not _is_name(place[1]):
             raise _malformed("places", "a list of [rank, node]")
         try:
-            found.append((Rank.parse(place[0]), place[1]))
+            rank = Rank.parse(place[0])
         except ValueError:
             raise _malformed("places", "a list of [rank, node]") from None
+        if max(rank) > SCHEDULER_PP:
+            raise _malformed("places", f"a list of [rank, node] with ranks up to {SCHEDULER_PP}")
+        found.append((rank, place[1]))
     return tuple(found)
 
 

@@ -120,6 +120,8 @@ def test_a_token_survives_json_and_proves_one_thing_alone():
         ({"position": -1}, "position"), ({"position": 1.5}, "position"), ({"position": 1 << 40}, "position"), ({"instance": ""}, "instance"),
         ({"sequence": "s" * 65}, "sequence"), ({"places": "b"}, "places"), ({"places": [["0.0", "b"]]}, "places"), ({"places": [["0.0.0"]]}, "places"),
         ({"places": [["0.0.0", 7]]}, "places"), ({"more": 1}, "more"),
+        ({"sequence": "\ud800"}, "sequence"), ({"instance": "\udfff"}, "instance"), ({"epoch": [1, "\ud800"]}, "epoch"),
+        ({"places": [["0.0.0", "\ud800"]]}, "places"), ({"places": [["9" * 58 + ".0.0", "b"]]}, "places"),
     ],
 )  # fmt: skip
 def test_garbage_is_named(changed, word):
