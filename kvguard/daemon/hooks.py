@@ -2,7 +2,8 @@
 
 Knows: subprocesses, a thread. Must not know: what events mean; whoever tells waits for nothing.
 Invariants: telling never blocks and never raises; at most WAITING_MAX events wait, more are dropped and counted; one program at a time, in the order of events,
-each with TIMEOUT_S to live and the whole of its group killed after that; what it says goes to the log, bounded; close() leaves no process and no thread.
+each with TIMEOUT_S to live and the whole of its group killed after that; what it says goes to the log, bounded, and no more than that is kept; nobody waits for
+what a program left behind in another group; close() leaves no process and no thread.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import json
 import logging
 import os
 import queue
+import select
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -22,6 +25,7 @@ log = logging.getLogger(__name__)
 WAITING_MAX = 64
 TIMEOUT_S = 10.0
 SAID_BYTES_MAX = 2000
+READ_BYTES = 65536
 
 
 class Hooks:
@@ -58,34 +62,43 @@ class Hooks:
                 log.error("hook %s: %s can't be run: %s. Try: an executable file", event, program, error.strerror)
 
     def _carry_out(self, event: str, program: str, document: bytes) -> None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with subprocess.Popen([program], start_new_session=True, **pipes) as running:
-            self.counters["run"] += 1
-            try:
-                said, _ = self._converse(running, document)
-            except subprocess.TimeoutExpired:
-                os.killpg(running.pid, signal.SIGKILL)
-                said, _ = running.communicate()
-                if not self._ended.is_set():
-                    self.counters["timed_out"] += 1
-                    log.error("hook %s: %s was killed: it ran longer than %g s", event, program, self._timeout_s)
+        with tempfile.TemporaryFile() as told:
+            told.write(document)
+            told.seek(0)
+            with subprocess.Popen([program], start_new_session=True, stdin=told, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
+                self.counters["run"] += 1
+                said, ended = self._listen(running)
+                if not ended:
+                    os.killpg(running.pid, signal.SIGKILL)  # it isn't waited for yet, so its number is still its own
+                    if not self._ended.is_set():
+                        self.counters["timed_out"] += 1
+                        log.error("hook %s: %s was killed: it ran longer than %g s", event, program, self._timeout_s)
         code = running.returncode
         if code > 0:
             self.counters["failed"] += 1
         if code > 0 or said:
             log.log(logging.ERROR if code else logging.INFO, "hook %s: %s ended with %d: %s", event, program, code, text_of(said))
 
-    def _converse(self, running: subprocess.Popen, document: bytes) -> tuple[bytes, bytes | None]:
-        """Raises TimeoutExpired when its time is up, or this process is ending."""
-        deadline = time.monotonic() + self._timeout_s
-        given: bytes | None = document
-        while True:
+    def _listen(self, running: subprocess.Popen) -> tuple[bytes, bool]:
+        """What it says, as far as the log goes; False where its time is up, or this process is ending, before it and all who can speak for it have ended."""
+        deadline, said = time.monotonic() + self._timeout_s, b""
+        while not self._ended.is_set() and (left := deadline - time.monotonic()) > 0:
+            if select.select([running.stdout], [], [], min(0.1, left))[0]:
+                some = os.read(running.stdout.fileno(), READ_BYTES)
+                if not some:
+                    return said, self._left(running, deadline)
+                said = (said + some)[: SAID_BYTES_MAX + 1]
+        return said, False
+
+    def _left(self, running: subprocess.Popen, deadline: float) -> bool:
+        """Whether a program that says no more ends in time."""
+        while not self._ended.is_set() and time.monotonic() < deadline:
             try:
-                return running.communicate(given, timeout=0.1)
+                running.wait(0.1)
             except subprocess.TimeoutExpired:
-                given = None  # it stays with the pipe from the first call on
-                if self._ended.is_set() or time.monotonic() >= deadline:
-                    raise
+                continue
+            return True
+        return False
 
     def close(self) -> None:
         """Whoever runs is killed; who waits never runs."""

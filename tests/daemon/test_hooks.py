@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from kvguard.daemon.hooks import WAITING_MAX, Hooks
+from kvguard.daemon.hooks import SAID_BYTES_MAX, WAITING_MAX, Hooks
 
 
 def until(condition, timeout_s: float = 30.0):
@@ -68,6 +70,30 @@ def test_a_program_that_stays_is_killed_with_its_children_and_the_next_one_runs(
     assert hooks.counters["timed_out"] == 1
     child = Path(f"/proc/{int(pids.read_text())}")
     until(lambda: not child.exists() or "(sleep)" not in (child / "stat").read_text() or " Z " in (child / "stat").read_text())
+
+
+def test_what_a_program_leaves_behind_in_another_group_holds_nobody_up(program, hooks_of, tmp_path):
+    """It keeps the pipe that the program spoke through: the next program, and the daemon's end, waited for it."""
+    pid, heard = tmp_path / "pid", tmp_path / "heard"
+    left = program(f"setsid sh -c 'echo $$ > {pid}; exec sleep 600' & while [ ! -s {pid} ]; do :; done")
+    hooks = hooks_of({"on_failover": left, "on_recovered": program(f"cat > {heard}")}, timeout_s=5.0)
+    try:
+        hooks.tell("on_failover")
+        hooks.tell("on_recovered", instance="llama")
+        until(lambda: heard.exists() and heard.read_text())
+        assert Path(f"/proc/{int(pid.read_text())}").exists(), "it still lives, and nobody waited for it"
+        hooks.close()
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def test_of_a_program_that_says_too_much_the_beginning_is_kept_and_no_more(program, hooks_of, caplog, monkeypatch):
+    kept = []
+    monkeypatch.setattr("kvguard.daemon.hooks.text_of", lambda said: kept.append(len(said)) or "")
+    hooks = hooks_of({"on_failover": program("exec head -c 30000000 /dev/zero")}, timeout_s=60.0)
+    hooks.tell("on_failover")
+    until(lambda: kept)
+    assert kept == [SAID_BYTES_MAX + 1] and hooks.counters["timed_out"] == 0
 
 
 def test_a_storm_is_dropped_beyond_its_bound_and_telling_goes_on(program, hooks_of, tmp_path):
