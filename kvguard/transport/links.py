@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import zmq
 
 from kvguard.errors import BadFrame
@@ -22,6 +21,7 @@ from kvguard.transport import admit, greeting
 from kvguard.transport.base import Broken, Down, Frame, Incoming, Up
 from kvguard.transport.bulk import BulkChannel, raise_if_misused
 from kvguard.transport.keys import ADDRESSES_MAX, Keys
+from kvguard.transport.memory import fresh
 from kvguard.transport.wakeup import OUT, Wakeup
 
 TOLD_BYTES, TOLD_FRAMES = 64 * KIB, 32  # what may be taken before the peer is told
@@ -266,7 +266,7 @@ def take_rest(socket: zmq.Socket, head) -> tuple[memoryview | None, str]:
             expected = wire.read_prefix(head).payload_bytes
         except BadFrame as error:
             expected, reason = 0, str(error)
-        payload = memoryview(np.empty(expected, np.uint8))
+        payload = memoryview(fresh(expected))
         got = socket.recv_into(payload, flags=zmq.NOBLOCK)
         if got != expected and not reason:
             payload, reason = None, f"payload of {got} bytes, prefix says {expected}"

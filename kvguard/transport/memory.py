@@ -9,8 +9,6 @@ from __future__ import annotations
 import sys
 from collections import deque
 
-import numpy as np
-
 from kvguard.limits import KIB, MIB
 
 SMALL_BYTES = 32 * KIB  # below, the allocator is as good
@@ -18,11 +16,21 @@ KEPT_BYTES_MAX = 32 * MIB
 LOOKS_MAX = 8  # per request
 
 
+def fresh(size: int):
+    """An array of `size` bytes of any content, whose pages nobody has touched.
+
+    numpy comes with the first one: a process that only asks (the command line) never needs it, and would wait for it longer than for the answer.
+    """
+    import numpy as np
+
+    return np.empty(size, np.uint8)
+
+
 class PayloadMemory:
     """One receiver's; not shared between threads."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, deque[np.ndarray]] = {}  # by size class, those seen busy at the back
+        self._kept: dict[int, deque] = {}  # by size class, those seen busy at the back
         self.kept_bytes = 0
 
     def take(self, size: int) -> memoryview:
@@ -38,7 +46,7 @@ class PayloadMemory:
             kept.rotate(-1)
         if self.kept_bytes + whole > KEPT_BYTES_MAX:
             self._drop_idle()
-        block = np.empty(whole, np.uint8)
+        block = fresh(whole)
         if self.kept_bytes + whole <= KEPT_BYTES_MAX:
             self._kept[whole].appendleft(block)
             self.kept_bytes += whole
