@@ -17,8 +17,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvguard.errors import KvguardError
-from kvguard.gateway.continuation import Ask
+from kvguard.gateway.continuation import IDS_END, Ask
 
+STOPS_MAX, STOP_CHARS_MAX = 64, 4096  # OpenAI allows 4 strings
 COMPLETION_TOKENS = 16  # OpenAI's default for completions, and vLLM's
 PASSED = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias", "allowed_token_ids", "stop_token_ids", "ignore_eos",
@@ -120,8 +121,7 @@ def _of_another_type(body: dict) -> str:
     wrong = {
         "model": not isinstance(body.get("model"), str | None),
         "stop": not (strings is None or isinstance(strings, str) or (isinstance(strings, list) and all(isinstance(one, str) for one in strings)))
-        or strings == ""
-        or (isinstance(strings, list) and "" in strings),
+        or not _are_stops([strings] if isinstance(strings, str) else strings or []),
         "stream_options": not isinstance(body.get("stream_options"), dict | None),
         **{name: not _is_count(body.get(name), 1) for name in ("max_tokens", "max_completion_tokens")},
         "min_tokens": not _is_count(body.get("min_tokens"), 0),
@@ -129,6 +129,11 @@ def _of_another_type(body: dict) -> str:
         "include_stop_str_in_output": type(body.get("include_stop_str_in_output")) not in (bool, type(None)),
     }
     return next((name for name, is_wrong in wrong.items() if is_wrong), "")
+
+
+def _are_stops(strings: list) -> bool:
+    """Not empty, and no more than can be looked for with every id: 100 000 of them held up everybody's answers for 0.2 s an id."""
+    return len(strings) <= STOPS_MAX and all(isinstance(one, str) and 0 < len(one) <= STOP_CHARS_MAX for one in strings)
 
 
 def _is_count(value, low: int) -> bool:
@@ -141,7 +146,7 @@ def _prompted(ask: Ask, body: dict) -> Followed | Relayed:
         prompt = prompt[0]  # a batch of one
     if isinstance(prompt, str):
         return Followed(ask, prompt, add_special_tokens=body.get("add_special_tokens") is not False)
-    if isinstance(prompt, list) and prompt and all(type(one) is int and one >= 0 for one in prompt):
+    if isinstance(prompt, list) and prompt and all(type(one) is int and 0 <= one < IDS_END for one in prompt):
         return Followed(ask, tuple(prompt))
     return Relayed("prompt")
 

@@ -15,7 +15,7 @@ import httpx
 import msgspec
 
 from kvguard.gateway import events
-from kvguard.gateway.continuation import Chunk
+from kvguard.gateway.continuation import IDS_END, Chunk
 from kvguard.gateway.events import DONE, Declined, Events, Lost, json_object
 from kvguard.limits import MIB
 
@@ -99,7 +99,7 @@ class Upstream:
             said = await self.whole(response)
         document = json_object(said)
         ids, context = document.get("tokens"), document.get("max_model_len")
-        if not isinstance(ids, list) or not ids or any(type(one) is not int or one < 0 for one in ids):
+        if not isinstance(ids, list) or not ids or any(type(one) is not int or not 0 <= one < IDS_END for one in ids):
             raise Lost("garbage", "a tokenized prompt without ids")
         return Tokenized(tuple(ids), context if type(context) is int else 0)
 

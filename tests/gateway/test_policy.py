@@ -35,7 +35,8 @@ def test_followed(fields):
         ({"logprobs": 1}, "logprobs"), ({"logprobs": 0}, "logprobs"), ({"n": True}, "n"), ({"response_format": {"type": "json_object"}}, "response_format"), ({"structured_outputs": {}}, "structured_outputs"),
         ({"guided_json": {}}, "guided_json"), ({"tools": [{}]}, "tools"), ({"seed": 3}, "seed"), ({"seed": 3, "temperature": 1}, "seed"),
         ({"repetition_detection": {}}, "repetition_detection"), ({"vllm_xargs": {"a": 1}}, "vllm_xargs"), ({"something_new": 1}, "something_new"),
-        ({"max_tokens": "5"}, "max_tokens"), ({"max_tokens": 0}, "max_tokens"), ({"stop": [1]}, "stop"), ({"stop": ""}, "stop"), ({"stream": "yes"}, "stream"),
+        ({"max_tokens": "5"}, "max_tokens"), ({"max_tokens": 0}, "max_tokens"), ({"stop": [1]}, "stop"), ({"stop": ""}, "stop"), ({"stop": ["x", ""]}, "stop"), ({"stop": ["x"] * 65}, "stop"), ({"stop": "x" * 4097}, "stop"),
+        ({"stream": "yes"}, "stream"),
         ({"min_tokens": -1}, "min_tokens"), ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"), ({"stream_options": 3}, "stream_options"),
         ({"model": 7}, "model"),
     ],
@@ -55,6 +56,7 @@ def test_prompts():
     assert decide({"prompt": [[1, 2]]}, False).prompt == (1, 2)
     assert decide({"prompt": ["x"], "add_special_tokens": False}, False)[1:] == ("x", None, False)
     assert decide({"prompt": [1, -2]}, False) == Relayed("prompt")
+    assert decide({"prompt": [1, 1 << 40]}, False) == Relayed("prompt"), "no id: the decoder would raise, and the client saw a 500"
 
 
 def test_lengths():
