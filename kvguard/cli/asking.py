@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from kvguard import config
-from kvguard.errors import BadConfig
+from kvguard.errors import BadConfig, KvguardError
 
 PLACES = ("/etc/kvguard/node.toml", "/etc/kvguard/coordinator.toml")
 
@@ -71,6 +71,21 @@ def reaching(verb: Callable) -> Callable:
         return verb(Reach(*found(file, address, keys, insecure), timeout), **options)
 
     return asking
+
+
+def gathered(reach: Reach, verb: str, arguments: dict) -> tuple[dict, list[str]]:
+    """One document of all living nodes' answers, and the nodes that gave none with the reason."""
+    merged: dict = {"schema": f"kvguard.{'resync' if verb == 'resync' else 'replicas'}/1", "replicas": []}
+    silent = []
+    for node in reach.coordinator("status")["nodes"]:
+        if node["state"] == "dead":
+            continue
+        try:
+            merged["replicas"] += reach.node(node["node"], node["address"], verb, arguments)["replicas"]
+        except KvguardError as error:
+            silent.append(f"{node['node']}: {error}")
+    merged["replicas"].sort(key=lambda one: (one["instance"], one["rank"], one.get("sequence", ""), one["holder"]))
+    return merged, silent
 
 
 def process_name(default: str) -> str:

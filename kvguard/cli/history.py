@@ -21,6 +21,9 @@ def history(reach: Reach, output: str) -> None:
     if output == "json":
         show.document(found)
         return
+    for one in found.get("held", ()):
+        ranks = ", ".join(one["ranks"]) or "no rank"
+        click.echo(f"Held back while paused: {one['instance']} would be in epoch {one['epoch']} and {ranks} recovered: {one['reason']}")
     show.table("History", COLUMNS, [row(entry) for entry in found["history"]], "nothing has happened")
 
 

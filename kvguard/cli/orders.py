@@ -1,6 +1,6 @@
-"""kvguard failover | pause | unpause: orders to the coordinator.
+"""kvguard failover | handoff | drain | pause | unpause | resync: what an operator orders.
 
-Knows: the coordinator's verbs. Must not know: how they are carried out.
+Knows: the coordinator's verbs, the nodes' resync. Must not know: how they are carried out.
 Invariant: what interrupts an instance asks first, unless --yes, and can be tried with --dry-run.
 """
 
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import click
 
-from kvguard.cli import show
-from kvguard.cli.asking import Reach, reaching
-from kvguard.errors import Refused
+from kvguard.cli import show, waiting
+from kvguard.cli.asking import Reach, gathered, reaching
+from kvguard.errors import Refused, Unreachable
 from kvguard.types import Rank
 
 
@@ -64,3 +64,85 @@ def failover(reach: Reach, instance: str, rank: str, dry_run: bool, yes: bool, o
     if not yes:
         click.confirm(f"{said}. Fence it and rebuild the rank?", abort=True, err=True)
     answered(reach, "failover", {"instance": instance, "rank": rank}, output)
+
+
+wait_option = click.option("--wait", "wait_s", type=click.FloatRange(0), default=120.0, show_default=True, help="Seconds until it must be over; 0: don't wait.")
+
+
+@click.command()
+@reaching
+@click.argument("instance")
+@click.argument("rank", callback=as_rank)
+@click.option("--to", "target", required=True, help="The node that shall have it; a standby must be there.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done.")
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@wait_option
+@show.output_option
+def handoff(reach: Reach, instance: str, rank: str, target: str, dry_run: bool, yes: bool, wait_s: float, output: str) -> None:
+    """Move RANK (dp.pp.tp) of INSTANCE to another node, without loss."""
+    order = {"instance": instance, "rank": rank, "to": target}
+    found = reach.coordinator("handoff", {**order, "dry_run": True})
+    if not dry_run:
+        if not yes:
+            click.confirm(f"{found['does']}. Do it?", abort=True, err=True)
+        found = reach.coordinator("handoff", order)
+        if wait_s:
+            found = waiting.handed_off(reach, found["handoff"], wait_s)
+    if output == "json":
+        show.document(found)
+    elif dry_run or not wait_s:
+        click.echo(f"{'would do' if dry_run else 'begun'}: {found['does']}")
+    else:
+        took = f", {found['total_ms']:.0f} ms" if found.get("total_ms") is not None else ""
+        again = f"{found['recomputed']} positions are computed again"
+        click.echo(f"{instance} {rank} lives on {target} now, in epoch {found['epoch']}: {found['reason']}, {again}{took}")
+
+
+@click.command()
+@reaching
+@click.argument("node")
+@click.option("--undo", is_flag=True, help="End it: the node gets replicas and ranks again.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done.")
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@wait_option
+@show.output_option
+def drain(reach: Reach, node: str, undo: bool, dry_run: bool, yes: bool, wait_s: float, output: str) -> None:
+    """Empty NODE: its replicas are placed elsewhere, then its ranks are handed off, one by one. Nothing new is placed on it until --undo."""
+    if undo:
+        answered(reach, "drain", {"node": node, "undo": True, "dry_run": dry_run}, output)
+        return
+    found = reach.coordinator("drain", {"node": node, "dry_run": True})
+    replicas = [f"the replica of {one['instance']}/{one['rank']} goes to {', '.join(one['to'])}" for one in found["replicas"]]
+    ranks = [f"{one['instance']}/{one['rank']} is handed off to {one['to']}" for one in found["ranks"]]
+    does = "; ".join([*replicas, *ranks]) or "nothing is on it; nothing will be placed on it"
+    if not dry_run:
+        if not yes:
+            click.confirm(f"{does}. Drain {node}?", abort=True, err=True)
+        found = reach.coordinator("drain", {"node": node})
+        if wait_s:
+            found |= waiting.drained(reach, node, wait_s)
+    if output == "json":
+        show.document(found)
+    else:
+        click.echo(f"would do: {does}" if dry_run else f"{node}: {found['reason']}" if wait_s else f"begun: {does}")
+
+
+@click.command()
+@reaching
+@click.argument("instance", required=False)
+@click.argument("rank", required=False)
+@show.output_option
+def resync(reach: Reach, instance: str | None, rank: str | None, output: str) -> None:
+    """Doubt the replicas of all instances (of INSTANCE, of its RANK): holders verify them, drop what is damaged, and get it again."""
+    if rank is not None:
+        as_rank(None, None, rank)
+    found, silent = gathered(reach, "resync", {"instance": instance, "rank": rank})
+    if not found["replicas"] and not silent:
+        raise Refused("no node holds a replica of that. Try: kvguard replicas list")
+    if output == "json":
+        show.document({**found, "unreachable": silent})
+    else:
+        rows = [[one[key] for key in ("instance", "rank", "holder", "sequences", "positions", "dropped")] for one in found["replicas"]]
+        show.table("Verified anew", ["instance", "rank", "holder", "sequences", "positions", "damaged, sent again"], rows, "none")
+    if silent:
+        raise Unreachable("no answer from " + "; ".join(silent) + ". Try: kvguard status")

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from kvguard.cli import show
-from kvguard.cli.asking import Reach, reaching
+from kvguard.cli.asking import Reach, gathered, reaching
 from kvguard.errors import KvguardError, Refused, Unreachable
 
 READ_BYTES = 1 << 20  # of KV at a time
@@ -24,21 +24,6 @@ COLUMNS = ["instance", "rank", "sequence", "holder", "epoch", "positions", "byte
 @click.group()
 def replicas() -> None:
     """List, show, verify and export replicas."""
-
-
-def gathered(reach: Reach, verb: str, arguments: dict) -> tuple[dict, list[str]]:
-    """One document of all living nodes' answers, and the nodes that gave none with the reason."""
-    merged: dict = {"schema": "kvguard.replicas/1", "replicas": []}
-    silent = []
-    for node in reach.coordinator("status")["nodes"]:
-        if node["state"] == "dead":
-            continue
-        try:
-            merged["replicas"] += reach.node(node["node"], node["address"], verb, arguments)["replicas"]
-        except KvguardError as error:
-            silent.append(f"{node['node']}: {error}")
-    merged["replicas"].sort(key=lambda one: (one["instance"], one["rank"], one["sequence"], one["holder"]))
-    return merged, silent
 
 
 def finish(found: dict, silent: list[str], output: str, title: str) -> None:

@@ -40,6 +40,12 @@ def display(found: dict, output: str) -> None:
         return
     if found["paused"]:
         click.echo("Automatic failovers are PAUSED.  (kvguard unpause)")
+    for one in found.get("held", ()):
+        ranks = ", ".join(one["ranks"]) or "no rank"
+        click.echo(f"Held back: {one['instance']} would be in epoch {one['epoch']} and {ranks} recovered: {one['reason']}")
+    for one in found.get("handoffs", ()):
+        if one["state"] in ("copying", "moving"):
+            click.echo(f"Handoff of {one['instance']} {one['rank']} from {one['from']} to {one['to']}, {one['state']}: {one['reason']}")
     columns = WIDE if output == "wide" else RANKS
     show.table("Nodes", NODES, [[node.get(key) for key in NODES] for node in found["nodes"]], "none has said hello")
     show.table("Instances", ["instance", "epoch", "issuer"], [[one[key] for key in ("instance", "epoch", "issuer")] for one in found["instances"]], "none")

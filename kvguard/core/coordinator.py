@@ -7,7 +7,7 @@ with the same recovery and the same epoch; starting raises nothing. Only links t
 
 from __future__ import annotations
 
-from kvguard.core import assigning, loading, operator, overview, resuming, rounds, sessions
+from kvguard.core import assigning, draining, handing, loading, operator, overview, resuming, rounds, sessions
 from kvguard.core.effects import Effect
 from kvguard.core.events import Arrived, Asked, Event, LinkDown, Loaded, Tick
 from kvguard.core.known import Known, Round, Settings
@@ -38,6 +38,9 @@ class Coordinator:
             self._verdict(verdict)
         for instance in list(known.rounds):
             rounds.advance(known, instance)
+        if self._loaded:
+            handing.advance(known)
+            draining.advance(known)
         assigning.assign(known)
         for instance, current in known.rounds.items():
             if current.changed:

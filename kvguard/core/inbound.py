@@ -6,8 +6,8 @@ Invariants: a stream has one session, the newest that was granted; no session is
 
 from __future__ import annotations
 
-from kvguard.core.effects import DropReplica, Effect, FreeBuffer, Note, Send
-from kvguard.core.events import Applied, Arrived, Probed
+from kvguard.core.effects import DropReplica, Effect, FreeBuffer, Note, Recheck, Send
+from kvguard.core.events import Applied, Arrived, Probed, ResyncAsked
 from kvguard.core.promises import NEWER, SAME, Promises
 from kvguard.core.receiver import Receiver, refusal
 from kvguard.format.messages import VERSION, Ack, Hello, StreamEnd
@@ -74,6 +74,12 @@ class Inbound:
     def broken(self, link: str, reason: str) -> tuple[Effect, ...]:
         """What was not a frame may have been any stream's."""
         return tuple(effect for receiver in self._on(link) for effect in receiver.broken(f"broken frame: {reason}"))
+
+    def doubted(self, event: ResyncAsked) -> tuple[Effect, ...]:
+        """What is held is verified before anybody goes on writing to it: sessions say that they want a Hello, and a Hello waits for it."""
+        doubted = [receiver for receiver in self._streams.values() if receiver.stream.instance == event.instance]
+        broken = tuple(effect for one in doubted if event.rank in (None, one.stream.rank) for effect in one.broken("an operator asked for a resync"))
+        return (*broken, Recheck(event.instance, event.rank))
 
     def link_down(self, link: str) -> tuple[Effect, ...]:
         out = tuple(effect for receiver in self._on(link) for effect in self._end(receiver, "after_end", "link down"))

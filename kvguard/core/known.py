@@ -20,6 +20,7 @@ from kvguard.types import NO_EPOCH, Epoch, Lineage, NodeId, Rank, SequenceId, St
 HISTORY_MAX = 1000  # recoveries kept; older ones are deleted from the store too
 DELIVERED_MAX = 100_000  # names of answered sequences remembered, so that a plan doesn't bring them back
 STRAYS_MAX = 1000  # oddities told once each
+HANDED_MAX = 32  # ended handoffs that the status still tells of
 
 
 class Settings(NamedTuple):
@@ -39,6 +40,8 @@ class Settings(NamedTuple):
     replicas: int = 1
     move_ns: int = 0  # so long a standby is waited for where the emitter could go on elsewhere
     moved_ns: int = 600_000 * MS  # what moved stays so long where it is, undelivered
+    handoff_ns: int = 60_000 * MS  # so long a handoff's target may take to get everything
+    redrain_ns: int = 10_000 * MS  # before a handoff that failed is tried again for a drained node
 
 
 class Round:
@@ -59,6 +62,18 @@ class Round:
         self.waiting, self.tried, self.heard = "", None, 0  # `heard`: how many reports have come, so that one that is said anew is planned with
         self.plan_open = self.changed = False
         self.undelivered: dict[SequenceId, bool] | None = None  # of those that moved, once they are waited for
+
+
+class Handoff:
+    """A rank on its way to the node that an operator named. `number`: its name in the status. `epoch`: 0 until fenced. `drain`: the node it is for, or ""."""
+
+    __slots__ = ("drain", "epoch", "instance", "number", "rank", "since_ns", "source", "stream", "target", "why")
+
+    def __init__(
+        self, number: int, instance: str, rank: Rank, stream: StreamId, source: NodeId, target: NodeId, why: str, since_ns: int, drain: NodeId = ""
+    ) -> None:
+        self.number, self.instance, self.rank, self.stream, self.source, self.target = number, instance, rank, stream, source, target
+        self.why, self.since_ns, self.drain, self.epoch = why, since_ns, drain, 0
 
 
 class Known:
@@ -87,6 +102,10 @@ class Known:
         self.strays: dict[tuple, bool] = {}
         self.unlisted: dict[tuple[NodeId, StreamId], int] = {}  # schedulers' replicas by holder: fair ns since when no node lists the scheduler
         self.paused = False
+        self.handoffs: dict[tuple[str, Rank], Handoff] = {}  # under way
+        self.handed: deque[dict] = deque(maxlen=HANDED_MAX)  # ended, as the status says them
+        self.drained: dict[NodeId, str] = {}  # and what is still waited for; "": it is empty
+        self.redrains: dict[tuple[str, Rank], tuple[int, str]] = {}  # ranks of drained nodes whose handoff failed: fair ns of the next, why
         self.movers: dict[str, bool] = {}  # whose emitter can submit sequences to other instances
         self.secret = b""
 

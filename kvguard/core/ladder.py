@@ -45,15 +45,23 @@ class Need(NamedTuple):
     offers: tuple[Offer, ...]
 
 
+class Wishes(NamedTuple):
+    """What operators want: by rank the node it shall go to, and nodes that shall get nothing new. Both yield where nothing else fits."""
+
+    targets: tuple[tuple[Rank, NodeId], ...] = ()
+    avoided: tuple[NodeId, ...] = ()
+
+
 def reach(need: Need, size: int) -> Ints:
     """The most that any copy has, by sequence."""
     columns = [offer.positions for offer in need.offers]
     return highest(columns) if columns else (0,) * size
 
 
-def seats(need: Need, standbys: tuple[tuple[NodeId, StandbyBeat], ...]) -> list[tuple[NodeId, int]]:
-    """The (node, standby) that can take the rank, best first: where its pool is, where most of its replica is, then round the ring from its node."""
-    text = str(need.rank)
+def seats(need: Need, standbys: tuple[tuple[NodeId, StandbyBeat], ...], wishes: Wishes = Wishes()) -> list[tuple[NodeId, int]]:  # noqa: B008 - a frozen value
+    """The (node, standby) that can take the rank, best first: where operators want it, where its pool is, where most of its replica is, then round the ring
+    from its node."""
+    text, wanted = str(need.rank), dict(wishes.targets).get(need.rank)
     known = {offer.copy.fingerprint for offer in need.offers if offer.copy.fingerprint}
     pools = {offer.copy.node: offer.total for offer in need.offers if offer.copy.kind == "pool"}
     replicas: dict[NodeId, int] = {}
@@ -67,7 +75,8 @@ def seats(need: Need, standbys: tuple[tuple[NodeId, StandbyBeat], ...]) -> list[
         if print_ is None or (print_ and known and print_ not in known):
             continue
         pool = pools.get(node, -1)
-        found.append(((pool < bar, -pool if pool >= bar else 0, -replicas.get(node, -1), node <= need.node, node, standby.standby), (node, standby.standby)))
+        order = (node != wanted, pool < bar, -pool if pool >= bar else 0, node in wishes.avoided, -replicas.get(node, -1), node <= need.node, node)
+        found.append(((*order, standby.standby), (node, standby.standby)))
     return [seat for _, seat in sorted(found)]
 
 

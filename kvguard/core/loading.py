@@ -35,6 +35,8 @@ def load(known: Known, values: dict[str, bytes]) -> None:
             known.secret = record
         elif kind == "paused":
             known.paused = record
+        elif kind == "drained":
+            known.drained[name] = "the coordinator was restarted"
     known.history.sort(key=lambda record: (record.instance, record.epoch))
     for key, record in records.items():
         if key.startswith("recovery/"):

@@ -68,6 +68,7 @@ class Node:
             events.StreamDetached: self._detached, events.ProcessDied: self._died, events.StandbyAttached: self._standby, events.Captured: out.captured,
             events.EngineRestored: self._restored, events.Probed: into.completed, events.Applied: into.completed, events.PlanCarried: self._carried,
             events.ReplicasSeen: self._replicas_seen, events.DeathSuspected: self._suspected,
+            events.ResyncAsked: lambda now, event: into.doubted(event) + out.doubted(now, event),
         }  # fmt: skip
         self._messages = {
             messages.Hello: self._hello, messages.IdsFrame: into.frame, messages.KvFrame: into.frame, messages.Held: out.answered, messages.Ack: out.answered,
@@ -174,11 +175,10 @@ class Node:
         self._beats += 1
         own = [local for local in self.outbound.streams.values() if not is_scheduler(local.stream.rank) and not self._kept(local, finished=True)]
         ranks = tuple(local.beat(now, self.promises.of(local.stream.instance)) for local in own)
-        standbys = tuple(self.standbys.values())
         return Send(
             COORDINATOR,
             messages.Beat(
-                settings.node, settings.incarnation, self._beats, ranks, standbys, seen.replicas, seen.arena_bytes, seen.arena_bytes_max,
+                settings.node, settings.incarnation, self._beats, ranks, tuple(self.standbys.values()), seen.replicas, seen.arena_bytes, seen.arena_bytes_max,
                 schedulers.beats(self.outbound, now, self.promises),
             ),
         )

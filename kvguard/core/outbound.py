@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import count
 
 from kvguard.core.effects import Dial, Effect, ForgetStream, FreeBuffer, HangUp, Note, Send
-from kvguard.core.events import Arrived, Captured, Event, LinkUp, Looked
+from kvguard.core.events import Arrived, Captured, Event, LinkUp, Looked, ResyncAsked
 from kvguard.core.local import LocalStream
 from kvguard.core.sender import Sender, SenderSettings
 from kvguard.format.messages import Assign, Held, StreamEnd
@@ -161,6 +161,11 @@ class Outbound:
                     if sender.link == event.link:
                         out += sender.resync(now, "protocol error")
         return out
+
+    def doubted(self, now: int, event: ResyncAsked) -> Effects:
+        """Holders are asked again what they have."""
+        doubted = [local for local in self.of(event.instance) if local.alive and event.rank in (None, local.stream.rank)]
+        return tuple(effect for local in doubted for sender in local.senders.values() for effect in sender.resync(now, "an operator asked for a resync"))
 
     # ---- all of them ----
 

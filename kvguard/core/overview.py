@@ -6,6 +6,7 @@ Invariant (I8): a rank is called protected only by its own daemon's fresh word i
 
 from __future__ import annotations
 
+from kvguard.core import draining, handing
 from kvguard.core.known import Known
 from kvguard.core.membership import ALIVE, DEAD, MS
 from kvguard.core.membership import Member as Place
@@ -17,7 +18,8 @@ CLAIM_NS = 2_000_000_000  # a claim that was not said again for so long is over
 def status(known: Known) -> dict:
     """kvguard.status/1."""
     nodes = [
-        {"node": node.node, "state": node.state, "reason": node.reason, "heartbeat_age_ms": (known.now_ns - node.beat_ns) / MS, "version": node.version,
+        {"node": node.node, "state": node.state, "reason": _node_reason(known, node), "drain": _drain(known, node.node),
+         "heartbeat_age_ms": (known.now_ns - node.beat_ns) / MS, "version": node.version,
          "address": node.address, "arena_bytes": node.arena_bytes, "arena_bytes_max": node.arena_bytes_max, "standbys": len(node.standbys)}
         for node in sorted(known.membership.nodes.values(), key=lambda node: node.node)
     ]  # fmt: skip
@@ -30,8 +32,25 @@ def status(known: Known) -> dict:
     coordinator = {"issuer": known.issuer, "state": "running"}
     return {
         "schema": "kvguard.status/1", "coordinator": coordinator, "paused": known.paused, "nodes": nodes, "instances": instances, "ranks": ranks,
-        "schedulers": _schedulers(known),
+        "schedulers": _schedulers(known), "handoffs": [*known.handed, *map(handing.described, known.handoffs.values())], "held": held(known),
     }  # fmt: skip
+
+
+def held(known: Known) -> list[dict]:
+    """What would have been done if recoveries weren't paused."""
+    return [
+        {"instance": instance, "ranks": [str(rank) for rank in ranks], "epoch": known.epoch(instance).counter + 1, "reason": reason}
+        for instance, (ranks, reason) in sorted(known.held.items())
+    ]  # fmt: skip
+
+
+def _node_reason(known: Known, node) -> str:
+    return draining.progress(known, node.node) if node.state == ALIVE and node.node in known.drained else node.reason
+
+
+def _drain(known: Known, node: str) -> str:
+    """draining | drained, "" where nobody ordered it."""
+    return "" if node not in known.drained else "draining" if known.drained[node] else "drained"
 
 
 def _instance(known: Known, name: str) -> dict:
@@ -39,6 +58,9 @@ def _instance(known: Known, name: str) -> dict:
     phase = known.phase(name)
     state = "recovering" if phase else "failed" if name in known.failed else "running"
     reason = f"{phase}: {current.waiting or current.record.reason}" if phase else known.failed.get(name, "")
+    if name in known.held:
+        ranks, why = known.held[name]
+        reason = f"paused: would raise the epoch to {epoch.counter + 1} and recover {', '.join(map(str, ranks)) or 'no rank'}: {why}"
     emitter = "none" if session is None else "silent" if session.ended else "linked" if session.link else "unlinked"
     pending = name in known.resumes
     return {"instance": name, "epoch": epoch.counter, "issuer": epoch.issuer, "state": state, "reason": reason, "emitter": emitter, "resume_pending": pending}

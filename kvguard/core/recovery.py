@@ -30,7 +30,7 @@ class Situation(NamedTuple):
     `members`: every rank of the instance and its node. `lost`: which of them. `reports`: one per node that answered.
     `standbys`: not yet claimed, fitting or not. `forks`: lineages that former plans decided, by sequence.
     `excluded`: nodes whose copies don't count. `over`: sequences known to be delivered. `emitter_lives`: the emitter knows ids that were never replicated.
-    `moves`: it can submit sequences elsewhere, and needn't wait for a standby; `hosts`: to whom.
+    `moves`: it can submit sequences elsewhere, and needn't wait for a standby; `hosts`: to whom. `wishes`: which seats operators want.
     """
 
     instance: str
@@ -46,6 +46,7 @@ class Situation(NamedTuple):
     emitter_lives: bool = False
     moves: bool = False
     hosts: tuple[moving.Host, ...] = ()
+    wishes: ladder.Wishes = ladder.Wishes()
 
 
 class Plan(NamedTuple):
@@ -89,7 +90,7 @@ def plan(situation: Situation) -> Plan | Unplannable:
         return Unplannable((f"{situation.instance}: no rank is known",))
     groups = [_group(situation, dp, held, live, lost) for dp in sorted({rank.dp for rank in situation.members})]
     needs = [need for group in groups for need in group.needs]
-    wishes = {need.rank: ladder.seats(need, situation.standbys) for need in sorted(needs, key=_pool_first)}
+    wishes = {need.rank: ladder.seats(need, situation.standbys, situation.wishes) for need in sorted(needs, key=_pool_first)}
     seats = ladder.assign(wishes)
     missing = tuple(_without_seat(need.rank, wishes[need.rank], situation.standbys) for need in needs if need.rank not in seats)
     if missing:

@@ -12,6 +12,7 @@ import msgspec
 
 from kvguard.core import hosting, resuming
 from kvguard.core.known import Known, Round, member_record
+from kvguard.core.ladder import Wishes
 from kvguard.core.membership import DEAD, MS
 from kvguard.core.recovery import Situation, Unplannable, plan
 from kvguard.format import ledger, moves
@@ -22,13 +23,13 @@ from kvguard.types import Epoch, NodeId, Rank
 
 def start(
     known: Known, instance: str, ranks: tuple[Rank, ...], reason: str, detect_ms: float = 0.0, dead_writers: tuple[Rank, ...] = (),
-    excluded: tuple[NodeId, ...] = (), refused: tuple[tuple[NodeId, int], ...] = (),
+    excluded: tuple[NodeId, ...] = (), refused: tuple[tuple[NodeId, int], ...] = (), targets: tuple[tuple[Rank, NodeId], ...] = (),
 ) -> None:  # fmt: skip
     """Raise the epoch and fence. A round under way is replaced: what it had not brought back is lost again."""
     places = known.membership.members.setdefault(instance, {})
     if known.paused:
         old = known.held.get(instance, ((), ""))
-        known.held[instance] = (tuple(sorted(dict.fromkeys((*old[0], *ranks)))), reason)
+        known.held[instance] = (tuple(sorted(dict.fromkeys((*old[0], *ranks)))), old[1] or reason)
         if known.held[instance][0] != old[0] or not old[1]:
             known.note("paused", instance, f"would raise the epoch to {known.epoch(instance).counter + 1} and recover {_list(ranks)}: {reason}")
         return
@@ -38,7 +39,7 @@ def start(
     if before is not None and before.record.phase != ledger.RESUMED:
         record = before.record
         attempt, timing = record.attempt + 1, {**record.timing_ms, "earlier": record.timing_ms.get("earlier", 0.0) + (known.now_ns - before.mark_ns) / MS}
-        ranks = (*ranks, *record.lost)
+        ranks, targets = (*ranks, *record.lost), targets or record.targets
         dead_writers, refused = (*dead_writers, *record.dead_writers), (*refused, *record.refused)
         if record.phase == PLANNED:
             back = [rank for rank in record.lost if resuming.rank_done(before, rank) and rank not in ranks[: len(ranks) - len(record.lost)]]
@@ -51,7 +52,7 @@ def start(
     record = RecoveryRecord(
         instance, epoch, FENCING, reason, tuple(sorted(dict.fromkeys(ranks))), {str(rank): member_record(place) for rank, place in sorted(places.items())},
         tuple(dict.fromkeys(excluded)), tuple(sorted(dict.fromkeys(dead_writers))), attempt, tuple(dict.fromkeys(refused)), timing_ms=timing,
-        verdict_ns=known.now_ns, away=away,
+        verdict_ns=known.now_ns, away=away, targets=targets,
     )  # fmt: skip
     current = known.rounds[instance] = Round(record, known.fair_ns, known.now_ns)
     known.epochs[instance] = epoch
@@ -194,7 +195,7 @@ def _try_plan(known: Known, instance: str) -> None:
         over = frozenset() if lives else frozenset(known.delivered.get(instance, ()))
         situation = Situation(
             instance, record.epoch, members, record.lost, tuple(current.reports.values()), standbys, known.addresses(), known.forks.get(instance, {}),
-            record.excluded, over.union(record.away), lives, may_move, hosts,
+            record.excluded, over.union(record.away), lives, may_move, hosts, Wishes(record.targets, tuple(known.drained)),
         )  # fmt: skip
         answer = plan(situation)
         if not isinstance(answer, Unplannable):

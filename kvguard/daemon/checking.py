@@ -1,4 +1,4 @@
-"""Replicas of a former life are verified in slices of the loop, the ones that somebody waits for first to be answered as soon as they are through.
+"""Replicas of a former life, and those that an operator doubts, are verified in slices of the loop, the ones that somebody waits for first.
 
 Knows: the store's unchecked replicas, who waits. Must not know: how pages are verified, what the core makes of the answers.
 Invariants: nothing of an unchecked replica is promised: a sender's Hello waits for its verification, a Report for REPORT_WAIT_NS at most, and then it states
@@ -30,18 +30,26 @@ class Checking:
         self._cost_bytes, self._pause_ns = cost_bytes, pause_ns
         self._began_ns = shell.clock()
         self.ended_ns = self._began_ns  # when the last page was verified
+        self._busy = False
+        shell.doubted = self.begin
         if shell.store.unchecked():
-            after(0, self._slice)
+            self.begin()
+
+    def begin(self) -> None:
+        """Something is unchecked (or was an instant ago)."""
+        if not self._busy:
+            self._busy, self._began_ns = True, self._shell.clock()
+            self._after(0, self._slice)
 
     def _slice(self) -> Iterable[events.Event]:
         shell = self._shell
         for stream in shell.store.check_some(self._cost_bytes, shell.probes):
-            log.info("replica of %s: read back and verified", stream)
+            log.info("replica of %s: verified", stream)
         told = self._answered()
         if shell.store.unchecked():
             self._after(self._pause_ns, self._slice)
         else:
-            self.ended_ns = shell.clock()
+            self._busy, self.ended_ns = False, shell.clock()
             unsound = shell.store.counters["positions_unsound"]
             level = logging.WARNING if unsound else logging.INFO
             log.log(level, "all replicas are verified after %d ms: %d positions did not hold", (self.ended_ns - self._began_ns) // 1_000_000, unsound)

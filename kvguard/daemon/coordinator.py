@@ -35,7 +35,7 @@ from kvguard.transport.zeromq import ZeromqTransport
 log = logging.getLogger(__name__)
 
 MS = 1_000_000
-ORDERS = ("failover", "pause", "unpause")  # change something: the core decides
+ORDERS = ("drain", "failover", "handoff", "pause", "unpause")  # change something: the core decides
 ASKED_MAX = 1024
 PROTECTION_NS = 500 * MS  # how long a rank may be unprotected before its hook hears of it
 
@@ -110,7 +110,7 @@ class CoordinatorDaemon:
         return ()
 
     def _history(self, arguments: dict) -> dict:
-        return {"schema": "kvguard.history/1", "history": self.core.history()}
+        return {"schema": "kvguard.history/1", "history": self.core.history(), "held": self.core.status()["held"]}
 
     def _stats(self, arguments: dict) -> dict:
         return {

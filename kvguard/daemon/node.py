@@ -83,7 +83,7 @@ class NodeDaemon:
             promised(self.shell, instance, epoch)
         self.checking = Checking(self.shell, self.loop.after)
         self.measures = Measures(self.core, time.monotonic_ns)
-        verbs = NodeVerbs(config, self.core, self.shell, self.measures, lambda: dict(self.transport.counters)).verbs()
+        verbs = NodeVerbs(config, self.core, self.shell, self.measures, lambda: dict(self.transport.counters), self.loop.feed).verbs()
         self.questions = Questions(verbs, answering(self.shell), self.loop.after)
         self.mail = Mail(self.shell, self.questions, {Delivered: self._delivered})
         self.loop.watch(self.transport.fileno(), self.mail.read)

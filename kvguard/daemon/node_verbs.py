@@ -1,7 +1,7 @@
-"""What a node answers: replicas, read, verify, releasable, sums, status, stats; and, where drills may damage it, two kinds of damage.
+"""What a node answers: replicas, read, verify, resync, releasable, sums, status, stats; and, where drills may damage it, two kinds of damage.
 
 Knows: the store, the core (read only), counters. Must not know: links, how answers travel.
-Invariant: reading changes nothing; verify reads a sequence a slice.
+Invariant: reading changes nothing; verify reads a sequence a slice; resync changes nothing but what is damaged.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from kvguard import __version__
 from kvguard.config import NodeConfig
+from kvguard.core.events import Event, ResyncAsked
 from kvguard.core.node import Node
 from kvguard.daemon.measure import Measures
 from kvguard.daemon.perform_node import NodeShell
@@ -23,15 +24,19 @@ READ_BYTES_MAX = 2 << 20  # of one answer, which is one frame
 
 
 class NodeVerbs:
-    """`transport_counters`: what the transport dropped or refused, by word."""
+    """`transport_counters`: what the transport dropped or refused, by word. `feed`: one more event for the core."""
 
-    def __init__(self, config: NodeConfig, core: Node, shell: NodeShell, measures: Measures, transport_counters: Callable[[], dict[str, int]]) -> None:
+    def __init__(
+        self, config: NodeConfig, core: Node, shell: NodeShell, measures: Measures, transport_counters: Callable[[], dict[str, int]],
+        feed: Callable[[Event], None],
+    ) -> None:  # fmt: skip
         self._config, self._core, self._shell, self._measures, self._transport_counters = config, core, shell, measures, transport_counters
+        self._feed = feed
 
     def verbs(self) -> dict[str, Verb]:
         answered: dict[str, Verb] = {
             "replicas": self.replicas, "verify": self.verify, "releasable": self.releasable, "sums": self.sums, "status": self.status, "stats": self.stats,
-            "read": self.read,
+            "read": self.read, "resync": self.resync,
         }  # fmt: skip
         if self._config.fault_injection:
             answered |= {"corrupt_replica": self.corrupt_replica, "corrupt_frame": self.corrupt_frame}
@@ -98,6 +103,28 @@ class NodeVerbs:
             done.append({**entry, "positions": now, "verified": None if is_scheduler(stream.rank) else held >= now})
             yield None
         yield {"schema": "kvguard.replicas/1", "replicas": done}
+
+    def resync(self, arguments: dict) -> Iterator[dict | None]:
+        """Both halves of the streams of `instance` (None: all), `rank` (None: all) begin anew; answered when what is held here is verified.
+
+        `dropped`: positions that did not match their sums, which their senders now send again.
+        """
+        store, wanted = self._shell.store, arguments.get("instance")
+        rank = None if arguments.get("rank") is None else Rank.parse(arguments["rank"])
+        held = [stream for stream in store.streams() if wanted in (None, stream.instance) and rank in (None, stream.rank)]
+        before = {stream: sum(sequence.position for sequence in store.replica(stream).live()) for stream in held}
+        instances = (stream.instance for stream in (*held, *self._core.outbound.streams))
+        for instance in dict.fromkeys(instance for instance in instances if wanted in (None, instance)):
+            self._feed(ResyncAsked(instance, rank))
+        yield None
+        while any(store.unchecked(stream) for stream in held):
+            yield None
+        done = [
+            {"instance": stream.instance, "rank": str(stream.rank), "holder": self._config.name, "stream": str(stream), "positions": before[stream],
+             "sequences": len(store.replica(stream).live()), "dropped": store.replica(stream).unsound}
+            for stream in held if stream in store.streams()
+        ]  # fmt: skip
+        yield {"schema": "kvguard.resync/1", "replicas": done}
 
     def sums(self, arguments: dict) -> dict:
         """By sequence, the xxh3_64 of each held position's canonical bytes, as kept beside them (of each block where tokens aren't addressable)."""

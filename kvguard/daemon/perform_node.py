@@ -7,6 +7,7 @@ Invariants: every deed that completes its effect does so exactly once, also wher
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -64,6 +65,7 @@ class NodeShell(Shell):
     probes: dict[StreamId, effects.Probe] = field(default_factory=dict)
     reports: dict[str, tuple[int, effects.SendReport]] = field(default_factory=dict)
     moved: dict[str, PlanOrder] = field(default_factory=dict)  # by dead instance: what other instances' engines may fetch, and the secret that proves it
+    doubted: Callable[[], None] = lambda: None  # replicas are to be verified again: whoever does it begins
     corrupt_frames: int = 0  # drills: how many of the next KV frames leave with one byte changed
 
 
@@ -140,6 +142,12 @@ def apply(shell: NodeShell, effect: effects.Apply) -> Events:
 def apply_failed(effect: effects.Apply, why: str) -> Events:
     lane = "ids" if type(effect.message) is IdsFrame else "kv"
     return (events.Applied(effect.link, effect.session, lane, effect.message.number, (), why),)
+
+
+def recheck(shell: NodeShell, effect: effects.Recheck) -> Events:
+    if shell.store.recheck(effect.instance, effect.rank):
+        shell.doubted()
+    return ()
 
 
 def drop_replica(shell: NodeShell, effect: effects.DropReplica) -> Events:
@@ -255,6 +263,7 @@ DEEDS: dict[type, Deed] = {
     effects.SendIds: send_ids,
     effects.Probe: probe,
     effects.Apply: apply,
+    effects.Recheck: recheck,
     effects.DropReplica: drop_replica,
     effects.SetEpoch: set_epoch,
     effects.SendReport: send_report,

@@ -114,10 +114,17 @@ def check(replica: Replica, cost_bytes: int) -> tuple[int, int]:
         held = replica.sound(block, count)
         cost_bytes -= count * (shape.token_bytes + TOKEN_COST_BYTES)
         if held < count:
-            cut += replica.cut_damaged(sequence, done + held)
+            gone = replica.cut_damaged(sequence, done + held)
+            cut, replica.unsound = cut + gone, replica.unsound + gone
             replica.record()
         replica.unchecked[name] = min(done + count, sequence.position)
     return cost_bytes, cut
 
 
-__all__ = ["ARENA", "INDEX", "Dropped", "adopt", "check", "pairs", "read_back"]
+def doubt(replica: Replica) -> None:
+    """All that is held is unchecked again."""
+    replica.unsound = 0
+    replica.unchecked = {sequence.name: 0 for sequence in replica.live() if sequence.position}
+
+
+__all__ = ["ARENA", "INDEX", "Dropped", "adopt", "check", "doubt", "pairs", "read_back"]

@@ -3,7 +3,7 @@
 Knows: positions, ids, generations, lineage, admission. Must not know: sessions, frames, lanes, time.
 Invariants (check): every sequence's blocks hold [0, position) whole, verified, without a hole; a page's references are the block lists that name it; what was
 admitted fits the budget, so growth that was promised can't fail for want of it; a sequence that can't be kept is dropped whole. What was found in a former
-life's arena is stated only as far as it has been read and verified since (`unchecked`); until all of it is, no session writes here.
+life's arena, or is doubted, is stated only as far as it has been read and verified since (`unchecked`); until all of it is, no session writes here.
 
 A released sequence gives its pages back at once and keeps its ids (the store decides how long).
 """
@@ -66,7 +66,8 @@ class Replica:
         self.changes = Changes(arena.generation)
         self.sequences: dict[SequenceId, Sequence] = {}
         self.released: list[SequenceId] = []  # since the store last looked
-        self.unchecked: dict[SequenceId, int] = {}  # of a former life: how many positions were read and verified since
+        self.unchecked: dict[SequenceId, int] = {}  # of a former life, or doubted: how many positions were read and verified since
+        self.unsound = 0  # positions that did not hold when it was last verified
         self.carried: Epoch | None = None  # the newest whose plan was carried out here
         self._budget = budget
         self._lineage: Lineage = ()  # the last one seen: sequences of one epoch share the object

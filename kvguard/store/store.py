@@ -17,10 +17,9 @@ from typing import NamedTuple
 import xxhash
 
 from kvguard.errors import Fenced, Refused
-from kvguard.format import lineage as lineages
 from kvguard.format.local import ReplicaPages
 from kvguard.format.messages import IDS_ONLY, Held, Hello, Holding, IdsFrame, KnownIds, KvFrame, PlanOrder, StreamShape
-from kvguard.limits import IDS_PER_ROW_MAX, PAYLOAD_BYTES_MAX
+from kvguard.limits import PAYLOAD_BYTES_MAX
 from kvguard.store import adoption
 from kvguard.store.adoption import ARENA, INDEX, Dropped
 from kvguard.store.arena import Arena
@@ -29,7 +28,8 @@ from kvguard.store.index import VERSION, Head, Index, Unreadable
 from kvguard.store.replica import ID_BYTES, Replica
 from kvguard.store.session import Refusals, Session
 from kvguard.store.shelf import Memfds, Shelf
-from kvguard.types import NO_EPOCH, Epoch, NodeId, SequenceId, Span, StreamId, is_scheduler
+from kvguard.store.truncation import cut_to_plan
+from kvguard.types import NO_EPOCH, Epoch, NodeId, Rank, SequenceId, Span, StreamId, is_scheduler
 
 STREAMS_MAX = 1024
 RELEASED_MAX = 16384  # undelivered answers whose ids are kept
@@ -306,7 +306,7 @@ class ReplicaStore:
             raise Fenced(f"plan of {plan.instance}: {stale}")
         for stream, replica in self._replicas.items():
             if stream.instance == plan.instance and (replica.carried is None or replica.carried.counter < plan.epoch.counter):
-                _cut_to_plan(replica, plan)
+                cut_to_plan(replica, plan)
                 replica.carried = replica.changes.carried = plan.epoch
                 self._record(replica)
         self._carried[plan.instance] = max(plan.epoch, self._carried.get(plan.instance, plan.epoch))
@@ -362,6 +362,14 @@ class ReplicaStore:
         self.counters["positions_damaged"] += gone
         return gone
 
+    def recheck(self, instance: str, rank: Rank | None) -> tuple[StreamId, ...]:
+        """Doubted: nothing of them is stated, and no session writes to them, until `check_some` has been over them. Which streams' replicas these are."""
+        doubted = tuple(stream for stream in self._replicas if stream.instance == instance and rank in (None, stream.rank))
+        for stream in doubted:
+            self._sessions.pop(self._current.pop(stream, 0), None)
+            adoption.doubt(self._replicas[stream])
+        return doubted
+
     def damage(self, stream: StreamId, sequence: SequenceId, position: int, bytes_only: bool = False) -> None:
         """For drills: a held position's byte changes; with its sum (the negative control), or alone."""
         self.replica(stream).damage(sequence, position, bytes_only)
@@ -395,16 +403,3 @@ class ReplicaStore:
 def name_of(stream: StreamId) -> str:
     """Under which a shelf keeps a stream's arena and index."""
     return f"{xxhash.xxh3_64_intdigest(str(stream).encode()):016x}"
-
-
-def _cut_to_plan(replica: Replica, plan: PlanOrder) -> None:
-    places = {name: index for index, name in enumerate(plan.sequences)}
-    for sequence in replica.live():
-        index = places.get(sequence.name)
-        if index is None:
-            replica.drop(sequence)
-            continue
-        agreed = lineages.agreed(sequence.lineage, plan.lineages[index])
-        ids = plan.ids[index] if agreed >= plan.positions[index] else agreed  # of a copy that forked earlier nothing beyond that is of this sequence
-        replica.cut(sequence, min(agreed, plan.positions[index]), min(ids, IDS_PER_ROW_MAX))
-        replica.fork(sequence, sequence.generation, plan.lineages[index])

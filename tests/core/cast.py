@@ -49,7 +49,7 @@ class Daemon:
         state = has["state"] if has["alive"] else "lost"
         committed = sum(position for position, _ in has["rows"].values())
         numbers = (len(has["rows"]), 0, committed, committed if has["looked"] else 0, 0, 0, 0.0)
-        return m.RankBeat(has["stream"], has["epoch"], has["incarnation"], f"engine of {has['stream'].rank}", state, "", (), *numbers, has["progress"])
+        return m.RankBeat(has["stream"], has["epoch"], has["incarnation"], f"engine of {has['stream'].rank}", state, "", tuple(has.get("holders", ())), *numbers, has["progress"], 0, tuple(has.get("whole", ())))
 
     def kill_rank(self, rank: Rank) -> m.Fault:
         has = self.ranks[rank]
