@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
+
 import pytest
 
 from tests.e2e.conftest import Cluster
@@ -56,6 +60,32 @@ def test_a_rank_is_handed_off_without_loss(three):
     assert three.rank(RANK)["node"] == target
     [entry] = three.ask("coordinator", "history")["history"]
     assert f"handed off from a to {target}" in entry["reason"] and entry["lost"] == {} and entry["positions"] == {"one": 40, "two": 5}
+
+
+def test_a_rank_that_decodes_all_the_while_rolls_back_one_position_at_most(cluster):
+    cluster.start()
+    engine = cluster.engine("rank", "a", RANK)
+    engine.tell("step", commits=[["one", 40], ["two", 20]])
+    cluster.protected(RANK, 60)
+    standby = cluster.engine("standby", "b", RANK)
+    standby_known(cluster, "b")
+    reached: dict[str, int] = {}
+
+    def decode() -> None:
+        """Until it is fenced, or killed in mid-step."""
+        with contextlib.suppress(AssertionError, BrokenPipeError):
+            while "fenced" not in (said := engine.tell("step", commits=[["one", 1], ["two", 1]])):
+                reached.update(said["lengths"])
+                time.sleep(0.02)  # an engine computes between two steps
+
+    decoding = threading.Thread(target=decode)
+    decoding.start()
+    code, told = cluster.cli("handoff", "llama", RANK, "--to", "b", "--yes")
+    decoding.join(30.0)
+    assert code == 0 and told["lost"] == [], (told, cluster.last_words())
+    lengths = standby.hear(30.0)["lengths"]
+    assert reached["one"] > 40 and all(reached[name] - lengths[name] <= 1 for name in ("one", "two")), (reached, lengths)
+    assert told["recomputed"] <= 2 and standby.tell("intact")["wrong"] == []
 
 
 def test_a_node_is_drained_and_taken_back(three):
