@@ -49,8 +49,23 @@ def outlook(known: Known, node: NodeId) -> Outlook:
         left, had = len(places[instance, rank].holders), min(len(member.holders), known.settings.replicas)
         if left < had:
             obstacles.append(f"{instance}/{rank} would have {left} of {had} replicas: no other node could hold it")
+    obstacles += _too_large(known, node, held, {key: answer.holders for key, answer in places.items()})
     ranks = tuple((instance, rank, seats[instance, rank]) for instance, rank, _ in living if (instance, rank) in seats)
     return Outlook(tuple(obstacles), ranks, tuple((instance, rank, places[instance, rank].holders) for instance, rank, member in held if not member.lost))
+
+
+def _too_large(known: Known, node: NodeId, held: list[tuple[str, Rank, Place]], places: dict[tuple[str, Rank], tuple[NodeId, ...]]) -> list[str]:
+    """Replicas on `node` that don't fit where they would go. What a node said last counts; one that has not said how much it can hold has room."""
+    nodes, found = known.membership.nodes, []
+    room = {name: one.arena_bytes_max - one.arena_bytes for name, one in nodes.items() if one.arena_bytes_max}
+    sizes = {stream: size for stream, _, size in nodes[node].replicas}
+    for instance, rank, member in held:
+        for target in places.get((instance, rank), ()):
+            if target in room and target not in member.holders:
+                room[target] -= sizes.get(member.stream, 0)
+                if room[target] < 0:
+                    found.append(f"{target} has no room for the replica of {instance}/{rank}")
+    return found
 
 
 def begin(known: Known, node: NodeId) -> None:

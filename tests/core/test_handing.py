@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from kvguard.core.effects import Persist, Send
@@ -265,6 +266,17 @@ def test_draining_moves_replicas_then_ranks_and_lasts():
     assert node_of(cast, "b")["drain"] == "drained", "durable"
     assert cast.ask("drain", node="b", undo=True).body["was_drained"] is True and not node_of(cast, "b")["drain"]
     assert not [key for key in cast.store if key.startswith("drained")] and cast.ask("drain", node="b", undo=True).body["was_drained"] is False
+
+
+def test_draining_is_refused_where_a_replica_has_no_room():
+    cast = with_a_spare_node()
+    beat, stream = cast.daemons["b"].beat, cast.daemons["a"].ranks[R0]["stream"]
+    cast.daemons["b"].beat = lambda: msgspec.structs.replace(beat(), replicas=((stream, 2, 1000),))
+    for name in "cd":
+        plain = cast.daemons[name].beat
+        cast.daemons[name].beat = lambda plain=plain: msgspec.structs.replace(plain(), arena_bytes=3500, arena_bytes_max=4000)
+    cast.run(300)
+    assert "has no room for the replica of i/0.0.0" in cast.ask("drain", node="b").error and not node_of(cast, "b")["drain"]
 
 
 def test_undone_while_copying_nothing_is_fenced():

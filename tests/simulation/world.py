@@ -17,6 +17,7 @@ from simulation.engines import RankProcess
 from simulation.faults import Faults
 from simulation.lives import MS, CoordinatorLife, Crashed, Disk, NodeLife
 from simulation.moving import Moving
+from simulation.operator import Operator
 from simulation.shelf import Shelf
 
 from kvguard.core.events import Looked
@@ -82,6 +83,7 @@ class World:
         self.checks = Checks(self)
         self.moving = Moving(self)
         self.faults = Faults(self)
+        self.operator = Operator(self)
         count = max(2, self.stages) if random.random() < 0.7 else 3
         keeps = Random(f"shelves {seed}").random() < 0.5  # replicas outlive their daemons in every other world
         self.nodes = {f"n{number}": Host(f"n{number}", Disk(self), Shelf(keeps)) for number in range(count)}
@@ -244,9 +246,11 @@ class World:
         """Faults, then calm. Returns the digest."""
         try:
             self.faults.plan()
+            self.operator.plan(self.faults.end_ns)
             while self.advance(self.faults.end_ns):
                 pass
             self.faults.calm()
+            self.operator.calm()
             calm_ns = self.now
             while self.advance(calm_ns + 300 * MS):
                 pass
