@@ -2,7 +2,8 @@
 
 Knows: prometheus_client's server, a loop that calls back. Must not know: which figures there are (metrics.py).
 Invariants: the core is read in the loop's own thread alone; a scrape never makes the loop wait, and costs one turn; at most QUESTIONS_MAX scrapes wait, more
-are answered with an error at once; close() leaves no thread and no socket.
+are answered with an error at once; who connects and says nothing is hung up on after SILENT_S, and beyond CONNECTIONS_MAX at once: this port asks for no key,
+and must not cost the daemon its descriptors; close() leaves no thread and no socket.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import start_http_server
 from prometheus_client.core import Metric
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 
 WAIT_S = 2.0
 QUESTIONS_MAX = 16
+SILENT_S = 5.0
+CONNECTIONS_MAX = 32
 
 
 class Scrapes(Collector):
@@ -46,6 +50,7 @@ class Scrapes(Collector):
         except OSError as error:
             os.close(self._bell)
             raise BadConfig(f"metrics can't be served at {address}: {error.strerror or error}. Try: another port in `metrics`") from error
+        bound_connections(self._server)
         self.port: int = self._server.server_port
         registry.register(self)
         loop.watch(self._bell, self._answer)
@@ -82,3 +87,22 @@ class Scrapes(Collector):
         while self._asked:
             self._asked.popleft().set_exception(KvguardError("the daemon is stopping. Try: again"))
         os.close(self._bell)
+
+
+def bound_connections(server: WSGIServer) -> None:
+    """The library's server has a thread for each connection, however long that says nothing, and however many there are."""
+    free = threading.Semaphore(CONNECTIONS_MAX)
+
+    class Bounded(server.RequestHandlerClass):
+        timeout = SILENT_S
+
+        def __init__(self, *arguments) -> None:
+            try:
+                super().__init__(*arguments)  # serves the whole connection
+            except OSError as error:
+                log.debug("a scrape was given up: %s", error)
+            finally:
+                free.release()
+
+    server.RequestHandlerClass = Bounded
+    server.verify_request = lambda _request, _address: free.acquire(blocking=False)
