@@ -78,7 +78,7 @@ def _ranks(seen: Seen) -> Table:
     for rank in seen.status["ranks"]:
         window = windows.get((rank["instance"], rank["rank"]))
         cells = [
-            rank["instance"], rank["rank"], rank["node"], show.text(rank["holders"]), _state(rank["state"]),
+            escape(rank["instance"]), rank["rank"], escape(rank["node"]), escape(show.text(rank["holders"])), _state(rank["state"]),
             f"{rank['sequences'] - rank['unprotected_sequences']}/{rank['sequences']}", str(rank["committed"]), str(rank["lag_tokens"]),
             f"{rank['lag_ms']:.0f} ms", "-" if window is None else show.size(window), escape(rank["reason"]),
         ]  # fmt: skip
@@ -93,7 +93,7 @@ def _nodes(seen: Seen) -> Table:
         reason = node["reason"] if isinstance(own, dict) else own
         used = f"{show.size(node['arena_bytes'])} of {show.size(node['arena_bytes_max'])}"
         table.add_row(
-            node["node"], _state(node["state"]), f"{node['heartbeat_age_ms']:.0f} ms ago", str(node["standbys"]),
+            escape(node["node"]), _state(node["state"]), f"{node['heartbeat_age_ms']:.0f} ms ago", str(node["standbys"]),
             bar(node["arena_bytes"], node["arena_bytes_max"]), used, escape(reason),
         )  # fmt: skip
     return table
@@ -102,7 +102,8 @@ def _nodes(seen: Seen) -> Table:
 def _instances(seen: Seen) -> Table:
     table = _table("Instances", "instance", "epoch", "issuer", "state", "emitter", "reason")
     for one in seen.status["instances"]:
-        table.add_row(one["instance"], str(one["epoch"]), one["issuer"], _state(one["state"]), one["emitter"], escape(one["reason"]))
+        names = (escape(one["instance"]), str(one["epoch"]), escape(one["issuer"]))
+        table.add_row(*names, _state(one["state"]), escape(str(one["emitter"])), escape(one["reason"]))
     return table
 
 
@@ -111,7 +112,7 @@ def _recoveries(seen: Seen) -> Table:
     for one in reversed(seen.history[-RECOVERIES:]):
         rungs = show.text(sorted(set(one["rungs"].values()))) if not one["error"] else "failed"
         table.add_row(
-            one["instance"], str(one["epoch"]), show.text(one["ranks"]), rungs, f"{one['timing_ms'].get('total', 0.0):.0f} ms", str(len(one["lost"])),
+            escape(one["instance"]), str(one["epoch"]), show.text(one["ranks"]), rungs, f"{one['timing_ms'].get('total', 0.0):.0f} ms", str(len(one["lost"])),
             escape(one["error"] or one["reason"]),
         )  # fmt: skip
     return table
