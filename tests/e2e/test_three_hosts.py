@@ -87,10 +87,11 @@ def test_what_broke_comes_back_as_on_loopback(world, model, options, on_loopback
     run.client.finished("again", 200.0)
     assert run.client.digest("again") == digests and run.client.transcripts["again"].tokens() == tokens
 
-    for name, host in world.hosts.items():
+    for name, host in {**world.hosts, "desk": world.desk}.items():
         said = host.tried("anywhere:check")
         assert host.follow("anywhere:status").count("alive") == 3
         assert said.returncode == 0 and said.stdout.startswith("KVGUARD OK - 3 ranks protected"), f"{name}: {said}"
+    assert "again-2" in world.desk.follow("anywhere:replicas")
     history = world.hosts["host-1"].follow("anywhere:history")
     assert "host-2" in history and "replica" in history, history
     assert set(world.handbook) - world.handbook.followed == (set() if cable else {"node:cut", "node:plug"}), "blocks of the handbook that nobody follows"
