@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvguard.core import events as ev
 from kvguard.core.effects import (
-    Capture, CarryPlan, Claim, Dial, DropReplica, ForgetStream, FreeBuffer, HangUp, KillProcess, Note, OrderRestore, Persist, Probe, PushReplica, Send,
+    Capture, CarryPlan, Claim, Dial, DropReplica, ForgetStream, FreeBuffer, HangUp, KillProcess, Note, OrderRestore, Persist, Probe, PushReplica, Recheck, Send,
     SendIds, SendReport, SetEpoch,
 )  # fmt: skip
 from kvguard.core.node import Node, NodeSettings
@@ -329,3 +329,35 @@ def test_answers_of_another_life_are_no_progress() -> None:
     world = protected()
     out = world.say(ms.Ack(1 << 40, NO_EPOCH, 9, 9), "peer:b")
     assert [effect.what for effect in out if type(effect) is Note] == ["protocol_error", "resync"]
+
+
+def test_a_beat_names_the_holders_that_have_everything() -> None:
+    """Of each sequence the newest position at most excepted, however many a step brought."""
+    world = World()
+    world.coordinator()
+    world.attach()
+    world.say(assign("b", "c"))
+    world.look(4)
+    assert world.beat().ranks[0].whole == ()
+    world.ack(world.holder("b"), "b")
+    assert world.beat().ranks[0].whole == ("b",)
+    world.ack(world.holder("c"), "c")
+    assert world.beat().ranks[0].whole == ("b", "c")
+    world.look(5)
+    assert world.beat().ranks[0].whole == ("b", "c")
+    world.look(6)
+    assert world.beat().ranks[0].whole == (), "two positions are on their way"
+
+
+def test_an_operators_doubt_breaks_sessions_before_replicas_are_verified() -> None:
+    world = protected()
+    world.say(ms.Hello(OTHER, 77, NO_EPOCH, "b", SHAPE), "in:b:1")
+    world.step(ev.Probed("in:b:1", 77, ms.Held(77, NO_EPOCH, ms.Holding(OTHER, "replica", False, (), (), (), (), ()))))
+    out = world.step(ev.ResyncAsked("i"))
+    assert [effect for effect in out if type(effect) is Recheck] == [Recheck("i", None)]
+    assert [effect.message.stream for effect in out if type(effect) is Send and type(effect.message) is ms.Hello] == [LOCAL], "its own holder is asked again"
+    (ack,) = [effect.message for effect in world.step(ev.TurnEnded()) if type(effect) is Send and type(effect.message) is ms.Ack]
+    assert ack.session == 77 and "asked for a resync" in ack.resync
+    late = world.say(ms.IdsFrame(77, NO_EPOCH, 1, ()), "in:b:1")
+    assert not [effect for effect in late if type(effect).__name__ == "Apply"], "nothing is written to what is doubted"
+    assert world.step(ev.ResyncAsked("i", R1)) == (Recheck("i", R1),) and world.step(ev.ResyncAsked("other")) == (Recheck("other", None),)

@@ -412,3 +412,25 @@ def test_what_the_sums_do_not_vouch_for_goes_and_can_be_sent_again(make, positio
     again.open(1, "a", 10)
     again.fill(1, "a", [5, 6, 7], 10)
     assert store.verify(STREAM) == {"a": 10}
+
+
+def test_a_doubted_replica_states_nothing_until_it_is_verified_and_then_what_holds(make):
+    store = make()
+    sent = Sent(store)
+    sent.open(1, "a", 10)
+    sent.fill(1, "a", [5, 6, 7], 10)
+    store.damage(STREAM, "a", 6, bytes_only=True)
+    assert store.recheck("nobody", None) == () and store.recheck(STREAM.instance, STREAM.rank._replace(tp=9)) == ()
+    assert store.recheck(STREAM.instance, STREAM.rank) == (STREAM,) == store.recheck(STREAM.instance, None)
+    assert store.holding(STREAM).positions == (0,) and store.unchecked(STREAM) == 1
+    assert "Hello again" in sent.fill(1, "a", [5, 6, 7], 10)[1], "its session is over"
+    while store.unchecked(STREAM):
+        store.check_some(1)
+    assert store.holding(STREAM).positions == (6,) and store.replica(STREAM).unsound == 4
+    again = Sent(store, session=2)
+    again.open(1, "a", 10)
+    again.fill(1, "a", [5, 6, 7], 10)
+    assert store.verify(STREAM) == {"a": 10}
+    store.recheck(STREAM.instance, None)
+    store.check_some(1 << 20)
+    assert store.replica(STREAM).unsound == 0 and store.holding(STREAM).positions == (10,)
