@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.e2e.conftest import Cluster
+from tests.e2e.test_operator_verbs import said
 
 pytestmark = pytest.mark.e2e
 RANK = "0.0.0"
@@ -80,12 +81,13 @@ def test_a_rank_that_decodes_all_the_while_rolls_back_one_position_at_most(clust
 
     decoding = threading.Thread(target=decode)
     decoding.start()
-    code, told = cluster.cli("handoff", "llama", RANK, "--to", "b", "--yes")
+    code, told, errors = said(cluster, "handoff", "llama", RANK, "--to", "b", "--yes")
     decoding.join(30.0)
-    assert code == 0 and told["lost"] == [], (told, cluster.last_words())
+    assert code == 0 and told.startswith("llama 0.0.0 lives on b now, in epoch 1: 2 sequences go on, 0 are lost, "), (told, errors, cluster.last_words())
     lengths = standby.hear(30.0)["lengths"]
     assert reached["one"] > 40 and all(reached[name] - lengths[name] <= 1 for name in ("one", "two")), (reached, lengths)
-    assert told["recomputed"] <= 2 and standby.tell("intact")["wrong"] == []
+    [entry] = cluster.ask("coordinator", "history")["history"]
+    assert entry["recomputed"] <= 2 and standby.tell("intact")["wrong"] == []
 
 
 def test_a_node_is_drained_and_taken_back(three):
@@ -101,6 +103,7 @@ def test_a_node_is_drained_and_taken_back(three):
     standby_known(three, "c")
     code, told = three.cli("drain", "a", "--dry-run")
     assert code == 0 and told["ranks"] == [{"instance": "llama", "rank": RANK, "to": "c"}] and not node_of(three, "a")["drain"], told
+    assert said(three, "drain", "a", "--dry-run")[1].strip().endswith("llama/0.0.0 is handed off to c")
     code, told = three.cli("drain", "a", "--yes")
     assert code == 0, (told, three.last_words())
     assert (told["state"], told["drain"], told["reason"]) == ("alive", "drained", "drained by an operator: empty")
@@ -138,6 +141,7 @@ def test_damage_is_found_dropped_and_sent_again(cluster):
     assert engine.tell("sums")["sums"] == cluster.ask("b", "sums", instance="llama", rank=RANK)["sums"]
     engine.tell("step", commits=[["one", 3]])
     cluster.protected(RANK, 48)
+    assert "damaged, sent again" in said(cluster, "resync")[1]
     assert cluster.cli("resync")[1]["replicas"][0]["dropped"] == 0 and cluster.cli("resync", "nobody")[0] == 4 and cluster.cli("resync", "llama", "x")[0] == 2
 
 
@@ -154,6 +158,8 @@ def test_a_pause_says_what_it_would_have_done(cluster):
     assert (held[0]["ranks"], held[0]["epoch"]) == ([RANK], 1) and held[0]["reason"]
     code, told = cluster.cli("history")
     assert code == 0 and told["held"] == held and told["history"] == []
+    for verb in ("status", "history"):
+        assert "would be in epoch 1 and 0.0.0 recovered" in said(cluster, verb)[1], verb
     assert cluster.cli("unpause")[0] == 0
     assert standby.hear(30.0)["claimed"]
     [entry] = cluster.until("the recovery told", lambda: cluster.ask("coordinator", "history")["history"])
