@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,9 @@ def test_no_paths_or_hosts_of_one_machine() -> None:
         faults += [f"{name}: {host}" for host in registry_hosts if host in text]
         faults += [f"{name}: {found.group(0)}" for found in machine_paths.finditer(text)]
     assert not faults, faults
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them by name alone: two of one name in two rooms stop the whole run."""
+    names = Counter(path.name for path in (PACKAGE.parent / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import msgspec
 import pytest
 
 from kvguard.core import events
@@ -17,7 +18,7 @@ from kvguard.daemon.ranks import Ranks
 from kvguard.device.host import HostDevice
 from kvguard.engine.table import TableWriter
 from kvguard.format import local
-from kvguard.format.layout import Layout
+from kvguard.format.layout import Layout, Shard
 from kvguard.format.messages import PlanOrder, Rebuild, Source
 from kvguard.format.rows import WRITTEN_AT, Geometry
 from kvguard.store.store import ReplicaStore
@@ -137,6 +138,39 @@ def test_refused_before_it_counts(desk, said, word):
     assert attach(desk, life, said) == []
     [(_, refused, _)] = desk.told
     assert type(refused) is local.AttachRefused and refused.final and word in refused.reason
+    assert not desk.ranks.ranks and not desk.shell.streams
+
+
+REGION = LAYOUT.regions[0]
+EVIL = [
+    msgspec.structs.replace(LAYOUT, regions=(msgspec.structs.replace(REGION, inner=(("layer", -5, 4), *REGION.inner[1:])),), shard=Shard((0, 0, 1), (0, 1, 1))),
+    msgspec.structs.replace(LAYOUT, regions=(msgspec.structs.replace(REGION, name="layer" + "9" * 5000),)),
+    msgspec.structs.replace(LAYOUT, regions=(msgspec.structs.replace(REGION, inner=(("layer", 1 << 60, 4), *REGION.inner[1:])),)),
+]
+
+
+@pytest.mark.parametrize("role", ["rank", "standby"])
+@pytest.mark.parametrize("layout", EVIL, ids=["nothing", "digits", "endless"])
+def test_a_layout_that_makes_no_sense_is_refused(desk, role, layout):
+    """Each of them ended the daemon: an error that nobody expected, or memory for all the layers that a standby claimed."""
+    said = message(role=role, stream=ID if role == "rank" else None, layouts={"0.0.0": layout})
+    assert attach(desk, Life(), said) == []
+    assert type(desk.told[0][1]) is local.AttachRefused and not desk.ranks.ranks and not desk.ranks.spares
+
+
+@pytest.mark.parametrize("rank", ["", "0.0", "x.y.z", "9" * 5000 + ".0.0"])
+def test_a_standby_for_no_rank_is_refused(desk, rank):
+    assert attach(desk, Life(), message(role="standby", stream=None, layouts={rank: LAYOUT})) == []
+    assert type(desk.told[0][1]) is local.AttachRefused and not desk.ranks.spares
+
+
+def test_a_daemon_without_descriptors_refuses_for_now(desk, monkeypatch):
+    life = Life()
+    monkeypatch.setattr(attaching.os, "dup", lambda _: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+    assert attach(desk, life) == []
+    monkeypatch.undo()
+    [(_, refused, _)] = desk.told
+    assert type(refused) is local.AttachRefused and not refused.final and "Too many open files" in refused.reason
     assert not desk.ranks.ranks and not desk.shell.streams
 
 
