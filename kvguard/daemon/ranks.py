@@ -23,18 +23,19 @@ from kvguard.daemon.seats import LocalRank, Spare
 from kvguard.device.base import Device
 from kvguard.engine.lifeline import refuse_other
 from kvguard.engine.look import TableReader
-from kvguard.errors import Refused
+from kvguard.errors import BadConfig, Refused
 from kvguard.format import local
 from kvguard.format.messages import IDS_ONLY, Holding, KnownIds, PlanOrder, Rebuild
 from kvguard.limits import NAME_BYTES_MAX
 from kvguard.store.store import ReplicaStore
-from kvguard.types import NO_EPOCH, Epoch, StreamId, is_scheduler
+from kvguard.types import NO_EPOCH, Epoch, Rank, StreamId, is_scheduler
 
 log = logging.getLogger(__name__)
 
 Events = Iterable[events.Event]
 SPARES_MAX = 64
 RANKS_MAX = 256
+LAYOUTS_MAX = 1024  # of ranks that one standby can take
 PIDFD, BELL, TABLE, POOL = 0, 1, 2, 3  # places of an Attach's descriptors
 
 
@@ -73,6 +74,10 @@ class Ranks:
             log.warning("attach of %s refused: %s", message.stream or message.instance, str(error))
             self._tell(connection, local.AttachRefused(str(error), True))
             return ()
+        except OSError as error:  # no descriptor, or no memory, left: the daemon lives on without this engine
+            log.error("attach of %s failed: %s", message.stream or message.instance, str(error))
+            self._tell(connection, local.AttachRefused(f"the daemon can't take it: {error}. Try: a higher LimitNOFILE", False))
+            return ()
         finally:
             for descriptor in descriptors:
                 if descriptor not in taken:
@@ -110,6 +115,7 @@ class Ranks:
         return told
 
     def _attach_spare(self, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
+        fingerprints = _fingerprints(message)
         former = self.spares.get(message.incarnation)
         if former is None and len(self.spares) >= SPARES_MAX:
             raise Refused(f"{SPARES_MAX} standbys are attached already")
@@ -120,7 +126,6 @@ class Ranks:
             taken.append(spare.pidfd)
             self.spares[spare.incarnation] = spare
             self._watches.watch(spare.pidfd, lambda: self._spare_died(spare))
-        fingerprints = {rank: layout.fingerprint for rank, layout in message.layouts.items()}
         return (events.StandbyAttached(message.instance, message.incarnation, message.endpoint, fingerprints),)
 
     def _refuse_second(self, message: local.Attach) -> None:
@@ -378,3 +383,16 @@ def _is_rank(message: local.Attach) -> bool:
     stream = message.stream
     named = stream is not None and stream.instance == message.instance and not is_scheduler(stream.rank)
     return message.role == "rank" and named and len(message.layouts) == 1
+
+
+def _fingerprints(message: local.Attach) -> dict[str, int]:
+    """Of the ranks that a standby can take. Raises Refused: an unchecked layout may claim sizes that nobody could count through."""
+    if len(message.layouts) > LAYOUTS_MAX:
+        raise Refused(f"a standby for {len(message.layouts)} ranks, at most {LAYOUTS_MAX}")
+    try:
+        for rank, layout in message.layouts.items():
+            Rank.parse(rank)
+            layout.check(layout.pool_bytes)
+        return {rank: layout.fingerprint for rank, layout in message.layouts.items()}
+    except (BadConfig, ValueError, OverflowError) as error:
+        raise Refused(f"a standby whose ranks or layouts make no sense: {error}") from error

@@ -204,6 +204,8 @@ class Client:
             if message.final:
                 session.refused = message.reason
         session.received(message, descriptors)
+        if isinstance(message, local.AttachRefused) and not message.final:
+            raise packets.Ended("refused for now")  # on this line nobody would ask again
 
     def _later(self, session: Session, now: float) -> None:
         session.due = now + session.retry_s

@@ -27,12 +27,13 @@ from kvguard.format.messages import StreamShape
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1, "uint8": 1}
 REGIONS_MAX = 4096
+REGION_NAME_CHARS_MAX = 128
 ALIGNMENT_BYTES = 64  # between tensors that are laid one behind the other
 NAMED = ("layer", "kv", "head")  # dimensions whose index says where in the model an element stands
 
 Dimension = tuple[str, int, int]  # name, size, stride in bytes
 Part = tuple[int, int, int]  # first, end, total: half-open, in units of the whole model
-_coordinate = re.compile(r"([a-z_]+?)(\d+)")
+_coordinate = re.compile(r"([a-z_]+?)(\d{1,9})")
 
 
 class Shard(msgspec.Struct, frozen=True, array_like=True):
@@ -275,7 +276,10 @@ def _extent(steps, itemsize: int) -> int:
 
 
 def _region_faults(region: Region, layout: Layout, pool_bytes: int) -> Iterator[str]:
-    label = f"region {region.name or '(all)'}"
+    label = f"region {region.name[:REGION_NAME_CHARS_MAX] or '(all)'}"
+    if len(region.name) > REGION_NAME_CHARS_MAX:
+        yield f"{label}...: a name of {len(region.name)} characters, at most {REGION_NAME_CHARS_MAX}"
+        return
     if region.offset < 0 or any(size <= 0 or stride <= 0 for _, size, stride in region.inner) or region.block_stride <= 0 or region.slot_stride < 0:
         yield f"{label}: offsets must not be negative, sizes and strides must be positive"
         return
@@ -334,7 +338,7 @@ def _shard_faults(layout: Layout) -> Iterator[str]:
         layers.update(range(sizes["layer"]) if "layer" in sizes and sizes["layer"] <= REGIONS_MAX else [named.get("layer", 0)])
         heads.add(sizes.get("head"))
     held = layout.shard.layers[1] - layout.shard.layers[0]
-    if len(layers) != held or max(layers) != held - 1:
+    if len(layers) != held or max(layers, default=0) != held - 1:
         yield f"shard: {held} layers, but the regions hold {len(layers)}"
     if heads - {None, layout.shard.heads[1] - layout.shard.heads[0]}:
         yield f"shard: {layout.shard.heads[1] - layout.shard.heads[0]} heads, but the regions hold {sorted(heads - {None})}"

@@ -165,9 +165,13 @@ def test_a_standby_for_no_rank_is_refused(desk, rank):
 
 
 def test_a_daemon_without_descriptors_refuses_for_now(desk, monkeypatch):
-    life = Life()
-    monkeypatch.setattr(attaching.os, "dup", lambda _: (_ for _ in ()).throw(OSError(24, "Too many open files")))
-    assert attach(desk, life) == []
+
+    def none_left(descriptor):
+        os.close(descriptor)
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(attaching, "TableReader", none_left)
+    assert attach(desk, Life()) == []
     monkeypatch.undo()
     [(_, refused, _)] = desk.told
     assert type(refused) is local.AttachRefused and not refused.final and "Too many open files" in refused.reason

@@ -65,3 +65,14 @@ def test_a_process_without_descriptors_waits_between_its_attempts(path, monkeypa
     assert session.due > 0 and session.retry_s > client.RETRY_S_MIN, "each attempt puts the next one off"
     session.end()
     assert session.ended.wait(60)
+
+
+def test_who_is_refused_for_now_asks_again(daemon, path):
+    pool = engine.allocate(LAYOUT)
+    guard = engine.attach("llama", RANK, pool, LAYOUT, socket=path)
+    first = next(iter(daemon.until(lambda: daemon.attaches)))
+    daemon.server.send(first, local.AttachRefused("no descriptors left", False))
+    daemon.until(lambda: daemon.lost == [first] and daemon.attaches)
+    assert guard.refused == ""
+    guard.detach()
+    pool.close()
