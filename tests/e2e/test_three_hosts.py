@@ -19,7 +19,7 @@ from kvguard.pipeline.world import World, WorldSettings
 
 WHY_NOT = hosts.why_not()
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
-on_hosts = pytest.mark.skipif(bool(WHY_NOT) and not (os.environ.get("KVGUARD_REQUIRE_ALL") and "not installed" in WHY_NOT), reason=WHY_NOT)
+on_hosts = pytest.mark.skipif(bool(WHY_NOT) and not (os.environ.get("KVGUARD_REQUIRE_ALL") and "isn't installed" in WHY_NOT), reason=WHY_NOT)
 STAGES, TOKENS, SEED = 3, 60, 5
 
 
