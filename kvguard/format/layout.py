@@ -28,6 +28,7 @@ from kvguard.format.messages import StreamShape
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1, "uint8": 1}
 REGIONS_MAX = 4096
 REGION_NAME_CHARS_MAX = 128
+POOL_BYTES_MAX = 1 << 56  # beyond any address space; sums and products of what is below it stay within 64 bits where they are used
 ALIGNMENT_BYTES = 64  # between tensors that are laid one behind the other
 NAMED = ("layer", "kv", "head")  # dimensions whose index says where in the model an element stands
 
@@ -243,8 +244,8 @@ def _fingerprint(layout: Layout) -> int:
 
 def _faults(layout: Layout, pool_bytes: int) -> Iterator[str]:
     for what, value in (("blocks", layout.blocks), ("block_tokens", layout.block_tokens), ("itemsize", layout.itemsize), ("regions", len(layout.regions))):
-        if value <= 0:
-            yield f"{what} is {value}, must be positive"
+        if not 0 < value <= POOL_BYTES_MAX:
+            yield f"{what} is {value}, must be positive{' and less than that' if value > 0 else ''}"
             return
     if len(layout.regions) > REGIONS_MAX:
         yield f"{len(layout.regions)} regions, at most {REGIONS_MAX}"
@@ -291,6 +292,10 @@ def _region_faults(region: Region, layout: Layout, pool_bytes: int) -> Iterator[
         parts *= size if name in NAMED else 1
     if parts > REGIONS_MAX:
         yield f"{label}: {parts} layers, kv and heads, at most {REGIONS_MAX}"
+        return
+    numbers = (region.offset, region.block_stride, region.slot_stride, *(number for _, size, stride in region.inner for number in (size, stride)))
+    if max(numbers) > POOL_BYTES_MAX:
+        yield f"{label}: {max(numbers)} is more than a pool's bytes can be"
         return
     steps = _dimensions(region, layout)
     end = region.offset + _extent(steps, layout.itemsize)

@@ -146,11 +146,12 @@ EVIL = [
     msgspec.structs.replace(LAYOUT, regions=(msgspec.structs.replace(REGION, inner=(("layer", -5, 4), *REGION.inner[1:])),), shard=Shard((0, 0, 1), (0, 1, 1))),
     msgspec.structs.replace(LAYOUT, regions=(msgspec.structs.replace(REGION, name="layer" + "9" * 5000),)),
     msgspec.structs.replace(LAYOUT, regions=(msgspec.structs.replace(REGION, inner=(("layer", 1 << 60, 4), *REGION.inner[1:])),)),
+    msgspec.structs.replace(LAYOUT, regions=(msgspec.structs.replace(REGION, inner=(("dim", 1, (1 << 64) - 1), *REGION.inner)),)),
 ]
 
 
 @pytest.mark.parametrize("role", ["rank", "standby"])
-@pytest.mark.parametrize("layout", EVIL, ids=["nothing", "digits", "endless"])
+@pytest.mark.parametrize("layout", EVIL, ids=["nothing", "digits", "endless", "wide"])
 def test_a_layout_that_makes_no_sense_is_refused(desk, role, layout):
     """Each of them ended the daemon: an error that nobody expected, or memory for all the layers that a standby claimed."""
     said = message(role=role, stream=ID if role == "rank" else None, layouts={"0.0.0": layout})
