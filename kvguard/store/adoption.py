@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from kvguard.format import pages
@@ -18,6 +18,7 @@ from kvguard.store.arena import Arena
 from kvguard.store.budget import Budget
 from kvguard.store.index import Known, Loaded, Unreadable
 from kvguard.store.replica import ID_BYTES, Replica, Sequence
+from kvguard.types import StreamId
 
 ARENA, INDEX = ".arena", ".index"
 TOKEN_COST_BYTES = 4096  # what a token's own check costs, in bytes hashed
@@ -40,14 +41,17 @@ def pairs(kept: dict[str, int]) -> Iterator[tuple[str, int | None, int | None]]:
         yield stem, kept.get(stem + ARENA), kept.get(stem + INDEX)
 
 
-def read_back(arena: int | None, index: int | None, owner: bytes, budget: Budget) -> Replica:
-    """The replica that these two descriptors hold; they belong to it, or are closed. Its sequences are unchecked. Raises Unreadable."""
+def read_back(arena: int | None, index: int | None, owner: bytes, budget: Budget, belongs: Callable[[StreamId], bool]) -> Replica:
+    """The replica that these two descriptors hold; they belong to it, or are closed. Its sequences are unchecked. `belongs`: whether a stream is kept under
+    their name. Raises Unreadable."""
     opened = None
     try:
         if arena is None or index is None:
             raise Unreadable("its other half is missing")
         found = Loaded(index, owner)
         shape = found.head.shape
+        if not belongs(found.head.stream):
+            raise Unreadable(f"it is {found.head.stream}, under another's name")
         if os.fstat(arena).st_ino != found.head.inode or os.fstat(arena).st_size != shape.blocks * pages.page_bytes(shape):
             raise Unreadable("its arena is another one")
         opened = Arena(arena, shape, budget)

@@ -76,13 +76,13 @@ class ReplicaStore:
         dropped = []
         for name, arena, index in adoption.pairs(self._shelf.kept()):
             try:
-                replica = adoption.read_back(arena, index, self._owner, self.budget)
+                replica = adoption.read_back(arena, index, self._owner, self.budget, lambda stream, name=name: name == name_of(stream))
             except Unreadable as error:
                 dropped.append(Dropped(name, str(error)))
                 self._unshelve(name)
                 continue
             stream = replica.stream
-            assert name == name_of(stream) and stream not in self._replicas
+            assert stream not in self._replicas
             self._replicas[stream] = replica
             if replica.carried is not None:
                 self._carried[stream.instance] = max(replica.carried, self._carried.get(stream.instance, replica.carried))

@@ -360,3 +360,16 @@ def test_killed_in_the_middle_of_writing(tmp_path):
         store.drop(STREAM)
         store.close()
         assert list(directory.iterdir()) == []
+
+
+def test_what_is_kept_under_another_name_is_dropped(tmp_path):
+    """Files that somebody renamed were an assertion at every start of the daemon."""
+    former = ReplicaStore(Files(tmp_path, (ARENA, INDEX)), PLENTY, 1000, owner=MARK)
+    filled(former)
+    former.close()
+    for suffix in (ARENA, INDEX):
+        (tmp_path / (name_of(STREAM) + suffix)).rename(tmp_path / ("moved" + suffix))
+    latter = ReplicaStore(Files(tmp_path, (ARENA, INDEX)), PLENTY, 1000, owner=MARK)
+    [dropped] = latter.read_back()
+    assert dropped.name == "moved" and "another's name" in dropped.reason and not latter.streams() and not list(tmp_path.iterdir())
+    latter.close()
