@@ -14,17 +14,23 @@ import numpy as np
 
 from kvguard.engine.memory import U64
 from kvguard.engine.table import TableWriter
+from kvguard.errors import Refused
 from kvguard.format import rows as fmt
 from kvguard.format import tape
 
+NUMBERS_END, TAPES_END = 1 << 62, 1 << 47  # nobody gets there by counting; beyond them there would soon be no next number
+
 
 def rebuild(writer: TableWriter) -> None:
-    """Fill the writer's private state from its table; publishes every row anew."""
+    """Fill the writer's private state from its table; publishes every row anew. Raises Refused, changing nothing, for a table that nobody can go on with."""
     views = writer.views
     given = (views.row_generations, views.block_generations, views.row_block_generations, views.heads[:, :, fmt.H_GENERATION])
-    writer.generations.counter = max(writer.generations.counter, *(int(array.max()) for array in given))
+    counter = max(writer.generations.counter, *(int(array.max()) for array in given))
+    step = _last_step(writer)
+    if max(counter, step, int(views.selectors.max())) >= NUMBERS_END or tape.split_word(writer._tape_word[0])[0] >= TAPES_END:
+        raise Refused("the commit table's numbers are used up: its process must have written over it. Try: the replicas")
+    writer.generations.counter, writer.step = counter, step
     writer._versions[:] = views.selectors
-    writer.step = _last_step(writer)
     memory = views.body
     touched = np.flatnonzero(views.selectors)
     kept = {row: found for row in touched.tolist() if (found := _last_version(memory, writer, row)) is not None}

@@ -66,7 +66,11 @@ class TableWriter:
         from kvguard.engine.adoption import rebuild
 
         writer = cls(fd)
-        rebuild(writer)
+        try:
+            rebuild(writer)
+        except BaseException:
+            writer.close()
+            raise
         return writer
 
     def close(self) -> None:

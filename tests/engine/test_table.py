@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import deque
 from random import Random
@@ -316,6 +317,26 @@ def test_steps_in_flight_are_not_facts_for_the_adopter_either() -> None:
     adopted.publish()
     adopted._written[0] = 4
     assert reader.look().committed == (3,)
+
+
+@pytest.mark.parametrize("where", ["tape", "entered", "counter", "step", "generation"])
+def test_a_table_whose_numbers_are_used_up_is_refused_whole(where) -> None:
+    """The dead process wrote over its own table: its standby ended in an OverflowError that nobody expected, and nobody was told."""
+    writer = TableWriter.create(GEOMETRY)
+    writer.step = 1
+    writer.commit(writer.open("a", (), b""), 3, range(8), [0, 1])
+    writer.publish()
+    views = writer.views
+    if where in ("step", "generation"):
+        views.heads[0, 1, fmt.H_STEP if where == "step" else fmt.H_GENERATION] = (1 << 64) - 1
+    else:
+        views.words[{"tape": fmt.TAPE_AT, "entered": fmt.ENTERED_AT, "counter": fmt.COUNTER_AT}[where] // 8] = (1 << 64) - 1
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(Refused, match="used up"):
+        TableWriter.adopt(os.dup(writer.fd))
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+    writer.close()
 
 
 def test_shared_blocks_rise_only_when_the_last_reference_goes() -> None:
