@@ -20,7 +20,7 @@ from kvguard.transport.base import Broken, Down, Frame, Up
 from kvguard.transport.inproc import Network
 from kvguard.transport.keys import Keys, generate
 from kvguard.transport.zeromq import ZeromqTransport
-from kvguard.types import NO_EPOCH
+from kvguard.types import NO_EPOCH, Rank, StreamId
 
 DEADLINE_S = 30
 QUEUE_BYTES = 4 * MIB
@@ -212,7 +212,7 @@ def test_a_peer_that_reads_nothing_fills_a_bound(pair, size):
     """`a` isn't read from: what `b` may queue is bounded in bytes, and everything that was taken arrives once it is."""
     taken = 0
     payload = memoryview(bytearray(size)) if size else None
-    body = kv if size else lambda number, _: wire.encode(messages.StreamEnd(messages.StreamId("i", messages.Rank(0, 0, 0), number), NO_EPOCH, "x" * 60_000))
+    body = kv if size else lambda number, _: wire.encode(messages.StreamEnd(StreamId("i", Rank(0, 0, 0), number), NO_EPOCH, "x" * 60_000))
     refusals = 0
     while refusals < 50:
         if pair.b.send("peer:a", body(taken + 1, size or 0), payload):
