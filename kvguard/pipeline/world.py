@@ -13,6 +13,7 @@ import ctypes
 import functools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -52,15 +53,24 @@ class WorldSettings:
     coordinator_overrides: dict = field(default_factory=dict)
 
 
+PORTS = range(12_000, 32_000)  # below those that the kernel takes for outgoing connections: one of these would be gone before a daemon starts
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now. All are held while the others are looked for, so they differ."""
-    sockets = [socket.socket() for _ in range(count)]
+    held: list[socket.socket] = []
     try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        while len(held) < count:
+            one = socket.socket()
+            try:
+                one.bind(("127.0.0.1", random.choice(PORTS)))
+            except OSError:  # somebody's
+                one.close()
+            else:
+                held.append(one)
+        return [one.getsockname()[1] for one in held]
     finally:
-        for one in sockets:
+        for one in held:
             one.close()
 
 

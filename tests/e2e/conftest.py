@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -24,9 +25,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_addresses(count: int) -> list[str]:
-    """Addresses that nobody listens at; all are held while the others are looked for."""
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    """Addresses that nobody listens at, below the range from which the kernel takes ports for outgoing connections: those are gone before a daemon starts."""
+    held: list[socket.socket] = []
     try:
+        while len(held) < count:
+            with contextlib.suppress(OSError):
+                held.append(socket.create_server(("127.0.0.1", random.randrange(12_000, 32_000))))
         return [f"tcp://127.0.0.1:{one.getsockname()[1]}" for one in held]
     finally:
         for one in held:

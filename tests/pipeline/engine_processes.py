@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import queue
-import socket
 import subprocess
 import sys
 import threading
@@ -16,19 +15,14 @@ from pathlib import Path
 
 from kvguard.pipeline import settings as settings_
 from kvguard.pipeline.settings import DriverSettings, StageSettings
+from kvguard.pipeline.world import free_ports
 
 WAIT_S = 90
 
 
 def free_endpoints(count: int) -> list[str]:
     """Loopback endpoints whose ports were free just now."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    endpoints = [f"tcp://127.0.0.1:{each.getsockname()[1]}" for each in sockets]
-    for each in sockets:
-        each.close()
-    return endpoints
+    return [f"tcp://127.0.0.1:{port}" for port in free_ports(count)]
 
 
 class DriverProcess:
