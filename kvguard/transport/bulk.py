@@ -32,6 +32,7 @@ SCRATCH_BYTES = 64 * 1024  # one read brings in many small frames, or a large fr
 READ_BYTES_MAX = 2 * 1024 * 1024  # per turn: other links wait meanwhile, and more would leave the processor's cache before it is looked at
 PARTS_MAX = 16
 KERNEL_BYTES = 2 * 1024 * 1024  # more under way than the processor's cache holds is slower (measured), and bounds what a slow peer holds back
+WAKE_BYTES = 512 * 1024  # of a large payload that has to be there before this side is woken: a wake-up costs as much as copying 100 KiB
 STUCK_MS = 10_000  # unacknowledged by the peer's kernel for so long: the connection is broken
 
 
@@ -52,6 +53,7 @@ class BulkChannel:
         self.queued_bytes = 0
         self._reading = False
         self._wanted = 0  # what the descriptor is watched for
+        self._wakes_at = 1  # bytes
         self._memory = PayloadMemory()
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._start = self._end = 0  # of what is unread in the scratch
@@ -122,7 +124,14 @@ class BulkChannel:
                 raise ConnectionResetError("the peer closed the bulk channel")
             left -= got
             self._parse(frames)
+        self._wake_at(1 if self._payload is None else min(WAKE_BYTES, len(self._payload) - self._filled))
         return frames
+
+    def _wake_at(self, size: int) -> None:
+        """Be woken when `size` bytes can be read: never more than the peer certainly sends."""
+        if size != self._wakes_at:
+            self._wakes_at = size
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 
     def _fill(self) -> int:
         if self._payload is not None:  # then the scratch is empty, and takes the beginning of the next frame

@@ -207,8 +207,7 @@ def test_a_script_that_comes_back_late_orders_its_own_recovery(cluster, scripts)
     first.kill()
 
     def failed() -> bool:
-        [instance] = cluster.ask("coordinator", "status")["instances"]
-        return instance["state"] == "failed"
+        return [instance["state"] for instance in cluster.ask("coordinator", "status")["instances"]] == ["failed"]
 
     cluster.until("the recovery given up", failed, 60.0)
     second = scripts("a", {**what, "hold_at": -1})

@@ -5,6 +5,7 @@ Knows: interfaces.md's document and exit codes. Must not know: how the demo work
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -130,7 +131,8 @@ def test_a_demo_that_is_stopped_leaves_nothing_behind(model, tmp_path, monkeypat
     """What SIGKILL gave no time to remove, the next demo removes."""
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "KVGUARD_STOPPED_DEMO": str(tmp_path)}
     command = [sys.executable, "-m", "kvguard.cli", "demo", "--model", str(model), "--stages", "2", "--max-tokens", "500", "--kill", "none"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # who runs the tests in the background may have it ignored
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heeding)
     until("the first run", lambda: "the undisturbed run" in process.stderr.readline())
     assert len(alive(tmp_path)) > 5
     process.send_signal(number)
