@@ -104,11 +104,17 @@ def assert_undisturbed(found: dict, wanted: dict) -> None:
     assert found["kv"] == wanted["kv"]
 
 
+def kill_known(cluster, script) -> None:
+    """Kill it once the coordinator has heard of it: whoever dies before that leaves nothing to recover."""
+    cluster.until("the rank", lambda: cluster.rank(RANK))
+    script.kill()
+
+
 def test_a_killed_script_goes_on_in_its_own_pool(cluster, scripts):
     what = call("llama", 2, 40, 12, **SAMPLED)
     first = scripts("a", what)
     shown = [first.until("token", n)["ids"] for n in range(1, 13)]
-    first.kill()
+    kill_known(cluster, first)
     second = scripts("a", {**what, "hold_at": -1})
     assert second.until("joined") == {"joined": True, "unprotected": ""}
     found, wanted = second.until("sequences"), undisturbed(what)
@@ -138,10 +144,10 @@ def test_killed_at_any_moment_and_twice(cluster, scripts):
     what = call("llama", 3, 150, -1, **SAMPLED)
     first = scripts("a", what)
     first.until("token", 30)
-    first.kill()
+    kill_known(cluster, first)
     second = scripts("a", {**what, "hold_at": 20})
     second.until("token", 20)
-    second.kill()
+    kill_known(cluster, second)
     third = scripts("a", {**what, "hold_at": -1})
     found = third.until("sequences")
     assert_undisturbed(found, undisturbed(what))
@@ -174,7 +180,7 @@ def test_another_model_takes_nothing_over(cluster, scripts):
     what = call("llama", 1, 30, 10)
     first = scripts("a", what)
     first.until("token", 10)
-    first.kill()
+    kill_known(cluster, first)
     other = scripts("a", {**what, "family": "gpt2", "hold_at": -1, "wait_s": 4.0})
     joined = other.until("joined")
     assert not joined["joined"] and "can't be taken over" in joined["unprotected"]
@@ -190,8 +196,7 @@ def test_killed_before_anything_was_computed(cluster, scripts):
     what = call("llama", 1, 10, 0)  # stands still when it is shown the prompt
     first = scripts("a", what)
     first.until("joined")
-    cluster.until("the rank", lambda: cluster.rank(RANK))
-    first.kill()
+    kill_known(cluster, first)
     second = scripts("a", {**what, "hold_at": -1})
     assert second.until("joined") == {"joined": False, "unprotected": ""}
     found = second.until("sequences")
@@ -204,7 +209,7 @@ def test_a_script_that_comes_back_late_orders_its_own_recovery(cluster, scripts)
     what = call("gpt2", 2, 30, 8, **SAMPLED)
     first = scripts("a", what)
     first.until("token", 8)
-    first.kill()
+    kill_known(cluster, first)
 
     def failed() -> bool:
         return [instance["state"] for instance in cluster.ask("coordinator", "status")["instances"]] == ["failed"]
