@@ -78,8 +78,7 @@ class NodeFigures:
         yield captures
 
     def _store(self) -> Iterable[Metric]:
-        shell, budget = self._shell, self._shell.store.budget
-        failures = shell.counters["checksum_failures"] + shell.store.counters["checksum_failures"]
+        budget, failures = self._shell.store.budget, self._shell.store.counters["checksum_failures"]
         yield CounterMetricFamily("kvguard_checksum_failures", "Frames and pages whose sum was wrong", failures)
         arena = GaugeMetricFamily("kvguard_arena_bytes", "The arena of replicas held here for others", labels=["state"])
         for state, value in (("used", budget.used), ("promised", budget.promised), ("limit", budget.bytes_max)):

@@ -84,6 +84,19 @@ def _scraped(address: str) -> Scraped | None:
         return None  # it doesn't listen yet
 
 
+def test_a_damaged_frame_is_counted_once(cluster):
+    cluster.start()
+    engine = cluster.engine("rank", "a", "0.0.0")
+    engine.tell("step", commits=[["one", 40]])
+    cluster.protected("0.0.0", 40)
+    assert cluster.ask("a", "corrupt_frame")["armed"] == 1
+    engine.tell("step", commits=[["one", 10]])
+    cluster.until("the damage found", lambda: cluster.ask("b", "stats")["checksum_failures"])
+    cluster.protected("0.0.0", 50)
+    assert cluster.ask("a", "stats")["frames_corrupted"] == 1
+    assert Scraped(cluster.metrics["b"]).value("kvguard_checksum_failures_total") == cluster.ask("b", "stats")["checksum_failures"] == 1
+
+
 def test_a_port_that_is_taken_is_bad_configuration(cluster):
     ports = cluster.metrics
     cluster.start()
