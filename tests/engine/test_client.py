@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import threading
 
-import pytest
 
 from kvguard import engine
 from kvguard.engine import client
@@ -13,22 +12,9 @@ from kvguard.engine.client import Session
 from kvguard.format import local
 from kvguard.format.layout import Layout
 from kvguard.types import Epoch, MovedToken, Rank
-from tests.engine.tiny_daemon import TinyDaemon
 
 LAYOUT = Layout.paged("model", "float32", 2, 32, 4, 1, 4)
 RANK = Rank(0, 0, 0)
-
-
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "node.sock")
-
-
-@pytest.fixture
-def daemon(path):
-    daemon = TinyDaemon(path)
-    yield daemon
-    daemon.close()
 
 
 def test_what_no_packet_can_carry_is_dropped_and_the_attachment_stays(daemon, path):

@@ -25,18 +25,6 @@ FIVE = Epoch(5, "coordinator")
 
 
 @pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "node.sock")
-
-
-@pytest.fixture
-def daemon(path):
-    daemon = TinyDaemon(path)
-    yield daemon
-    daemon.close()
-
-
-@pytest.fixture
 def guard(path):
     pool = engine.allocate(LAYOUT)
     guard = engine.attach("llama", RANK, pool, LAYOUT, endpoint="here", socket=path)
