@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import threading
 
-
 from kvguard import engine
 from kvguard.engine import client
 from kvguard.engine.client import Session
