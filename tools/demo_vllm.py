@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 
 import httpx
-from world import MODEL, ROOT, World, free_ports, model_directory  # tests/vllm, on PYTHONPATH
+from world import MODEL, ROOT, World, model_directory  # tests/vllm, on PYTHONPATH
 
 from kvguard import config
+from kvguard.pipeline.ports import free_ports
 
 DIM, RED, GREEN, PLAIN = ("\033[2m", "\033[31m", "\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "", "", "")
 

@@ -13,10 +13,8 @@ import ctypes
 import functools
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +24,7 @@ from pathlib import Path
 from kvguard import config
 from kvguard.errors import BadConfig, KvguardError, TimedOut
 from kvguard.pipeline import settings
+from kvguard.pipeline.ports import free_ports
 from kvguard.pipeline.proxy import Gate, Proxy
 from kvguard.transport.ask import ask
 
@@ -51,31 +50,6 @@ class WorldSettings:
     gated: bool = False  # peers reach each daemon through a cable of ours that can be cut and slowed (proxy.py)
     node_overrides: dict = field(default_factory=dict)
     coordinator_overrides: dict = field(default_factory=dict)
-
-
-PORTS = range(12_000, 32_000)  # below those that the kernel takes for outgoing connections: one of these would be gone before a daemon starts
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now. All are held while the others are looked for, so they differ."""
-    held: list[socket.socket] = []
-    try:
-        while len(held) < count:
-            one = socket.socket()
-            try:
-                one.bind(("127.0.0.1", random.choice(PORTS)))
-            except OSError:  # somebody's
-                one.close()
-            else:
-                held.append(one)
-        return [one.getsockname()[1] for one in held]
-    finally:
-        for one in held:
-            one.close()
-
-
-def port_of(address: str) -> int:
-    return int(address.rpartition(":")[2])
 
 
 def die_with_parent(parent: int) -> None:
@@ -172,10 +146,8 @@ class World:
     def _lay_cables(self) -> None:
         """A gate in front of each daemon, at a loopback address of its own and the daemon's port numbers."""
         self.proxy = Proxy()
-        taken = {port_of(address) for address in (self.coordinator_address, self.driver_address, *(node.address for node in self.nodes))}
-        bulk_ports = [port for port in free_ports(len(self.nodes) + len(taken)) if port not in taken]
-        for node, bulk in zip(self.nodes, bulk_ports, strict=False):
-            port = port_of(node.address)
+        for node, bulk in zip(self.nodes, free_ports(len(self.nodes)), strict=True):
+            port = int(node.address.rpartition(":")[2])
             node.bulk_port = bulk
             node.gate = self.proxy.gate(f"127.0.1.{node.index + 1}", "127.0.0.1", {port: port, bulk: bulk})
 

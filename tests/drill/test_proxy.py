@@ -9,7 +9,7 @@ import time
 import pytest
 
 from kvguard.pipeline.proxy import PIECE_BYTES, Proxy
-from kvguard.pipeline.world import free_ports
+from kvguard.pipeline.ports import free_ports
 
 
 @pytest.fixture

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +16,7 @@ import pytest
 
 from kvguard import config
 from kvguard.errors import KvguardError
+from kvguard.pipeline.ports import free_ports
 from kvguard.transport.ask import ask
 
 ENGINE = Path(__file__).with_name("numpy_engine.py")
@@ -25,16 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_addresses(count: int) -> list[str]:
-    """Addresses that nobody listens at, below the range from which the kernel takes ports for outgoing connections: those are gone before a daemon starts."""
-    held: list[socket.socket] = []
-    try:
-        while len(held) < count:
-            with contextlib.suppress(OSError):
-                held.append(socket.create_server(("127.0.0.1", random.randrange(12_000, 32_000))))
-        return [f"tcp://127.0.0.1:{one.getsockname()[1]}" for one in held]
-    finally:
-        for one in held:
-            one.close()
+    return [f"tcp://127.0.0.1:{port}" for port in free_ports(count)]
 
 
 class Engine:
@@ -91,9 +81,6 @@ class Cluster:
             with open(self.directory / f"{name}.log", "ab") as log:
                 arguments = [sys.executable, "-m", "kvguard.cli", verb, "--config", str(self.directory / f"{name}.toml")]
                 self.running[name] = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT)
-
-    def free_port(self) -> int:
-        return int(free_addresses(1)[0].rpartition(":")[2])
 
     def kill(self, name: str) -> None:
         process = self.running.pop(name)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from kvguard.pipeline.ports import free_ports
+
 pytestmark = pytest.mark.e2e
 RULES = Path(__file__).resolve().parents[2] / "docs" / "monitoring" / "alerts.yml"
 
@@ -33,7 +35,7 @@ def prometheus(cluster, tmp_path):
         "scrape_configs": [{"job_name": "kvguard", "static_configs": [{"targets": targets}]}],
     }  # fmt: skip
     (tmp_path / "prometheus.yml").write_text(json.dumps(settings))  # JSON is YAML
-    port = cluster.free_port()
+    (port,) = free_ports(1)
     words = [program, "--config.file=prometheus.yml", "--storage.tsdb.path=data", f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
     with open(tmp_path / "prometheus.log", "wb") as log:
         running = subprocess.Popen(words, cwd=tmp_path, stdout=log, stderr=log)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvguard.pipeline import settings as settings_
 from kvguard.pipeline.settings import DriverSettings, StageSettings
-from kvguard.pipeline.world import free_ports
+from kvguard.pipeline.ports import free_ports
 
 WAIT_S = 90
 

@@ -14,9 +14,10 @@ import urllib.request
 import httpx
 import openai
 import pytest
-from world import MODEL, ROOT, World, free_ports, model_directory
+from world import MODEL, ROOT, World, model_directory
 
 from kvguard import config
+from kvguard.pipeline.ports import free_ports
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 QUESTION = [{"role": "user", "content": "Explain in a few sentences how a lighthouse works."}]

@@ -13,7 +13,6 @@ import os
 import re
 import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from kvguard import config
 from kvguard.errors import KvguardError
+from kvguard.pipeline.ports import free_ports
 from kvguard.transport.ask import ask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,16 +40,6 @@ def model_directory() -> str:
     from kvguard.pipeline.smollm2 import CACHE_NAME, default_cache
 
     return str(default_cache() / CACHE_NAME)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens at; all are held while the others are looked for."""
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    try:
-        return [one.getsockname()[1] for one in held]
-    finally:
-        for one in held:
-            one.close()
 
 
 def shared_files(group: int) -> set[str]:
