@@ -45,7 +45,8 @@ ALLOWED = {
     "daemon": DAEMON,
     "planner": FORMAT | {"config"},
     "drill": DAEMON | {"daemon", "planner"},
-    "cli": DAEMON | {"daemon", "planner", "drill", "gateway", "emitter"},
+    "capacity": FORMAT | {"device", "store", "transport"},
+    "cli": DAEMON | {"daemon", "planner", "drill", "gateway", "emitter", "capacity"},
 }
 # Third-party and standard modules that a room must not import at any level of a file.
 FORBIDDEN = {

@@ -1,20 +1,17 @@
 """The command line: one file per group of verbs, imported when its verb is called, so that `kvguard status` starts in a blink.
 
-Knows: names of verbs and where they live; how an operating error ends a process. Must not know: what the verbs do.
+Knows: names of verbs and where they live; how an operating error ends a process. Must not know: what the verbs do, how they are parsed (group.py).
 Invariants: documents go to stdout, everything else to stderr; exit codes are those of errors.py (2: usage).
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
 
-import click
-
-from kvguard import __version__
 from kvguard.errors import KvguardError
 
 VERBS = {
+    "bench": ("kvguard.cli.bench", "What this machine and link can carry, against memcpy and raw sockets."),
     "check": ("kvguard.cli.check", "For monitoring: is everything protected? 0 ok, 1 warning, 2 critical, 3 unknown."),
     "config": ("kvguard.cli.config", "Write, check and show configurations."),
     "coordinator": ("kvguard.cli.coordinator", "Run the coordinator."),
@@ -35,34 +32,23 @@ VERBS = {
     "top": ("kvguard.cli.top", "A live screen: ranks, lag, windows, arenas, epochs, recoveries."),
     "unpause": ("kvguard.cli.orders", "Allow automatic failovers again."),
 }
-
-
-class Verbs(click.Group):
-    """Verbs by name, each imported when it is called; their one-line help stands here."""
-
-    def list_commands(self, context: click.Context) -> list[str]:
-        return sorted(VERBS)
-
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in VERBS:
-            return None
-        return getattr(importlib.import_module(VERBS[name][0]), name)
-
-    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Verbs"):
-            formatter.write_dl([(name, VERBS[name][1]) for name in self.list_commands(context)])
-
-
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="kvguard")
-def verbs() -> None:
-    """Streams KV to a peer node and resumes exactly where a dead rank stopped."""
+DAEMONS = ("node", "coordinator")  # what starts without the rest (starting.py)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Operating errors end with their message on stderr and their exit code; bugs end loudly with a traceback."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
+        if given and given[0] in DAEMONS:
+            from kvguard.cli import starting
+
+            values = starting.plain(given)
+            if values is not None:
+                starting.daemon(given[0], values)
+                return
+        from kvguard.cli.group import verbs
+
         verbs.main(args=arguments, prog_name="kvguard")
     except KvguardError as error:
-        click.echo(f"kvguard: {error}", err=True)
+        print(f"kvguard: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -1,13 +1,13 @@
 """kvguard coordinator: runs the coordinator in the foreground until SIGTERM.
 
-Knows: how a configuration becomes a coordinator. Must not know: what it decides.
+Knows: its options. Must not know: what the coordinator does, how it is started (starting.py).
 """
 
 from __future__ import annotations
 
 import click
 
-from kvguard import config
+from kvguard.cli import starting
 
 
 @click.command()
@@ -15,8 +15,4 @@ from kvguard import config
 @click.option("--log-level", help="Overrides [coordinator] log_level.")
 def coordinator(file: str, log_level: str | None) -> None:
     """Run the coordinator."""
-    flags = {"log_level": log_level}
-    settings = config.load(config.CoordinatorConfig, file, flags)
-    from kvguard.daemon import coordinator as daemon
-
-    daemon.run(settings, lambda: config.load(config.CoordinatorConfig, file, flags))
+    starting.daemon("coordinator", {"config": file, "log-level": log_level})

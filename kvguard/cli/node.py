@@ -1,13 +1,13 @@
 """kvguard node: runs a node's daemon in the foreground until SIGTERM.
 
-Knows: how a configuration becomes a daemon. Must not know: what the daemon does.
+Knows: its options. Must not know: what the daemon does, how it is started (starting.py).
 """
 
 from __future__ import annotations
 
 import click
 
-from kvguard import config
+from kvguard.cli import starting
 
 
 @click.command()
@@ -16,8 +16,4 @@ from kvguard import config
 @click.option("--log-level", help="Overrides [node] log_level.")
 def node(file: str, name: str | None, log_level: str | None) -> None:
     """Run a node's daemon."""
-    flags = {"name": name, "log_level": log_level}
-    settings = config.load(config.NodeConfig, file, flags)
-    from kvguard.daemon import node as daemon
-
-    daemon.run(settings, lambda: config.load(config.NodeConfig, file, flags))
+    starting.daemon("node", {"config": file, "name": name, "log-level": log_level})

@@ -1,0 +1,77 @@
+"""From rates to tokens: arithmetic alone, and a receiver that bounds what it is asked for."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+
+import pytest
+
+from kvguard.capacity import link, meaning
+from kvguard.capacity.machine import layout_of
+from kvguard.capacity.receiver import Receiver
+from kvguard.errors import BadConfig, Unreachable
+from kvguard.limits import PAYLOAD_BYTES_MAX
+
+DEEDS = {"memcpy": 10.0, "checksum": 6.0, "capture, decode": 3.0, "capture, whole blocks": 9.0, "arena append": 1.0}
+
+
+def rates(bulk_gb_s: float) -> tuple[dict, dict]:
+    machine = {"rows": [{"what": what, "gb_s": rate} for what, rate in DEEDS.items()]}
+    return machine, {"rows": [{"frame_bytes": 65536, "bulk_gb_s": 99.0}, {"frame_bytes": 1 << 20, "bulk_gb_s": bulk_gb_s}]}
+
+
+def test_a_side_does_its_deeds_one_after_the_other_and_the_slower_side_decides() -> None:
+    told = meaning.means(*rates(2.0), 1000)
+    assert told["sender_gb_s"] == pytest.approx(1.0) and told["holder_gb_s"] == pytest.approx(2 / 3) == told["gb_s"]
+    assert told["bound_by"] == "holder"
+    (row,) = told["rows"]
+    assert row["tokens_per_s"] == pytest.approx(2 / 3 * 1e6) and row["prompt_ms"] == pytest.approx(4096 / row["tokens_per_s"] * 1e3)
+    assert meaning.means(*rates(0.01), None)["gb_s"] < 0.01
+    assert [row["bytes_per_token"] for row in meaning.means(*rates(2.0), None)["rows"]] == [size for _, size in meaning.SHAPES]
+
+
+@pytest.mark.parametrize("wanted", [1, 4096, 40_000, 131_072, 1 << 26])
+def test_a_layout_comes_near_and_its_pool_stays_small(wanted: int) -> None:
+    layout = layout_of(wanted)
+    assert layout.pool_bytes <= 128 << 20
+    assert wanted > 512 * 4096 or abs(layout.token_bytes - wanted) <= 4096
+
+
+@pytest.fixture
+def receiver():
+    made = Receiver("tcp://127.0.0.1:0")
+    yield made
+    made.close()
+
+
+TOO_MUCH = b'{"way": "raw", "frames": 1, "bytes": %d}\n' % (PAYLOAD_BYTES_MAX + 1)
+
+
+@pytest.mark.parametrize("said", [b"{}\n", b"rubbish\n", TOO_MUCH, b'{"way": "x", "frames": 1, "bytes": 1}\n', b""])
+def test_what_makes_no_sense_ends_the_conversation_and_not_the_receiver(receiver, said) -> None:
+    host, port = receiver.address.removeprefix("tcp://").split(":")
+    for _ in range(2):
+        serving = threading.Thread(target=receiver.serve_one, args=(10.0,))
+        serving.start()
+        with socket.create_connection((host, int(port)), 10.0) as stranger:
+            lines = stranger.makefile("rwb")
+            assert set(json.loads(lines.readline())) == {"name", "raw", "bulk", "control"}
+            lines.write(said)
+            lines.flush()
+            stranger.shutdown(socket.SHUT_WR)
+            assert lines.readline() == b""
+        serving.join(10.0)
+        assert not serving.is_alive()
+
+
+def test_nobody_there_and_no_such_address() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(BadConfig, match="Try: an address of this host"):
+            Receiver(address)
+    with pytest.raises(Unreachable, match="kvguard bench --listen"):
+        link.measure(address)
+    with pytest.raises(BadConfig, match="without keys"):
+        Receiver("tcp://192.0.2.1:0")
