@@ -185,8 +185,8 @@ class Coordinator:
             for instance in list(known.epochs):
                 self._bring_up_to_date(node, instance, promised.get(instance))
         for rank_beat in new:
-            if rank_beat.state != "lost" and not self._is_over(node, rank_beat):
-                self._adopt(node, rank_beat)
+            if not self._is_over(node, rank_beat):
+                self._adopt(node, rank_beat)  # also one that died before it was heard of: below it is lost like any other
         for rank_beat in strange:
             self._strange(node, rank_beat)
         for rank_beat in message.ranks:
@@ -201,9 +201,12 @@ class Coordinator:
         resuming.sweep(known, node, tuple(stream for stream, _, _ in message.replicas))
 
     def _is_over(self, node: NodeId, rank_beat: RankBeat) -> bool:
-        """A life whose sequences moved elsewhere, and that slept through it or is not dead yet."""
+        """A life whose sequences moved elsewhere, and that slept through it or is not dead yet; or what is left of one that died in an epoch that is over."""
         known, stream = self.known, rank_beat.stream
         over = resuming.is_ended(known, stream)
+        if rank_beat.state == "lost" and rank_beat.epoch.counter < known.epoch(stream.instance).counter and not known.phase(stream.instance):
+            known.note_once("stale_rank", f"{stream.instance}/{stream.rank}", f"a dead life on {node} of epoch {rank_beat.epoch.counter}", node, stream)
+            return True
         if over:
             known.note_once("stale_rank", f"{stream.instance}/{stream.rank}", f"a former life on {node}: its sequences moved elsewhere", node, stream)
             known.tell_node(node, resuming.word(known, stream.instance, ended=(stream,)))

@@ -7,7 +7,7 @@ replaced is ended only when every new one has acknowledged what it had.
 
 from __future__ import annotations
 
-from kvguard.core.effects import Effect
+from kvguard.core.effects import Effect, KillProcess
 from kvguard.core.events import Event, Looked, StreamAttached
 from kvguard.core.ledger import Ledger
 from kvguard.core.pieces import Copy
@@ -29,6 +29,7 @@ class LocalStream:
         self.ending: dict[NodeId, str] = {}  # holders that others replace, and why
         self.alive, self.salvageable, self.death = True, False, ""
         self.condemned: tuple[str, str, int] | None = None  # once it was told to die: what its death is called, why, since when
+        self.told = False  # in a heartbeat of this daemon's life
         self.looks = 0
         self.ids_before: dict[int, int] = {}  # of a scheduler's rows, at the last beat (core/schedulers.py)
         self.fenced = False
@@ -55,6 +56,11 @@ class LocalStream:
         self.epoch, self.fenced = epoch, False
         return tuple(effect for sender in self.senders.values() for effect in sender.adopt(now, epoch))
 
+    def condemn(self, kind: str, reason: str, since_ns: int) -> Effect:
+        """Its process is told to die. The first verdict is what its death will be called."""
+        self.condemned = self.condemned or (kind, reason, since_ns)
+        return KillProcess(self.incarnation, self.stream, reason)
+
     def replaced(self) -> list[NodeId]:
         """Holders that may be ended now."""
         new = [sender for node, sender in self.senders.items() if node not in self.ending]
@@ -76,6 +82,7 @@ class LocalStream:
         return max((sender.flow.copies[number].acked for sender in self.senders.values() if sender.state == "stream"), default=0)
 
     def beat(self, now: int, promised: Epoch) -> RankBeat:
+        self.told = True
         committed = acked = lag = unprotected = 0
         for number, row in self.ledger.rows.items():
             best = self.best(number)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvguard.core import events, schedulers
-from kvguard.core.effects import Effect, FreeBuffer, KillProcess, Note, Send, SendReport, SetEpoch
+from kvguard.core.effects import Effect, FreeBuffer, Note, Send, SendReport, SetEpoch
 from kvguard.core.faults import Faults
 from kvguard.core.inbound import Inbound
 from kvguard.core.local import LocalStream
@@ -164,7 +164,7 @@ class Node:
                 local.progress.step(now, event)
                 verdict = local.progress.verdict(now)
                 if verdict is not None:
-                    out += Note("hung", str(local.stream), verdict.reason), _killed(local, "hung", verdict.reason, verdict.since_ns)
+                    out += Note("hung", str(local.stream), verdict.reason), local.condemn("hung", verdict.reason, verdict.since_ns)
         if self._beat_ns is not None and now >= self._beat_ns:
             self._beat_ns = now + self.settings.heartbeat_ns
             out += (*schedulers.succeeded(self.outbound), self._beat(now), *self._faults.again(now))
@@ -236,7 +236,7 @@ class Node:
         local = self.outbound.streams.get(event.stream)
         if local is None or not local.alive or local.incarnation != event.incarnation or local.condemned is not None:
             return ()
-        return (_killed(local, "died", event.reason, now), *self._fault(now, local, "suspected", event.reason, False, now))
+        return (*self._introduced(now, local), local.condemn("died", event.reason, now), *self._fault(now, local, "suspected", event.reason, False, now))
 
     def _died(self, now: int, event: events.ProcessDied) -> Effects:
         if event.stream is None:
@@ -248,8 +248,9 @@ class Node:
         if is_scheduler(event.stream.rank):
             return schedulers.died(self.outbound, local, event.reason)
         kind, reason, since = local.condemned or ("died", event.reason, now)
+        introduced = self._introduced(now, local)
         local.alive, local.death, local.salvageable = False, f"{kind}: {reason}", event.salvageable
-        out = self._fault(now, local, kind, reason, event.salvageable, since)
+        out = introduced + self._fault(now, local, kind, reason, event.salvageable, since)
         instance = local.stream.instance
         if local.epoch != self.promises.of(instance) == self._running.get(instance) and not self._kept(local):  # a former life, ended after its recovery
             return out + self.outbound.forget(local, self.outbound.streams)
@@ -264,6 +265,10 @@ class Node:
         if fence is None or any(local.alive and local.condemned and local.stream.rank in fence.lost for local in self.outbound.of(instance)):
             return ()
         return (SendReport(COORDINATOR, instance, fence.epoch),)
+
+    def _introduced(self, now: int, local: LocalStream) -> Effects:
+        """Of a life that no heartbeat has told of: first that it attached, then that it ended. Nobody recovers a rank that he doesn't know."""
+        return (self._beat(now),) if self.linked and not local.told else ()
 
     def _fault(self, now: int, local: LocalStream, kind: str, reason: str, salvageable: bool, since_ns: int) -> Effects:
         return self._faults.struck(now, local, kind, reason, salvageable, since_ns, self.linked)
@@ -390,11 +395,5 @@ class Node:
         return out + tuple(effect for stream in resumed.unpinned for effect in self.inbound.forget(stream, why))
 
 
-def _killed(local: LocalStream, kind: str, reason: str, since_ns: int) -> Effect:
-    """The first verdict is what its death will be called."""
-    local.condemned = local.condemned or (kind, reason, since_ns)
-    return KillProcess(local.incarnation, local.stream, reason)
-
-
 def _given_away(now: int, ranks: list[LocalStream], reason: str) -> Effects:
-    return tuple(_killed(local, "died", f"its rank is given away: {reason}", now) for local in ranks)
+    return tuple(local.condemn("died", f"its rank is given away: {reason}", now) for local in ranks)

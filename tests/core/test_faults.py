@@ -19,11 +19,15 @@ REPORT = SendReport("coordinator", "i", E1)
 
 
 class World:
-    def __init__(self, linked: bool = True) -> None:
+    """`told`: a heartbeat has said that the rank is attached."""
+
+    def __init__(self, linked: bool = True, told: bool = True) -> None:
         self.node, self.now = Node(NodeSettings("a", 9, "tcp://a", "1.0", heartbeat_ns=200 * MS), {}), 0
         if linked:
             self.step(ev.LinkUp("coordinator"))
         self.step(ev.StreamAttached(LOCAL, SHAPE, 3, NO_EPOCH, "tcp://engine"))
+        if linked and told:
+            self.step(ev.Arrived("coordinator", ms.NodeWelcome("c")))
 
     def step(self, event) -> tuple:
         out = self.node.step(self.now, event)
@@ -132,3 +136,28 @@ def test_its_next_life_is_not_suspected() -> None:
     world.step(ev.StreamAttached(LOCAL, SHAPE, 5, NO_EPOCH, "tcp://engine"))
     assert world.fence(lost=(R1,))[-1] == REPORT
     assert world.step(ev.DeathSuspected(5, LOCAL, "marked"))[0] == KillProcess(5, LOCAL, "marked")
+
+
+def told_of(out: tuple) -> list[str]:
+    """What the coordinator hears of the rank, in order."""
+    said = [effect.message for effect in out if type(effect) is Send]
+    return [one.kind if type(one) is ms.Fault else one.ranks[0].state for one in said if type(one) is ms.Fault or one.ranks]
+
+
+def test_a_death_before_the_first_heartbeat_is_told_after_the_attachment() -> None:
+    """A coordinator that hears of a death alone doesn't know whose it is."""
+    world = World(told=False)
+    assert told_of(world.step(DIED)) == ["unprotected", "died"]
+    suspected = World(told=False)
+    assert told_of(suspected.step(SUSPECTED)) == ["unprotected", "suspected"]
+    assert told_of(suspected.step(DIED)) == ["died"], "once"
+
+
+def test_attachment_and_death_while_the_coordinator_is_away_are_told_when_it_is_back_until_they_are_over() -> None:
+    world = World(linked=False)
+    assert told_of(world.step(DIED)) == []
+    world.step(ev.LinkUp("coordinator"))
+    assert told_of(world.step(ev.Arrived("coordinator", ms.NodeWelcome("c")))) == ["lost"]
+    assert told_of(world.beats()) == told_of(world.beats()) == ["lost", "died"], "again and again"
+    world.fence()
+    assert "died" not in told_of(world.beats()), "its epoch is over"

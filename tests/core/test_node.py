@@ -154,6 +154,7 @@ def test_old_holder_ends_only_when_the_new_one_has_what_it_had() -> None:
 
 def test_death_is_said_until_the_coordinator_has_fenced() -> None:
     world = protected()
+    world.beat()
     fault, note = world.step(ev.ProcessDied(3, LOCAL, "killed by signal 9", True))
     assert fault == Send("coordinator", ms.Fault("a", LOCAL, 3, "died", "killed by signal 9", True, 0.0))
     assert world.beat().ranks[0].state == "lost"

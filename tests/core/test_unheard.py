@@ -1,0 +1,108 @@
+"""The coordinator and ranks that died before any heartbeat told of them: attached, then died, and recovered like any other."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvguard.format import messages as m
+from kvguard.types import NO_EPOCH, Epoch, Rank
+from tests.core.cast import INSTANCE, Cast, Daemon, Emitter
+
+R0 = Rank(0, 0, 0)
+
+
+def lone(standbys: int = 1, **more) -> tuple[Cast, Daemon]:
+    """Node a without ranks, and an emitter that waits."""
+    cast = Cast(**more)
+    a = Daemon("a", standbys)
+    cast.join(a)
+    cast.drain()
+    cast.connect(Emitter(1))
+    cast.run(200)
+    return cast, a
+
+
+def lives_and_dies(a: Daemon) -> list:
+    """What its daemon says of a rank that attached, committed and died between two heartbeats."""
+    a.host(R0, {"s": (9, 11)})
+    beat = a.beat()
+    return [beat, a.kill_rank(R0)]
+
+
+def assert_recovered(cast: Cast, a: Daemon) -> None:
+    (resume,) = cast.emitter.resumes
+    assert resume.epoch == Epoch(1, "c") and [(e.sequence, e.position, e.rung) for e in resume.sequences] == [("s", 9, "pool")] and not resume.error
+    assert [(str(e.rank), e.node, e.endpoint) for e in resume.members] == [("0.0.0", "a", "spare 1000")]
+    (record,) = cast.coordinator.history()
+    assert "died: signal 9" in record["reason"] or "lost" in record["reason"]
+    assert not cast.noted("stale_fault") or cast.noted("attached")
+
+
+def test_attached_then_died():
+    cast, a = lone()
+    for message in lives_and_dies(a):
+        cast.say(a, message)
+    cast.run(300)
+    assert_recovered(cast, a)
+    assert cast.emitter.resumes[0].timing_ms["detect"] == 3.0
+
+
+def test_the_death_is_all_that_is_left_to_tell():
+    """The link was down meanwhile: the fault comes first, the rank is listed as lost."""
+    cast, a = lone()
+    _, fault = lives_and_dies(a)
+    cast.say(a, fault)
+    cast.run(300)
+    assert [note.subject for note in cast.noted("stale_fault")] == ["i/0.0.0"], "nobody recovers a rank that he doesn't know"
+    assert_recovered(cast, a)
+
+
+@pytest.mark.parametrize("kill_after", range(1, 8))
+def test_a_coordinator_that_dies_over_it_hears_it_again(kill_after):
+    cast, a = lone()
+    cast.kill_after = len(cast.performed) + kill_after
+    for message in lives_and_dies(a):
+        cast.say(a, message)
+    cast.run(1000)
+    assert cast.deaths == 1
+    assert_recovered(cast, a)
+
+
+def test_it_waits_for_a_standby_like_any_other():
+    cast, a = lone(standbys=0)
+    for message in lives_and_dies(a):
+        cast.say(a, message)
+    cast.run(300)
+    assert not cast.emitter.resumes and "no standby fits" in cast.coordinator.status()["instances"][0]["reason"]
+    a.standbys.append(1000)
+    cast.run(300)
+    assert_recovered(cast, a)
+
+
+def test_what_is_left_of_an_epoch_that_is_over_is_no_attachment():
+    """A store that was restored: the coordinator doesn't know the rank, the nodes have promised more than the dead life had."""
+    cast, a = lone()
+    lives_and_dies(a)
+    a.ranks[R0]["fenced"], a.promise = True, Epoch(7, "c")
+    cast.join(a)
+    cast.run(500)
+    assert cast.epoch() == 7 and not cast.sent(m.Fence) and INSTANCE not in cast.coordinator.known.membership.members
+    assert [note.subject for note in cast.noted("stale_rank")] == ["i/0.0.0"]
+
+
+def test_a_loss_during_a_recovery_counts():
+    """Another rank of the instance, never heard of, dies while the first one is recovered."""
+    cast, a = lone(standbys=2)
+    a.host(R0, {"s": (9, 11)})
+    cast.run(200)
+    a.silent_parts.append("rank 0.0.0")
+    cast.say(a, a.kill_rank(R0))
+    cast.run(100)
+    assert cast.sent(m.RebuildOrder)
+    a.silent_parts.clear()
+    second = a.host(Rank(0, 1, 0), {"s": (9, 11)}, life=2)
+    a.ranks[Rank(0, 1, 0)]["epoch"] = NO_EPOCH
+    fault = a.kill_rank(Rank(0, 1, 0))
+    assert fault.stream == second
+    cast.run(1000)
+    assert cast.emitter.resumes and {str(e.rank) for e in cast.emitter.resumes[-1].members} == {"0.0.0", "0.1.0"}
