@@ -43,16 +43,19 @@ class _Group:
     elements: np.ndarray | None = None
 
 
-class HostPool:
-    """One pool, mapped. `memory`: writable (unless opened read-only) bytes of the whole pool, from which an engine makes its own tensors."""
+class Copies:
+    """Capture and scatter over memory that is mapped here, whoever owns it. `memory`: at least layout.pool_bytes bytes."""
 
-    def __init__(self, layout: Layout, descriptor: int, writable: bool) -> None:
+    def __init__(self, layout: Layout, memory: memoryview) -> None:
         self.layout = layout
-        self._descriptor = descriptor
-        access = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
-        self.memory = memoryview(mmap.mmap(descriptor, layout.pool_bytes, mmap.MAP_SHARED, access))
-        self._groups = _grouped(layout, np.frombuffer(self.memory, dtype=np.uint8))
+        self.memory = memory
+        self._groups = _grouped(layout, np.frombuffer(memory, dtype=np.uint8))
         self._unit_bytes = layout.token_bytes if layout.addressable else layout.block_bytes
+
+    def forget(self) -> None:
+        """Hold no view of the memory any more."""
+        self._groups = ()
+        self.memory = memoryview(b"")
 
     def capture(self, blocks, starts, counts, out: memoryview) -> int:
         """See device/base.py. Raises Refused for pieces outside the pool, an `out` that is too small, or a layout whose tokens aren't addressable."""
@@ -67,22 +70,6 @@ class HostPool:
 
     def scatter_blocks(self, blocks, source: memoryview) -> None:
         self._spread(*self._whole(blocks), source)
-
-    def publish(self, word: memoryview, value: int) -> None:
-        """A plain aligned 64-bit store: on a CPU the writes before it are already in memory when this is called."""
-        (word if word.format == "Q" else word.cast("B").cast("Q"))[0] = value
-
-    def export(self) -> list[int]:
-        """A duplicate of the pool's descriptor: the caller's to close (or to hand to Device.open, which owns it)."""
-        return [os.dup(self._descriptor)]
-
-    def close(self) -> None:
-        """Forget the mapping; it goes when the last tensor over `memory` does. Idempotent."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-        self._descriptor = -1
-        self._groups = ()
-        self.memory = memoryview(b"")
 
     # ---- pieces to units ----------------------------------------------------------------------------------------------------------
 
@@ -146,6 +133,30 @@ class HostPool:
             part = values[:, group.start : group.start + group.size]
             rows = _row_numbers(group, blocks, slots)
             group.rows[rows] = part.reshape(rows.size, -1)
+
+
+class HostPool(Copies):
+    """One pool, mapped. `memory`: writable (unless opened read-only) bytes of the whole pool, from which an engine makes its own tensors."""
+
+    def __init__(self, layout: Layout, descriptor: int, writable: bool) -> None:
+        self._descriptor = descriptor
+        access = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
+        super().__init__(layout, memoryview(mmap.mmap(descriptor, layout.pool_bytes, mmap.MAP_SHARED, access)))
+
+    def publish(self, word: memoryview, value: int) -> None:
+        """A plain aligned 64-bit store: on a CPU the writes before it are already in memory when this is called."""
+        (word if word.format == "Q" else word.cast("B").cast("Q"))[0] = value
+
+    def export(self) -> list[int]:
+        """A duplicate of the pool's descriptor: the caller's to close (or to hand to Device.open, which owns it)."""
+        return [os.dup(self._descriptor)]
+
+    def close(self) -> None:
+        """Forget the mapping; it goes when the last tensor over `memory` does. Idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+        self.forget()
 
 
 class HostDevice:
