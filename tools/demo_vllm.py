@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument("--kill-at", type=int, default=25, help="chunks of the second run after which the server is killed")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kvguard-demo-vllm-") as directory:
-        world, gateway = World(Path(directory), emitter_ms=10_000), None
+        world, gateway = World(Path(directory)), None
         try:
             say("a coordinator, two nodes, two vLLM servers (half a minute) ...")
             world.start_daemons()

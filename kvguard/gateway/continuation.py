@@ -18,12 +18,13 @@ IDS_END = 1 << 31
 
 
 class Chunk(NamedTuple):
-    """What an instance said at once. `finish_reason`: "" while it goes on."""
+    """What an instance said at once. `finish_reason`: "" while it goes on. `cached_tokens`: of the prompt, not computed: said once, behind the end."""
 
     ids: tuple[int, ...]
     finish_reason: str = ""
     stop_reason: int | str | None = None
     prompt_tokens: int | None = None  # how long the instance takes the prompt to be, where it says so
+    cached_tokens: int | None = None
 
 
 class Piece(NamedTuple):
@@ -82,6 +83,7 @@ class Continuation:
             body["min_tokens"] = ask.min_tokens - emitted
         if moved is not None:
             body["kv_transfer_params"] = {"kvguard": moved}
+            body["stream_options"] = {"include_usage": True}  # where the instance says how much it restored
         if cache_salt:
             body["cache_salt"] = cache_salt
         return body

@@ -60,7 +60,7 @@ def json_object(said: bytes) -> dict:
 
 
 def chunk(data: bytes) -> Chunk | None:
-    """One event of a completion with return_token_ids; None for one without news (usage). Raises Lost."""
+    """One event of a completion with return_token_ids; None for one without news. Raises Lost."""
     document = json_object(data)
     if document.get("error") is not None:
         said = document["error"]
@@ -69,7 +69,7 @@ def chunk(data: bytes) -> Chunk | None:
     if not isinstance(choices, list) or len(choices) > 1:
         raise Lost("garbage", "an event without its one choice")
     if not choices:
-        return None
+        return _usage(document.get("usage"))
     choice = choices[0]
     if not isinstance(choice, dict) or choice.get("index", 0) != 0:
         raise Lost("garbage", "a choice that nobody asked for")
@@ -80,3 +80,10 @@ def chunk(data: bytes) -> Chunk | None:
     if not isinstance(ids, list | None) or not isinstance(prompt, list | None) or not isinstance(finish, str) or not isinstance(stop, int | str | None):
         raise Lost("garbage", "a choice whose fields are of other types")
     return Chunk(tuple(ids or ()), finish, stop, len(prompt) if prompt is not None else None)
+
+
+def _usage(usage: object) -> Chunk | None:
+    """What stands behind an answer's end: how much of the prompt was not computed, from a vLLM that was started with --enable-prompt-tokens-details."""
+    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return Chunk((), cached_tokens=cached) if type(cached) is int else None

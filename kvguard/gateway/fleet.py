@@ -83,11 +83,11 @@ class Fleet:
         found = choose((self.standing(member) for name, member in self.members.items() if name not in without), fits)
         return self.members[found.name] if found else None
 
-    async def wait(self, timeout_s: float, without: frozenset[str]) -> Member:
-        """As choose, but waits for one. Raises NoInstance."""
+    async def wait(self, timeout_s: float, without: Callable[[], frozenset[str]]) -> Member:
+        """As choose, but waits for one. `without` is asked at each look. Raises NoInstance."""
         try:
             async with asyncio.timeout(timeout_s):
-                while (found := self.choose(without=without)) is None:
+                while (found := self.choose(without=without())) is None:
                     async with self._changed:
                         await self._changed.wait()
         except TimeoutError:
@@ -140,7 +140,7 @@ class Fleet:
         up = await member.upstream.healthy(HEALTH_S)
         if up and (not was or not watch.model):
             up = await self._learn(member)
-        watch.up = up
+        watch.looked(up)
         if up != was:
             log.info("%s is %s", member.name, "up" if up else "down")
         self._counters.active.labels(member.name).set(self.standing(member).active)

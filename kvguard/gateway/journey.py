@@ -2,11 +2,12 @@
 
 Knows: fleet, continuation, the order of things after a loss. Must not know: the client's connection, the form of its answer.
 Invariants: a piece is given out once; after a loss the next instance is asked for exactly what is missing; where nobody can go on the journey ends in an
-error that says so; `end()` tells every instance that was asked that nothing need be kept.
+error that says so; `end()` tells every instance that was asked that nothing need be kept; what is counted as restored is what the instance said it restored.
 
 After a loss, with ids already given out: wait for the recovery's resume token (bounded); submit prompt + ids with it to an active instance that is one of its
-places; without one, or when that instance doesn't go on either, with the ids alone to any other (rung tokens: computed again). Before the first id
-there is nothing to lose: the request begins again elsewhere at once.
+places; without one, or when that instance doesn't go on either, with the ids alone to any other (rung tokens: computed again). Where no other is active
+the lost instance may be started again: it is a place, too, of what its former life left. Before the first id there is nothing to lose: the request begins
+again elsewhere at once.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from kvguard.gateway.watching import key_of
 from kvguard.types import ResumeToken, Rung
 
 log = logging.getLogger(__name__)
+TELL_S = 1.0  # how long an answer that is whole waits for the instance's word on what it restored: it follows at once, or never comes
+UNTOLD = "untold"  # the instance was asked to restore, and hasn't said whether it did
 
 
 class Unbounded(KvguardError):
@@ -56,8 +59,9 @@ class Journey:
         self._around, self._followed, self.request, self._headers = around, followed, request, headers
         self._attempts = 0
         self._asked: list[tuple[Member, str]] = []
-        self._failed: set[str] = set()  # instances that failed since the last id came
+        self._failed: dict[str, int] = {}  # instances that failed since the last id came, and in which life
         self._token: ResumeToken | None = None
+        self._asked_rung = ""  # what the attempt under way was asked to restore from
         self._lost_at = 0.0
         self.answer: Continuation | None = None
 
@@ -90,19 +94,21 @@ class Journey:
             self._attempts += 1
             self._asked.append((member, key))
             member.watch.begin(key)
-            salt = secrets.token_urlsafe(32) if answer.ids else ""
+            salt, cached = secrets.token_urlsafe(32) if answer.ids else "", None
             try:
                 async with aclosing(member.chunks(answer.body(moved, salt), key, self._headers)) as chunks:
                     async for chunk in chunks:
                         piece = self._taken(chunk)
                         yield piece
                         if answer.finish_reason:
+                            cached = await _told(chunks) if moved is not None and chunk.finish_reason else None
                             return
                 raise Lost("ended", "[DONE] before the end of the answer")
             except Lost as lost:
                 self._lost(member, lost)
             finally:
                 member.watch.left(key)
+                self._count(cached)
             if self._attempts >= around.settings.attempts:
                 raise Lost("ended", f"{self._attempts} instances in turn did not go on with the answer")
             member, moved = await self._next(member, key)
@@ -131,7 +137,7 @@ class Journey:
         log.warning("%s: %s lost after %d ids: %s: %s", self.request, member.name, len(self.answer.ids), lost.kind, lost)
         self._around.counters.lost.labels(lost.kind).inc()
         self._around.fleet.doubt(member, lost)
-        self._failed.add(member.name)
+        self._failed[member.name] = member.watch.life
         self._lost_at = self._lost_at or asyncio.get_running_loop().time()
 
     async def _next(self, lost: Member, key: str) -> tuple[Member, dict | None]:
@@ -143,42 +149,56 @@ class Journey:
         token = await lost.watch.token(key, settings.fence_ms / 1000, settings.resume_ms / 1000)
         if token is not None:
             self._token = token
-        target = self._place()
-        if target is not None:
-            around.counters.resumed.labels(self._token.rung).inc()
-            return target, moves.encode(self._token)
-        around.counters.resumed.labels(Rung.TOKENS).inc()
-        return await self._somebody(), None
+        if not self._usable():
+            around.counters.resumed.labels(Rung.TOKENS).inc()
+            return await self._somebody(), None
+        target = around.fleet.choose(self._is_place, self._excluded()) or await self._somebody()
+        if not self._is_place(around.fleet.standing(target)):
+            around.counters.unplaced.labels("no_active_place").inc()
+            around.counters.resumed.labels(Rung.TOKENS).inc()
+            return target, None
+        self._asked_rung = self._token.rung
+        return target, moves.encode(self._token)
 
-    def _place(self) -> Member | None:
-        """The instance that can have the sequence's KV; each is asked for it once."""
-        token, counters = self._token, self._around.counters
+    def _usable(self) -> bool:
+        """Whether there is a token that KV can be asked for with."""
+        token = self._token
         if token is None:
-            return None
+            return False
         if not self.answer.known(token):
             log.error("%s: the recovery's token is of other ids: not used", self.request)
-            counters.unplaced.labels("mismatch").inc()
-            return None
-        if not token.places or not token.position:
-            return None
+            self._around.counters.unplaced.labels("mismatch").inc()
+            return False
+        return bool(token.places and token.position)
 
-        def fits(standing: Standing) -> bool:
-            return is_place(standing, token.places)
+    def _is_place(self, standing: Standing) -> bool:
+        return is_place(standing, self._token.places)
 
-        target = self._around.fleet.choose(fits, frozenset(self._failed))
-        if target is None:
-            counters.unplaced.labels("no_active_place").inc()
-        return target
+    def _count(self, cached: int | None) -> None:
+        """An attempt has ended. `cached`: how many positions it says it didn't compute; its salt is its own, so they were restored."""
+        rung, self._asked_rung = self._asked_rung, ""
+        if rung:
+            self._around.counters.resumed.labels(UNTOLD if cached is None else rung if cached else Rung.TOKENS).inc()
+
+    def _excluded(self) -> frozenset[str]:
+        """Instances that failed since the last id came, and are still the ones that did."""
+        members = self._around.fleet.members
+        return frozenset(name for name, life in self._failed.items() if members[name].watch.life == life)
 
     async def _somebody(self) -> Member:
         """Any active instance, rather one that hasn't just failed; waits for one where there is none."""
-        fleet, failed = self._around.fleet, frozenset(self._failed)
-        found = fleet.choose(without=failed)
+        fleet = self._around.fleet
+        found = fleet.choose(without=self._excluded())
         if found is not None:
             return found
         if not self._attempts:
             raise NoInstance("no instance is active. Try: kvguard status")
-        return await fleet.wait(self._around.settings.resume_ms / 1000, failed if len(failed) < len(fleet.members) else frozenset())
+
+        def without() -> frozenset[str]:
+            excluded = self._excluded()
+            return excluded if len(excluded) < len(fleet.members) else frozenset()
+
+        return await fleet.wait(self._around.settings.resume_ms / 1000, without)
 
     async def _anywhere(self, ask: Callable) -> object:
         """An answer that any instance can give. Raises NoInstance, Declined, Lost."""
@@ -193,3 +213,15 @@ class Journey:
                 self._around.counters.lost.labels(lost.kind).inc()
                 self._around.fleet.doubt(member, lost)
                 tried.add(member.name)
+
+
+async def _told(chunks: AsyncIterator[Chunk]) -> int | None:
+    """What stands behind the end of an answer that is whole: nothing of it can be lost any more."""
+    try:
+        async with asyncio.timeout(TELL_S):
+            async for chunk in chunks:
+                if chunk.cached_tokens is not None:
+                    return chunk.cached_tokens
+    except (TimeoutError, Lost):
+        log.debug("the instance didn't say what it restored")
+    return None

@@ -35,6 +35,8 @@ class Watch:
     def __init__(self, instance: Instance, emitter: Emitter, healthy: Callable[[], Awaitable[bool]]) -> None:
         self.instance, self._emitter, self._healthy = instance, emitter, healthy
         self.up = False  # the last look at its server
+        self.recoveries = 0  # adopted
+        self.life = 0  # recoveries when its server last came up: another life than the one that was lost
         self.context_tokens = 0
         self.model = ""
         self.fenced = asyncio.Event()
@@ -71,6 +73,12 @@ class Watch:
         self._owed.discard(key)
         token = self._tokens.pop(key, None)
         self._emitter.delivered(token.sequence if token else key)
+
+    def looked(self, up: bool) -> None:
+        """Whether its server answers."""
+        if up and not self.up:
+            self.life = self.recoveries
+        self.up = up
 
     def standing(self) -> Standing:
         members = {Rank(*member.rank): member.node for member in self._emitter.members}
@@ -129,6 +137,7 @@ class Watch:
                 await asyncio.sleep(RESUME_POLL_S)
                 continue
             break
+        self.recoveries += 1
         await self._take(resumption)
         self.fenced.clear()
         self._loop.add_reader(self._emitter.fileno(), self._on_fence)

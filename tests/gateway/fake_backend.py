@@ -1,7 +1,8 @@
 """A server that behaves like vLLM's, as far as the gateway can see, around the toy model. `python fake_backend.py PORT_FD [INSTANCE SOCKET]`: serves on that
 descriptor, and keeps its KV beside the kvguard node at SOCKET.
 
-POST /control changes it: delay_ms a token, garbage (how its answers are wrong), stall (after so many ids nothing comes), garbage_after (it says [DONE] instead), chunk (ids at once), healthy; reset.
+POST /control changes it: delay_ms a token, garbage (how its answers are wrong), stall (after so many ids nothing comes), garbage_after (it says [DONE] instead), chunk (ids at once), healthy,
+restores (whether KV comes where it is asked for), tells (usage says how much of the prompt wasn't computed, as vLLM with --enable-prompt-tokens-details); reset.
 GET /control: the bodies and headers that came, how many streams were broken off.
 """
 
@@ -22,7 +23,7 @@ from tests.gateway import toy_model
 from tests.gateway.toy_model import CONTEXT_TOKENS, EOS
 
 MODEL = "toy"
-DEFAULTS = {"delay_ms": 1, "garbage": "", "stall": -1, "garbage_after": -1, "chunk": 1, "healthy": True, "status": 200}
+DEFAULTS = {"delay_ms": 1, "garbage": "", "stall": -1, "garbage_after": -1, "chunk": 1, "healthy": True, "status": 200, "restores": True, "tells": True}
 settings = dict(DEFAULTS)
 kept = None  # tests/gateway/kept.py's, where there is a node
 seen: dict = {"requests": [], "broken_off": 0, "open": 0}
@@ -30,6 +31,14 @@ seen: dict = {"requests": [], "broken_off": 0, "open": 0}
 
 def refused(message: str, status: int = 400) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": "BadRequestError", "param": None, "code": status}}, status)
+
+
+def usage_of(body: dict) -> dict:
+    """Behind an answer's end. Without a node beside it the fake only says that it restored."""
+    moved = (body.get("kv_transfer_params") or {}).get("kvguard")
+    cached = 0 if moved is None or not settings["restores"] else moved["position"] if kept is None else kept.restored(moved["sequence"])
+    details = {"prompt_tokens_details": {"cached_tokens": cached}} if settings["tells"] else {}
+    return {"prompt_tokens": len(body["prompt"]), "completion_tokens": body["max_tokens"], "total_tokens": len(body["prompt"]) + body["max_tokens"], **details}
 
 
 def event(document: dict) -> str:
@@ -113,6 +122,8 @@ async def completions(request: Request) -> Response:
                     choice |= {"token_ids": new, "prompt_token_ids": prompt if first else None}
                 yield event({"id": "cmpl-x", "object": "text_completion", "created": 1, "model": MODEL, "choices": [choice]})
                 first = False
+            if (body.get("stream_options") or {}).get("include_usage"):
+                yield event({"id": "cmpl-x", "object": "text_completion", "created": 1, "model": MODEL, "choices": [], "usage": usage_of(body)})
             yield "data: [DONE]\n\n"
             whole = True
         finally:

@@ -26,6 +26,7 @@ class Kept:
         self._known: dict[str, int] = {}  # ids said
         self._free = list(range(BLOCKS))
         self.outcomes: list = []
+        self._restored: dict[str, int] = {}  # positions, by the dead instance's name of the sequence
 
     def _slot(self, ids: list[int], position: int) -> bytes:
         return hashlib.shake_128(array("I", ids[: position + 1]).tobytes()).digest(self._pool.layout.token_bytes)
@@ -46,6 +47,10 @@ class Kept:
         same = all(bytes(out[at * width : (at + 1) * width]) == self._slot(ids, at) for at in range(position))
         self._blocks[name], self._written[name] = blocks, position
         self.outcomes.append([position, same])
+        self._restored[moved.sequence] = position if same else 0
+
+    def restored(self, sequence: str) -> int:
+        return self._restored.get(sequence, 0)
 
     def commit(self, name: str, ids: list[int]) -> None:
         """All ids so far; the KV of the newest is not yet there."""

@@ -6,6 +6,8 @@ import importlib.util
 
 import pytest
 
+from tests.engine.conftest import daemon, path  # noqa: F401 (fixtures of test_parts.py)
+
 _found = importlib.util.find_spec("vllm")  # this very folder looks like a package without a file
 HAS_VLLM = _found is not None and _found.origin is not None
 collect_ignore_glob = [] if HAS_VLLM else ["test_[!p]*.py"]  # test_parts.py needs no vLLM

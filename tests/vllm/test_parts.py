@@ -23,7 +23,6 @@ from kvguard.format.layout import Layout, Region, whole
 from kvguard.format.messages import PlanOrder
 from kvguard.format.moves import encode
 from kvguard.types import Epoch, Fork, MovedToken, Rank, StreamId
-from tests.engine.tiny_daemon import TinyDaemon
 
 LAYOUT = Layout.paged("model", "float32", 2, 32, 4, 1, 4)
 TOKEN = encode(MovedToken("dead", "s", Epoch(3, "coordinator"), 6, b"\1" * 32))
@@ -110,18 +109,6 @@ def test_what_cant_be_protected_is_refused_with_its_reason(spec, groups, paralle
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "node.sock")
-
-
-@pytest.fixture
-def daemon(path):
-    daemon = TinyDaemon(path)
-    yield daemon
-    daemon.close()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from world import World
 
 from kvguard import emitter
 from kvguard.emitter import moves
+from kvguard.transport.ask import ask
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 SMALL = ("--num-gpu-blocks-override", "56", "--max-num-batched-tokens", "256", "--max-model-len", "1024")
@@ -49,6 +50,11 @@ def prompt_of(number: int, tokens: int) -> list[int]:
 def metric(server, name: str) -> float:
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:  # noqa: S310 (loopback)
         return sum(float(line.split()[-1]) for line in answer.read().decode().splitlines() if line.startswith((f"{name} ", f"{name}{{")))
+
+
+def replicas(world, node: str, instance: str) -> list[dict]:
+    """What a node holds for an instance."""
+    return [one for one in ask(world.addresses[node], "replicas", {}, timeout=5.0)["replicas"] if one["instance"] == instance]
 
 
 class Streams:
@@ -170,6 +176,7 @@ def test_killed_requests_go_on_in_another_server(small, glass):
 
 def test_an_engine_restarted_in_place_begins_empty_and_is_protected(small):
     """After the one before: a is dead, its sequences have moved."""
+    small.until("nothing of its former life to be held", lambda: not replicas(small, "b", "smol-a"))  # a look must not take a page of it for one of the new life
     a = small.start_server("a", *SMALL)
     streams = Streams()
     streams.start(a, "again", prompt_of(30, 40), 60)

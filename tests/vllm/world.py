@@ -103,7 +103,9 @@ class World:
         self._http = dict(zip(names, ports[1 + len(names) :], strict=True))
         self.running: dict[str, subprocess.Popen] = {}
         self.servers: dict[str, Server] = {}
-        own = {"listen": self.coordinator, "state_dir": str(self.directory / "coordinator"), **coordinator}
+        # On a machine that runs other things, too, a daemon may be silent for seconds; what is killed here is seen by its process, not by silence.
+        patient = {"suspect_ms": 2000, "dead_ms": 10_000, "emitter_ms": 20_000}
+        own = {"listen": self.coordinator, "state_dir": str(self.directory / "coordinator"), **patient, **coordinator}
         self._write(config.CoordinatorConfig, "coordinator", own)
         for name, address in self.addresses.items():
             values = {"name": name, "listen": address, "coordinator": self.coordinator, "runtime_dir": str(self.directory / name)}
@@ -141,7 +143,7 @@ class World:
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_directory(), "--served-model-name", MODEL, "--host", "127.0.0.1",
             "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "8", "--block-size", "32",
-            "--disable-uvicorn-access-log", "--enable-request-id-headers",
+            "--disable-uvicorn-access-log", "--enable-request-id-headers", "--enable-prompt-tokens-details",
         ]  # fmt: skip
         if kvguard:
             settings = {"instance": f"smol-{name}", "socket": str(self.directory / name / "kvguard.sock"), "endpoint": url, **(extra or {})}
