@@ -29,7 +29,7 @@ class LocalStream:
         self.ending: dict[NodeId, str] = {}  # holders that others replace, and why
         self.alive, self.salvageable, self.death = True, False, ""
         self.condemned: tuple[str, str, int] | None = None  # once it was told to die: what its death is called, why, since when
-        self.told = False  # in a heartbeat of this daemon's life
+        self.told = False  # to the coordinator, in this daemon's life: that it is attached
         self.looks = 0
         self.ids_before: dict[int, int] = {}  # of a scheduler's rows, at the last beat (core/schedulers.py)
         self.fenced = False
@@ -81,8 +81,12 @@ class LocalStream:
         """The furthest position of a row that a holder that answers has acknowledged."""
         return max((sender.flow.copies[number].acked for sender in self.senders.values() if sender.state == "stream"), default=0)
 
-    def beat(self, now: int, promised: Epoch) -> RankBeat:
+    def tell_beat(self, now: int, promised: Epoch) -> RankBeat:
+        """The beat that goes to the coordinator."""
         self.told = True
+        return self.beat(now, promised)
+
+    def beat(self, now: int, promised: Epoch) -> RankBeat:
         committed = acked = lag = unprotected = 0
         for number, row in self.ledger.rows.items():
             best = self.best(number)

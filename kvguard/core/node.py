@@ -174,7 +174,7 @@ class Node:
         settings, seen = self.settings, self._replicas
         self._beats += 1
         own = [local for local in self.outbound.streams.values() if not is_scheduler(local.stream.rank) and not self._kept(local, finished=True)]
-        ranks = tuple(local.beat(now, self.promises.of(local.stream.instance)) for local in own)
+        ranks = tuple(local.tell_beat(now, self.promises.of(local.stream.instance)) for local in own)
         return Send(
             COORDINATOR,
             messages.Beat(

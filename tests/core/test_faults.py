@@ -147,6 +147,7 @@ def told_of(out: tuple) -> list[str]:
 def test_a_death_before_the_first_heartbeat_is_told_after_the_attachment() -> None:
     """A coordinator that hears of a death alone doesn't know whose it is."""
     world = World(told=False)
+    world.node.outbound.streams[LOCAL].beat(0, NO_EPOCH)  # a status that somebody asked this node for is no heartbeat
     assert told_of(world.step(DIED)) == ["unprotected", "died"]
     suspected = World(told=False)
     assert told_of(suspected.step(SUSPECTED)) == ["unprotected", "suspected"]
