@@ -8,14 +8,16 @@ that is sent; a capture completes before this returns (host pools; a device pool
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Protocol
 
 from kvguard.core import effects, events
 from kvguard.format import pages
+from kvguard.format.lineage import birth_of
 from kvguard.format.messages import PIECE_BLOCK, PIECE_REFERENCE, PIECE_TOKENS, Holding, IdsFrame, KnownIds, StreamShape
 from kvguard.types import Lineage, StreamId
+
+if TYPE_CHECKING:  # numpy comes with the first engine: a daemon that starts has no time for it
+    import numpy as np
 
 
 class Table(Protocol):
@@ -62,6 +64,8 @@ def _fresh(stream: Stream, wanted: tuple[np.ndarray, np.ndarray], rows: np.ndarr
 
 def capture(stream: Stream, effect: effects.Capture) -> tuple[memoryview, tuple[int, ...], bytes]:
     """(bytes of the good pieces in order, indices of the stale ones, packed sums of the good ones)."""
+    import numpy as np
+
     shape = stream.shape
     rows, blocks = np.array(effect.rows, np.intp), np.array(effect.blocks, np.int64)
     wanted = np.array(effect.row_generations, np.uint64), np.array(effect.generations, np.uint64)
@@ -85,7 +89,7 @@ def capture(stream: Stream, effect: effects.Capture) -> tuple[memoryview, tuple[
 
 def _compacted(data: memoryview, sizes: np.ndarray, good: np.ndarray) -> memoryview:
     """Only the good pieces' bytes."""
-    ends = np.cumsum(sizes)
+    ends = sizes.cumsum()
     return memoryview(bytearray().join(data[end - size : end] for end, size, kept in zip(ends.tolist(), sizes.tolist(), good.tolist(), strict=True) if kept))
 
 
@@ -136,12 +140,13 @@ class Facts:
 
     def holding(self, stream: Stream) -> Holding:
         rows = [self._rows[row] for row in sorted(self._rows)]
-        names, generations, lineages, positions, ids, _ = zip(*rows, strict=True) if rows else ((),) * 6
-        return Holding(stream.id, "pool", stream.alive, names, generations, lineages, positions, ids, stream.shape.fingerprint)
+        names, generations, lineages, positions, ids, requests = zip(*rows, strict=True) if rows else ((),) * 6
+        births = tuple(map(birth_of, requests))
+        return Holding(stream.id, "pool", stream.alive, names, generations, lineages, positions, ids, stream.shape.fingerprint, births)
 
-    def find(self, sequence: str) -> tuple[int, Lineage, int] | None:
-        """(row, lineage, committed positions) of a sequence that lives in the table."""
-        return next(((row, entry[2], entry[3]) for row, entry in self._rows.items() if entry[0] == sequence), None)
+    def find(self, sequence: str) -> tuple[int, Lineage, int, int] | None:
+        """(row, lineage, committed positions, birth) of a sequence that lives in the table."""
+        return next(((row, entry[2], entry[3], birth_of(entry[5])) for row, entry in self._rows.items() if entry[0] == sequence), None)
 
     def known(self, stream: Stream, sequences: tuple[str, ...], counts: tuple[int, ...]) -> list[KnownIds]:
         """Ids (as many as were planned), sampler and request of sequences that live in the table. One that isn't there any more is left out."""

@@ -20,14 +20,16 @@ REPORT_WAIT_NS = 1_000_000_000  # below the coordinator's `exclude_ms`
 
 
 class Checking:
-    """`after`: loop.Loop.after. Begins at once where there is something to verify. `pause_ns`: between two slices."""
+    """`after`: loop.Loop.after. Begins at once where there is something to verify. `pause_ns`: between two slices.
+    `ended`: called whenever all is verified."""
 
     def __init__(
-        self, shell: NodeShell, after: Callable[[int, Callable[[], Iterable[events.Event]]], None], cost_bytes: int = SLICE_COST_BYTES, pause_ns: int = 0
-    ) -> None:
+        self, shell: NodeShell, after: Callable[[int, Callable[[], Iterable[events.Event]]], None], cost_bytes: int = SLICE_COST_BYTES, pause_ns: int = 0,
+        ended: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self._shell = shell
         self._after = after
-        self._cost_bytes, self._pause_ns = cost_bytes, pause_ns
+        self._cost_bytes, self._pause_ns, self._ended = cost_bytes, pause_ns, ended
         self._began_ns = shell.clock()
         self.ended_ns = self._began_ns  # when the last page was verified
         self._busy = False
@@ -50,6 +52,7 @@ class Checking:
             self._after(self._pause_ns, self._slice)
         else:
             self._busy, self.ended_ns = False, shell.clock()
+            self._ended()
             unsound = shell.store.counters["positions_unsound"]
             level = logging.WARNING if unsound else logging.INFO
             log.log(level, "all replicas are verified after %d ms: %d positions did not hold", (self.ended_ns - self._began_ns) // 1_000_000, unsound)

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from kvguard.engine.packets import Ended, receive_packet, send_packet
 from kvguard.errors import BadConfig, BadFrame
 from kvguard.format.local import Local
 
@@ -133,6 +132,8 @@ class ControlServer:
         held = self._lines.get(connection)
         if held is None:
             return False
+        from kvguard.engine.packets import send_packet
+
         try:
             send_packet(held[0], message, descriptors)
         except BlockingIOError:
@@ -185,6 +186,8 @@ class ControlServer:
                 self._poll.register(line.fileno(), select.EPOLLIN)
 
     def _drain(self, connection: int, found: list) -> None:
+        from kvguard.engine.packets import Ended, receive_packet
+
         line, pid, uid = self._lines[connection]
         while len(found) < PACKETS_PER_CALL_MAX:
             try:

@@ -23,6 +23,7 @@ from kvguard.daemon.hooks import Hooks
 from kvguard.daemon.journal import Journal
 from kvguard.daemon.loop import Loop
 from kvguard.daemon.mail import Mail, answering
+from kvguard.daemon.moments import Moments
 from kvguard.daemon.occasions import EVENTS, Occasions
 from kvguard.daemon.perform import SHARED, Events, Shell, performer
 from kvguard.daemon.process import begun, noted, serve
@@ -159,13 +160,13 @@ def settings_of(config: CoordinatorConfig) -> Settings:
     )  # fmt: skip
 
 
-def run(config: CoordinatorConfig, reload: Callable[[], CoordinatorConfig]) -> None:
+def run(config: CoordinatorConfig, reload: Callable[[], CoordinatorConfig], moments: Moments | None = None) -> None:
     """The process's main."""
     notifier = begun(config)
     daemon = CoordinatorDaemon(config)
     try:
         log.info("coordinator %s listens at %s, its epochs are in %s", config.name, daemon.address, daemon.journal.path)
-        serve(daemon, notifier, reload)
+        serve(daemon, notifier, reload, moments or Moments())
     finally:
         daemon.close()
         notifier.close()

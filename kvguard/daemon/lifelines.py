@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kvguard.core import events
 from kvguard.daemon.capture import Stream
-from kvguard.engine.lifeline import Watch
 from kvguard.types import StreamId
+
+if TYPE_CHECKING:
+    from kvguard.engine.lifeline import Watch
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ class Lifelines:
         self.let_go(stream.id)
         if descriptor is None:
             return
+        from kvguard.engine.lifeline import Watch
+
         try:
             watch = self._held[stream.id] = Watch(descriptor)
         except (OSError, RuntimeError) as error:  # no descriptor, no memory or no thread left: a rank without an early sign is served all the same

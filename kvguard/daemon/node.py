@@ -7,8 +7,10 @@ SIGTERM leaves nothing behind but the journal and, where something keeps them, t
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,6 +28,7 @@ from kvguard.daemon.keeping import owner_of, shelf_of
 from kvguard.daemon.loop import Loop
 from kvguard.daemon.mail import Mail, answering
 from kvguard.daemon.measure import Measures, watched
+from kvguard.daemon.moments import Moments
 from kvguard.daemon.node_verbs import NodeVerbs
 from kvguard.daemon.notify import Notifier
 from kvguard.daemon.perform_node import PROMISE, NodeShell, node_performer, promised
@@ -33,8 +36,10 @@ from kvguard.daemon.process import begun, noted, serve
 from kvguard.daemon.questions import Questions
 from kvguard.daemon.ranks import Ranks
 from kvguard.device import open_device
+from kvguard.device.base import Pool
 from kvguard.errors import BadConfig
 from kvguard.format import local
+from kvguard.format.layout import Layout
 from kvguard.format.messages import Delivered
 from kvguard.store.store import ReplicaStore
 from kvguard.transport import keys as keyring
@@ -44,6 +49,7 @@ from kvguard.types import Epoch
 log = logging.getLogger(__name__)
 
 EXPIRE_NS = 1_000_000_000
+WARM_NS = 2_000_000_000  # after a start that nobody should wait for longer than needed
 FIGURES_NS = 500_000_000  # how old the store's figures in a beat may be: waking for each beat costs half of what an idle daemon costs
 MS = 1_000_000
 
@@ -53,8 +59,9 @@ class NodeDaemon:
 
     RELOADED = ("arena_bytes", "ids_retention_s", "poll_ms")
 
-    def __init__(self, config: NodeConfig, notifier: Notifier) -> None:
+    def __init__(self, config: NodeConfig, notifier: Notifier, moments: Moments) -> None:
         self.config = config
+        self.moments = moments
         directory = Path(config.runtime_dir)
         made_private(directory)
         self.journal = Journal(directory / "journal.db")
@@ -64,6 +71,9 @@ class NodeDaemon:
         self.control = ControlServer(config.socket_path, config.uids)
         self.transport = ZeromqTransport(config.name, keys, config.insecure, incarnation=self.incarnation, bulk_port=config.bulk_port)
         listening = self.transport.listen(config.listen)
+        self.transport.expect(COORDINATOR)
+        self.transport.dial(COORDINATOR, config.coordinator)  # connects while replicas are read back; what arrives waits for the loop
+        moments.reached("listening")
         self.address = config.advertise or listening
         self.core = Node(
             NodeSettings(
@@ -72,18 +82,19 @@ class NodeDaemon:
             promises,
         )  # fmt: skip
         store = self._store(directory, notifier)
+        moments.reached("read_back")
         self.shell = NodeShell(
             transport=self.transport, journal=self.journal, clock=time.monotonic_ns, noted=noted, node=config.name, store=store, engines=None,
         )  # fmt: skip
         self.loop = Loop(self.core, node_performer(self.shell))
-        self.ranks = Ranks(open_device(config.device), store, self, self.control.send, self.shell.streams, self.shell.local, self.shell.epochs)
+        self.ranks = Ranks(LaterDevice(config.device), store, self, self.control.send, self.shell.streams, self.shell.local, self.shell.epochs)
         self.shell.engines = self.ranks
         self.fetching = Fetching(self.shell, self.ranks, self.control.send)
         for instance, epoch in promises.items():
             promised(self.shell, instance, epoch)
-        self.checking = Checking(self.shell, self.loop.after)
+        self.checking = Checking(self.shell, self.loop.after, ended=lambda: moments.reached("verified"))
         self.measures = Measures(self.core, time.monotonic_ns)
-        verbs = NodeVerbs(config, self.core, self.shell, self.measures, lambda: dict(self.transport.counters), self.loop.feed).verbs()
+        verbs = NodeVerbs(config, self.core, self.shell, self.measures, lambda: dict(self.transport.counters), self.loop.feed, moments).verbs()
         self.questions = Questions(verbs, answering(self.shell), self.loop.after)
         self.mail = Mail(self.shell, self.questions, {Delivered: self._delivered})
         self.loop.watch(self.transport.fileno(), self.mail.read)
@@ -98,7 +109,7 @@ class NodeDaemon:
 
             figures = NodeFigures(self.core, self.shell, self.measures, lambda: dict(self.transport.counters))
             self.scrapes = Scrapes(config.metrics, self.loop, figures.families)
-        self.transport.dial(COORDINATOR, config.coordinator)
+        self.loop.after(WARM_NS, self._warm)
 
     def _store(self, directory: Path, notifier: Notifier) -> ReplicaStore:
         """With what a former life of this daemon left."""
@@ -109,6 +120,11 @@ class NodeDaemon:
             log.warning("replica %s of a former life is dropped: %s", name, reason)
         log.info("replicas are kept %s; %d streams, %d sequences read back", where, len(store.streams()), store.unchecked())
         return store
+
+    def _warm(self) -> Iterable[events.Event]:
+        """What engines and pushes need is imported before they come, beside the loop."""
+        threading.Thread(target=warm, name="kvguard-warm", daemon=True).start()
+        return ()
 
     # ---- a service ----------------------------------------------------------------------------------------------------------------
 
@@ -202,6 +218,23 @@ class NodeDaemon:
         self.loop.close()
 
 
+class LaterDevice:
+    """A device whose room is entered with the first pool: numpy alone takes as long to import as everything that a start needs."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def open(self, layout: Layout, descriptors: list[int], writable: bool = True) -> Pool:
+        """See device/base.py."""
+        return open_device(self.kind).open(layout, descriptors, writable=writable)
+
+
+def warm() -> None:
+    """Import what the first engine, capture or push would wait for."""
+    for name in ("kvguard.engine.look", "kvguard.engine.packets", "kvguard.engine.lifeline", "kvguard.device.host"):
+        importlib.import_module(name)
+
+
 def made_private(directory: Path) -> None:
     """The runtime directory, of this user alone. Raises BadConfig."""
     try:
@@ -222,13 +255,13 @@ def promises_of(journal: Journal) -> dict[str, Epoch]:
     return found
 
 
-def run(config: NodeConfig, reload: Callable[[], NodeConfig]) -> None:
+def run(config: NodeConfig, reload: Callable[[], NodeConfig], moments: Moments | None = None) -> None:
     """The process's main."""
-    notifier = begun(config)
-    daemon = NodeDaemon(config, notifier)
+    notifier, moments = begun(config), moments or Moments()
+    daemon = NodeDaemon(config, notifier, moments)
     try:
         log.info("node %s listens at %s, engines attach at %s", config.name, daemon.address, config.socket_path)
-        serve(daemon, notifier, reload)
+        serve(daemon, notifier, reload, moments)
     finally:
         daemon.close()
         notifier.close()

@@ -14,6 +14,7 @@ from kvguard.config import NodeConfig
 from kvguard.core.events import Event, ResyncAsked
 from kvguard.core.node import Node
 from kvguard.daemon.measure import Measures
+from kvguard.daemon.moments import Moments
 from kvguard.daemon.perform_node import NodeShell
 from kvguard.daemon.questions import Verb
 from kvguard.daemon.whereabouts import processes
@@ -24,14 +25,15 @@ READ_BYTES_MAX = 2 << 20  # of one answer, which is one frame
 
 
 class NodeVerbs:
-    """`transport_counters`: what the transport dropped or refused, by word. `feed`: one more event for the core."""
+    """`transport_counters`: what the transport dropped or refused, by word. `feed`: one more event for the core.
+    `moments`: of this process's start."""
 
     def __init__(
         self, config: NodeConfig, core: Node, shell: NodeShell, measures: Measures, transport_counters: Callable[[], dict[str, int]],
-        feed: Callable[[Event], None],
+        feed: Callable[[Event], None], moments: Moments,
     ) -> None:  # fmt: skip
         self._config, self._core, self._shell, self._measures, self._transport_counters = config, core, shell, measures, transport_counters
-        self._feed = feed
+        self._feed, self._moments = feed, moments
 
     def verbs(self) -> dict[str, Verb]:
         answered: dict[str, Verb] = {
@@ -176,7 +178,7 @@ class NodeVerbs:
             **self._measures.document(), "replicated_bytes": shell.counters["payload_bytes_out"], "frames_sent": shell.counters["frames_out"],
             "frames_corrupted": shell.counters["frames_corrupted"], "checksum_failures": shell.store.counters["checksum_failures"],
             "buffers": len(shell.buffers), "counters": dict(sorted(shell.counters.items())), "store": dict(sorted(shell.store.counters.items())),
-            "transport": self._transport_counters(),
+            "transport": self._transport_counters(), "start": self._moments.document(),
         }  # fmt: skip
         if arguments.get("reset"):
             self._measures.reset()

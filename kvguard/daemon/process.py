@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -18,8 +19,11 @@ from kvguard.config import CoordinatorConfig, NodeConfig
 from kvguard.core import effects
 from kvguard.daemon import logs
 from kvguard.daemon.loop import Loop, obey_signals
+from kvguard.daemon.moments import Moments
 from kvguard.daemon.notify import Notifier, Watchdog
 from kvguard.errors import KvguardError
+from kvguard.transport import keys as keyring
+from kvguard.transport.zeromq import ZeromqTransport
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +37,7 @@ class Daemon(Protocol):
 
     config: Config
     loop: Loop
+    transport: ZeromqTransport
     RELOADED: tuple[str, ...]
 
     def take_over(self, config: Config) -> None: ...
@@ -50,14 +55,18 @@ def begun(config: Config) -> Notifier:
     """Before a daemon is made: its log, and what the service manager says."""
     logs.to_stderr(config.log_level, os.environ.get("KVGUARD_LOG_NAME", config.name), config.log_format)
     faulthandler.enable()  # a watchdog's SIGABRT shows where it hung
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # nothing here multiplies matrices: numpy would start a thread a core
     return Notifier(os.environ)
 
 
-def serve(daemon: Daemon, notifier: Notifier, reload: Callable[[], Config]) -> None:
+def serve(daemon: Daemon, notifier: Notifier, reload: Callable[[], Config], moments: Moments) -> None:
     """Run until SIGTERM, or an error that only a restart mends."""
     obey_signals(daemon.loop, lambda: reread(daemon, notifier, reload))
     Watchdog(notifier, [daemon.loop])
     notifier.ready(daemon.summary())
+    moments.reached("ready")
+    gc.freeze()  # what was made until here stays
+    gc.enable()
 
     def say() -> Iterable:
         daemon.loop.after(STATUS_NS, say)
@@ -71,14 +80,17 @@ def serve(daemon: Daemon, notifier: Notifier, reload: Callable[[], Config]) -> N
 
 
 def reread(daemon: Daemon, notifier: Notifier, reload: Callable[[], Config]) -> None:
-    """SIGHUP: what may change at run time is taken over; a broken file changes nothing."""
+    """SIGHUP: what may change at run time is taken over, keys among it; a broken file changes nothing."""
     notifier.reloading()
     refused = ""
     try:
         changed = differing(daemon.config, found := reload())
+        keys = keyring.load(daemon.config.keys) if daemon.config.keys else None  # the file that was named at the start; what is in it may change
         now = [key for key in changed if key in ("log_level", *daemon.RELOADED)]
         logs.set_level(found.log_level)
         daemon.take_over(found)
+        if keys is not None and daemon.transport.rekey(keys):
+            log.info("keys read again: %s", keys)
         daemon.config = dataclasses.replace(daemon.config, **{key: getattr(found, key) for key in now})
     except KvguardError as error:
         refused = f"the configuration stays as it was: {error}"

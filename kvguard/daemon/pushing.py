@@ -7,12 +7,15 @@ that a capture of what was dropped or cut meanwhile is stale, as it would be in 
 
 from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING
 
 from kvguard.core import events
 from kvguard.daemon.capture import Stream
 from kvguard.store.replica import Replica, Sequence
 from kvguard.types import Epoch, NodeId
+
+if TYPE_CHECKING:
+    import numpy as np
 
 GONE = 0
 
@@ -33,6 +36,8 @@ class PushedReplica:
         return generation if held else GONE
 
     def generations(self, rows, blocks) -> tuple[np.ndarray, np.ndarray]:
+        import numpy as np
+
         of_rows = np.array([self.row_generation(int(row)) for row in rows], np.uint64)
         of_blocks = [self._arena.generation(int(block)) if self._arena.refs[int(block)] else GONE for block in blocks]
         return of_rows, np.array(of_blocks, np.uint64)

@@ -21,8 +21,6 @@ from kvguard.daemon.descriptors import is_eventfd, process_of, readable, same_fi
 from kvguard.daemon.lifelines import Lifelines, Watches
 from kvguard.daemon.seats import LocalRank, Spare
 from kvguard.device.base import Device
-from kvguard.engine.lifeline import refuse_other
-from kvguard.engine.look import TableReader
 from kvguard.errors import BadConfig, Refused
 from kvguard.format import local
 from kvguard.format.messages import IDS_ONLY, Holding, KnownIds, PlanOrder, Rebuild
@@ -104,6 +102,8 @@ class Ranks:
         self._refuse_second(message)
         lifeline = descriptors[-1] if message.lifeline else None
         if lifeline is not None:
+            from kvguard.engine.lifeline import refuse_other
+
             refuse_other(lifeline)
             descriptors = descriptors[:-1]
         known = self.ranks.get(message.stream)
@@ -162,6 +162,8 @@ class Ranks:
             del self.spares[spare.incarnation]
 
     def _attach_new(self, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
+        from kvguard.engine.look import TableReader
+
         if len(self.ranks) >= RANKS_MAX:
             raise Refused(f"{RANKS_MAX} ranks are attached already")
         layout = next(iter(message.layouts.values()), None)  # a scheduler has none, and no pool

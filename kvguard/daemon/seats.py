@@ -7,13 +7,16 @@ Invariant: descriptors in a record are the daemon's own; they are closed where t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from kvguard.daemon.capture import Facts, Stream
 from kvguard.device.base import Pool
-from kvguard.engine.look import Steps, TableReader
 from kvguard.format.layout import Layout
 from kvguard.format.messages import PlanOrder
 from kvguard.types import StreamId
+
+if TYPE_CHECKING:
+    from kvguard.engine.look import Steps, TableReader
 
 
 @dataclass

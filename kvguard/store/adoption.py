@@ -67,7 +67,7 @@ def read_back(arena: int | None, index: int | None, owner: bytes, budget: Budget
     replica.index, replica.carried = found.index(), found.carried
     for number, known in found.sequences.items():
         adopt(replica, number, known, budget)
-    opened.punch_unused()
+    opened.punch_unused(block for sequence in replica.sequences.values() for block in sequence.blocks)
     replica.index.rewrite(replica.changes.snapshot(replica.sequences.values(), replica.carried))
     return replica
 

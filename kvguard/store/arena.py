@@ -15,8 +15,7 @@ import fcntl
 import mmap
 import os
 import struct
-
-import numpy as np
+from collections.abc import Iterable
 
 from kvguard.errors import StoreFull
 from kvguard.format import pages
@@ -36,8 +35,8 @@ class Arena:
         """Raises OSError where the file can't have the shape's size."""
         self.shape = shape
         self.page_bytes = pages.page_bytes(shape)
-        self.refs = memoryview(np.zeros(shape.blocks, dtype=np.uint16))  # plain ints come out of a memoryview, for a third of the time
-        self.fill = memoryview(np.zeros(shape.blocks, dtype=np.uint16))
+        self.refs, self.fill = _counters(shape.blocks), _counters(shape.blocks)
+        self._live = 0  # pages with references
         self._lazy = self.page_bytes >= LAZY_BYTES_MIN
         self._descriptor = descriptor
         self._budget = budget
@@ -82,7 +81,7 @@ class Arena:
 
     def pages_live(self) -> int:
         """How many pages have references."""
-        return int(np.count_nonzero(np.asarray(self.refs)))
+        return self._live
 
     def begin(self, block: int, generation: int) -> None:
         """First reference to an unused page; its bytes were promised. Raises StoreFull when the system has no memory for it (nothing changed then)."""
@@ -94,6 +93,7 @@ class Arena:
         self._allocate(block, start)
         self._budget.use(self.page_bytes)
         self.refs[block] = 1
+        self._live += 1
         struct.pack_into("<Q", self._memory, start + self.shape.block_bytes, generation)
 
     def _allocate(self, block: int, start: int) -> None:
@@ -113,13 +113,14 @@ class Arena:
         """One reference to a page of a former life, which has `filled` slots at least; its bytes were promised."""
         if not self.refs[block]:
             self._budget.use(self.page_bytes)
+            self._live += 1
         self.refs[block] += 1
         self.fill[block] = max(self.fill[block], filled)
 
-    def punch_unused(self) -> None:
-        """After `adopt`: memory of pages that nobody named goes back to the system."""
+    def punch_unused(self, adopted: Iterable[int]) -> None:
+        """After `adopt` of these: memory of pages that nobody named goes back to the system."""
         run = 0
-        for block in (*np.flatnonzero(np.asarray(self.refs)).tolist(), self.shape.blocks):
+        for block in (*sorted(set(adopted)), self.shape.blocks):
             if block > run:
                 punch(self._descriptor, run * self.page_bytes, (block - run) * self.page_bytes)
             run = block + 1
@@ -133,6 +134,7 @@ class Arena:
     def release(self, block: int) -> None:
         self.refs[block] -= 1
         if not self.refs[block]:
+            self._live -= 1
             self.fill[block] = 0
             self._budget.free(self.page_bytes)
             self._retained.add(block)
@@ -198,3 +200,8 @@ class Arena:
             self.write_tokens(block, slot, self.tokens(block, slot, 1), pages.sums_of(self.tokens(block, slot, 1), self.shape.token_bytes))
         else:
             self.write_block(block, self.block(block), pages.sums_of(self.block(block), self.shape.block_bytes)[0])
+
+
+def _counters(count: int) -> memoryview:
+    """`count` u16, all zero; memory comes with the first use of each."""
+    return memoryview(mmap.mmap(-1, 2 * count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)).cast("H") if count else memoryview(b"").cast("H")

@@ -6,6 +6,7 @@ Invariants: memory is handed out again only when no view, slice or array over it
 
 from __future__ import annotations
 
+import mmap
 import sys
 from collections import deque
 
@@ -16,14 +17,9 @@ KEPT_BYTES_MAX = 32 * MIB
 LOOKS_MAX = 8  # per request
 
 
-def fresh(size: int):
-    """An array of `size` bytes of any content, whose pages nobody has touched.
-
-    numpy comes with the first one: a process that only asks (the command line) never needs it, and would wait for it longer than for the answer.
-    """
-    import numpy as np
-
-    return np.empty(size, np.uint8)
+def fresh(size: int) -> bytearray | mmap.mmap:
+    """`size` writable bytes of any content; where they are many, pages that nobody has touched."""
+    return bytearray(size) if size < SMALL_BYTES else mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class PayloadMemory:

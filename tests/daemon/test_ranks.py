@@ -171,7 +171,7 @@ def test_a_daemon_without_descriptors_refuses_for_now(desk, monkeypatch):
         os.close(descriptor)
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(attaching, "TableReader", none_left)
+    monkeypatch.setattr("kvguard.engine.look.TableReader", none_left)
     assert attach(desk, Life()) == []
     monkeypatch.undo()
     [(_, refused, _)] = desk.told
