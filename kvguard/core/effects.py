@@ -6,7 +6,7 @@ Invariants: an effect that ends later names the event that completes it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from kvguard.format.messages import Hello, IdsFrame, KvFrame, Message, PlanOrder, Rebuild
 from kvguard.types import Epoch, NodeId, Rank, StreamId
@@ -14,17 +14,14 @@ from kvguard.types import Epoch, NodeId, Rank, StreamId
 Ints = tuple[int, ...]
 
 
-class Effect:
+class Effect(msgspec.Struct, frozen=True):
     """Base of all effects."""
-
-    __slots__ = ()
 
 
 # ---- both cores -----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Persist(Effect):
+class Persist(Effect, frozen=True):
     """Make key = value durable (fsync) before anything after this in the same tuple. None deletes.
 
     Node: "promise/INSTANCE" -> Epoch. Coordinator: "epoch/INSTANCE", "recovery/INSTANCE", "holders/INSTANCE/RANK", "forks/INSTANCE", "history/N",
@@ -35,29 +32,25 @@ class Persist(Effect):
     value: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class Dial(Effect):
+class Dial(Effect, frozen=True):
     """Keep a link named `link` to `address`, reconnecting; LinkUp and LinkDown follow."""
 
     link: str
     address: str
 
 
-@dataclass(frozen=True, slots=True)
-class HangUp(Effect):
+class HangUp(Effect, frozen=True):
     link: str
 
 
-@dataclass(frozen=True, slots=True)
-class Send(Effect):
+class Send(Effect, frozen=True):
     """A message without payload. On a link that is down it is dropped: whoever needs an answer has a deadline."""
 
     link: str
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Note(Effect):
+class Note(Effect, frozen=True):
     """For logs, counters and history: never acted on. `what`: a word such as unprotected, resync, stale_epoch, refused, fenced."""
 
     what: str
@@ -69,8 +62,7 @@ class Note(Effect):
 # ---- the node: out --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Capture(Effect):
+class Capture(Effect, frozen=True):
     """Gather pieces of a stream's pool (or of a replica that is pushed on) into a buffer; Captured follows. Columns as in messages.KvFrame.
 
     `rows`, `row_generations`: read before and after, with each block's generation; a piece whose generation moved is stale.
@@ -89,8 +81,7 @@ class Capture(Effect):
     flags: Ints
 
 
-@dataclass(frozen=True, slots=True)
-class SendKv(Effect):
+class SendKv(Effect, frozen=True):
     """The frame with the buffer's bytes; the buffer is freed when the transport is done with it."""
 
     link: str
@@ -98,8 +89,7 @@ class SendKv(Effect):
     buffer: int
 
 
-@dataclass(frozen=True, slots=True)
-class SendIds(Effect):
+class SendIds(Effect, frozen=True):
     """The frame, its `ids` and `samplers` still empty: the shell fills them from `rows` of the stream, reading each row's generation before and after.
 
     Rows whose generation is not `row_generations` any more are left out (a Cut or Release is on its way)."""
@@ -111,24 +101,21 @@ class SendIds(Effect):
     row_generations: Ints
 
 
-@dataclass(frozen=True, slots=True)
-class FreeBuffer(Effect):
+class FreeBuffer(Effect, frozen=True):
     buffer: int
 
 
 # ---- the node: in ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Probe(Effect):
+class Probe(Effect, frozen=True):
     """Open (or make) the replica of hello.stream; Probed follows with messages.Held."""
 
     link: str
     hello: Hello
 
 
-@dataclass(frozen=True, slots=True)
-class Apply(Effect):
+class Apply(Effect, frozen=True):
     """Apply a frame to the replica that this session opened; Applied follows. Payload sums are checked before anything becomes visible."""
 
     link: str
@@ -137,16 +124,14 @@ class Apply(Effect):
     buffer: int
 
 
-@dataclass(frozen=True, slots=True)
-class Recheck(Effect):
+class Recheck(Effect, frozen=True):
     """Verify the replicas of an instance (of one rank, where `rank` isn't None) against their sums; what doesn't hold goes. A Probe waits for it."""
 
     instance: str
     rank: Rank | None
 
 
-@dataclass(frozen=True, slots=True)
-class DropReplica(Effect):
+class DropReplica(Effect, frozen=True):
     """All pages and ids of this stream's replica go. `epoch`: refused when the replica's promise is newer."""
 
     stream: StreamId
@@ -156,16 +141,14 @@ class DropReplica(Effect):
 # ---- the node: recovery ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class SetEpoch(Effect):
+class SetEpoch(Effect, frozen=True):
     """Write the epoch word of the local ranks' tables of this instance: the engine sees it at its next step's entry or exit."""
 
     instance: str
     epoch: Epoch
 
 
-@dataclass(frozen=True, slots=True)
-class SendReport(Effect):
+class SendReport(Effect, frozen=True):
     """Gather all holdings of the instance (live pools, dead pools still mapped, replicas) and send messages.Report."""
 
     link: str
@@ -173,32 +156,28 @@ class SendReport(Effect):
     epoch: Epoch
 
 
-@dataclass(frozen=True, slots=True)
-class CarryPlan(Effect):
+class CarryPlan(Effect, frozen=True):
     """Truncate and release replicas as ordered, gather the ids asked of `node`; PlanCarried follows."""
 
     plan: PlanOrder
     node: NodeId
 
 
-@dataclass(frozen=True, slots=True)
-class OrderRestore(Effect):
+class OrderRestore(Effect, frozen=True):
     """Tell the live engine of `stream` to truncate itself to the plan; EngineRestored follows."""
 
     stream: StreamId
     plan: PlanOrder
 
 
-@dataclass(frozen=True, slots=True)
-class Claim(Effect):
+class Claim(Effect, frozen=True):
     """Give a rank to a standby, with the dead pool's descriptors or the replicas' pages; EngineRestored follows."""
 
     plan: PlanOrder
     rebuild: Rebuild
 
 
-@dataclass(frozen=True, slots=True)
-class PushReplica(Effect):
+class PushReplica(Effect, frozen=True):
     """Open a replica held here as the source of a stream towards another node; StreamAttached(pushing=node) and Looked follow."""
 
     stream: StreamId
@@ -206,8 +185,7 @@ class PushReplica(Effect):
     link: str
 
 
-@dataclass(frozen=True, slots=True)
-class KillProcess(Effect):
+class KillProcess(Effect, frozen=True):
     """SIGKILL through the pidfd of a hung process; ProcessDied follows."""
 
     incarnation: int
@@ -215,8 +193,7 @@ class KillProcess(Effect):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class ForgetStream(Effect):
+class ForgetStream(Effect, frozen=True):
     """Unmap a local pool and its table: dead, and adopted or no longer needed."""
 
     stream: StreamId
@@ -225,8 +202,7 @@ class ForgetStream(Effect):
 # ---- the coordinator ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerAsked(Effect):
+class AnswerAsked(Effect, frozen=True):
     """Completes Asked."""
 
     id: int

@@ -9,7 +9,7 @@ Rows are indices in a rank's commit table; buffers are the shell's ids of payloa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from kvguard.format.messages import Message, PlanOrder, Rebuild, StreamShape
 from kvguard.types import Epoch, Lineage, NodeId, Rank, SequenceId, StreamId
@@ -17,33 +17,28 @@ from kvguard.types import Epoch, Lineage, NodeId, Rank, SequenceId, StreamId
 Ints = tuple[int, ...]
 
 
-class Event:
+class Event(msgspec.Struct, frozen=True):
     """Base of all events."""
-
-    __slots__ = ()
 
 
 # ---- both cores -----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class LinkUp(Event):
+class LinkUp(Event, frozen=True):
     """Frames can be sent. `node`: the peer's name where the transport's keys prove it, else what it says of itself, else ""."""
 
     link: str
     node: NodeId = ""
 
 
-@dataclass(frozen=True, slots=True)
-class LinkDown(Event):
+class LinkDown(Event, frozen=True):
     """Everything unacknowledged on this link is lost."""
 
     link: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived(Event):
+class Arrived(Event, frozen=True):
     """One message, well-formed and with a good header checksum. `buffer`: its payload, 0 for none."""
 
     link: str
@@ -51,31 +46,27 @@ class Arrived(Event):
     buffer: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Broken(Event):
+class Broken(Event, frozen=True):
     """Something arrived that is not a frame; counted, the link goes on or is cut by the transport."""
 
     link: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Tick(Event):
+class Tick(Event, frozen=True):
     """Time passed: sent when next_deadline() is due. `late_ns`: how much later than asked; a late loop holds its judgement."""
 
     late_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class TurnEnded(Event):
+class TurnEnded(Event, frozen=True):
     """All events of one turn of the loop are in: acknowledgements go out now."""
 
 
 # ---- the node: local ranks ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(msgspec.Struct, frozen=True):
     """A sequence appeared in `row`."""
 
     row: int
@@ -85,8 +76,7 @@ class Opened:
     request: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(msgspec.Struct, frozen=True):
     """A row was truncated: KV and ids beyond `kept` are void, what follows is of `generation`. `blocks`: how many of its blocks were kept."""
 
     row: int
@@ -96,8 +86,7 @@ class Cut:
     blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class Grown:
+class Grown(msgspec.Struct, frozen=True):
     """Blocks were appended to a row's list from index `first` on, with their generations."""
 
     row: int
@@ -106,8 +95,7 @@ class Grown:
     generations: Ints
 
 
-@dataclass(frozen=True, slots=True)
-class StreamAttached(Event):
+class StreamAttached(Event, frozen=True):
     """A pool with its commit table is mapped: a rank attached (or re-attached), or a replica is to be pushed on (`pushing`, towards one node, for a plan).
 
     `epoch`: what the engine had adopted. `adopted_pool`: a known stream goes on in a new process.
@@ -121,8 +109,7 @@ class StreamAttached(Event):
     pushing: NodeId = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Looked(Event):
+class Looked(Event, frozen=True):
     """What changed in a stream's table since the last look. Applied in the order released, cut, opened, grown, then the columns.
 
     Columns by changed row: `rows`, `committed` (positions whose KV is a fact), `ids` (how many ids are known; >= committed).
@@ -138,8 +125,7 @@ class Looked(Event):
     ids: Ints = ()
 
 
-@dataclass(frozen=True, slots=True)
-class StepsSeen(Event):
+class StepsSeen(Event, frozen=True):
     """The engine's step words as read now. entered > left: inside a step of `size` positions. `pulse` rises within long steps. `suspended`: a known pause.
 
     `stopped`: the process doesn't run at all (SIGSTOP), inside a step or outside.
@@ -154,16 +140,14 @@ class StepsSeen(Event):
     stopped: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class StreamDetached(Event):
+class StreamDetached(Event, frozen=True):
     """The engine closed its rank cleanly: nothing is lost, nothing needs recovery."""
 
     stream: StreamId
     incarnation: int
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessDied(Event):
+class ProcessDied(Event, frozen=True):
     """A pidfd fired. `stream` None: a standby's. `killed`: by us, because of a hang. `since_ns`: when the death was seen."""
 
     incarnation: int
@@ -172,8 +156,7 @@ class ProcessDied(Event):
     salvageable: bool
 
 
-@dataclass(frozen=True, slots=True)
-class DeathSuspected(Event):
+class DeathSuspected(Event, frozen=True):
     """A thread that lives as long as its process has ended; the pidfd hasn't fired yet."""
 
     incarnation: int
@@ -181,8 +164,7 @@ class DeathSuspected(Event):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class StandbyAttached(Event):
+class StandbyAttached(Event, frozen=True):
     """A spare process is ready to take a rank. `fingerprints`: by rank text, the shape it would have."""
 
     instance: str
@@ -191,8 +173,7 @@ class StandbyAttached(Event):
     fingerprints: dict[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Captured(Event):
+class Captured(Event, frozen=True):
     """Completes Capture. `stale`: indices of pieces thrown away because a generation moved on; `buffer` holds the others' bytes, in order."""
 
     id: int
@@ -204,8 +185,7 @@ class Captured(Event):
     sums: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class EngineRestored(Event):
+class EngineRestored(Event, frozen=True):
     """A survivor has truncated itself as the plan says, or a claimed standby has its KV and is now the rank on `stream`. `error`: it can't."""
 
     instance: str
@@ -221,8 +201,7 @@ class EngineRestored(Event):
 # ---- the node: replicas ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Probed(Event):
+class Probed(Event, frozen=True):
     """Completes Probe: the stream's replica is open here, cut back to what agrees. `reason`: refused."""
 
     link: str
@@ -231,8 +210,7 @@ class Probed(Event):
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Applied(Event):
+class Applied(Event, frozen=True):
     """Completes Apply. `refused`: (no, reason) of sequences that the store won't keep. `gap`: not empty when the frame didn't fit what is held."""
 
     link: str
@@ -243,8 +221,7 @@ class Applied(Event):
     gap: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class PlanCarried(Event):
+class PlanCarried(Event, frozen=True):
     """Completes CarryPlan: replicas here are truncated as ordered. `known`: KnownIds of the sequences that this node answers for."""
 
     instance: str
@@ -252,8 +229,7 @@ class PlanCarried(Event):
     known: tuple
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicasSeen(Event):
+class ReplicasSeen(Event, frozen=True):
     """What the store holds for others, as messages.Beat says it: (stream, sequences, bytes). Told before a Tick that is due, at most once per heartbeat."""
 
     replicas: tuple[tuple[StreamId, int, int], ...]
@@ -261,8 +237,7 @@ class ReplicasSeen(Event):
     arena_bytes_max: int
 
 
-@dataclass(frozen=True, slots=True)
-class ResyncAsked(Event):
+class ResyncAsked(Event, frozen=True):
     """An operator doubts the replicas of an instance, or of one of its ranks (None: of all): both halves of their streams begin anew."""
 
     instance: str
@@ -272,15 +247,13 @@ class ResyncAsked(Event):
 # ---- the coordinator ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded(Event):
+class Loaded(Event, frozen=True):
     """First event of a coordinator: what its durable store says, by key (see effects.Persist)."""
 
     values: dict[str, bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Asked(Event):
+class Asked(Event, frozen=True):
     """An operator's order that changes something (pause, unpause, failover ...), checked by the shell for authority."""
 
     id: int
