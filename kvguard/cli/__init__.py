@@ -22,7 +22,7 @@ VERBS = {
     "gateway": ("kvguard.cli.gateway", "Run the OpenAI-compatible gateway in front of the instances."),
     "handoff": ("kvguard.cli.orders", "Move a rank to another node, without loss."),
     "history": ("kvguard.cli.history", "Epochs: why, who, how long, what was lost."),
-    "keys": ("kvguard.cli.keys", "Make and list keys."),
+    "keys": ("kvguard.cli.keys", "Make, list and rotate keys."),
     "node": ("kvguard.cli.node", "Run a node's daemon."),
     "pause": ("kvguard.cli.orders", "Stop automatic failovers."),
     "replicas": ("kvguard.cli.replicas", "List, show and verify replicas."),

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from kvguard.core import effects, events
 from kvguard.daemon.journal import NotDurable
-from kvguard.errors import BadFrame
+from kvguard.errors import BadConfig, BadFrame
 from kvguard.format import messages, wire
 from kvguard.transport import base
 
@@ -107,7 +107,12 @@ def persist(shell: Shell, effect: effects.Persist) -> Events:
 
 
 def dial(shell: Shell, effect: effects.Dial) -> Events:
-    shell.transport.dial(effect.link, effect.address)
+    """What the configuration forbids is no reason to end: whom to dial comes from others."""
+    try:
+        shell.transport.dial(effect.link, effect.address)
+    except BadConfig as error:
+        shell.counters["dials_refused"] += 1
+        return (events.Broken(effect.link, str(error)),)
     return ()
 
 

@@ -92,6 +92,7 @@ class Emitter:
         self._transport = ZeromqTransport(name, keys, insecure, bulk=False, incarnation=self.incarnation)
         self._dialled: dict[str, str] = {}
         try:
+            self._transport.expect(self._link)
             self._transport.dial(self._link, coordinator)
             self._wakeup = Wakeup()
         except BadConfig:

@@ -13,11 +13,12 @@ import zmq
 
 from kvguard.errors import BadConfig, BadFrame
 from kvguard.transport import bulk, greeting, watching
-from kvguard.transport.keys import Desk
+from kvguard.transport.keys import KEY_PROPERTY, Desk
 from kvguard.transport.links import DOWN, GREETING, MESSAGES_PER_TURN, UP, Link, Shared, take_rest
 
 LINKS_MAX = 4096
 BULK_WAIT_NS = 3_000_000_000
+BIND_RETRY_NS = 2_000_000  # ZeroMQ closes a listening socket in a thread of its own
 
 
 class Accepted(Link):
@@ -25,6 +26,7 @@ class Accepted(Link):
 
     fd = -1
     routing = b""
+    key = b""  # the caller's, Z85, with keys
     dialled_as = ("", "")  # node, its name for the link
     is_ready = wants_bulk = False
 
@@ -40,6 +42,8 @@ class Acceptor:
         self._callers: dict[int, str] = {}  # descriptor -> address of connections that are alive; "" from the greeting on
         self._port: bulk.BulkPort | None = None
         self._last_failure = ""
+        self._bound: list[str] = []
+        self._unbound: list[str] = []  # to be bound again: the listening sockets of the former key are still being closed
         wakeup = shared.wakeup
         self._desk = Desk(shared.context, shared.settings.keys) if shared.settings.keys is not None else None
         if self._desk is not None:
@@ -59,6 +63,7 @@ class Acceptor:
             raise BadConfig(f"can't listen at {address!r}: {error.strerror}. Try: tcp://127.0.0.1:0, or stop whoever holds the port") from error
         self._shared.wakeup.again(self._on_messages)
         real = self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+        self._bound.append(real)
         if self._port is None and self._shared.settings.bulk and real.startswith("tcp://"):
             host = real.removeprefix("tcp://").rpartition(":")[0].strip("[]")
             try:
@@ -66,6 +71,34 @@ class Acceptor:
             except OSError as error:
                 raise BadConfig(f"can't open the bulk port {host}:{self._shared.settings.bulk_port}: {error.strerror}. Try: bulk_port = 0") from error
         return real
+
+    def rekey(self, other_pair: bool) -> None:
+        """Callers whose key is not listed any more are gone; with another pair of our own all are, and what listens does so with that pair."""
+        keys = self._shared.settings.keys
+        self._desk.rekey(keys)
+        names = keys.names()
+        for link in list(self.links.values()):
+            if other_pair or names.get(link.key) != link.node:
+                self._end(link, "keys were changed")
+        if not other_pair:
+            return
+        self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret  # of whatever is bound from now on
+        for address in self._bound:
+            self._socket.unbind(address)
+        self._unbound, self._bound = [*self._unbound, *self._bound], []
+        self._bind_again()
+
+    def _bind_again(self) -> None:
+        for address in list(self._unbound):
+            try:
+                self._socket.bind(address)
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EADDRINUSE:
+                    raise
+                self._shared.count("bind_again_waits")
+                continue
+            self._unbound.remove(address)
+            self._bound.append(address)
 
     def close(self) -> None:
         for link in list(self.links.values()):
@@ -91,7 +124,11 @@ class Acceptor:
             self._end(link, "greeting not finished in time")
         if self._port is not None:
             self._port.tick(now_ns)
+        if self._unbound:
+            self._bind_again()
         times = [link.deadline_ns for link in self.links.values() if link.deadline_ns]
+        if self._unbound:
+            times.append(now_ns + BIND_RETRY_NS)
         if self._port is not None and self._port.deadline_ns():
             times.append(self._port.deadline_ns())
         return min(times, default=0)
@@ -158,9 +195,12 @@ class Acceptor:
         fd = part.get(zmq.SRCFD)
         if fd not in self._callers:
             return  # gone again
-        keys, node = self._shared.settings.keys, greet.node
+        keys, node, key = self._shared.settings.keys, greet.node, b""
         if keys is not None:
             node = part.get("User-Id")  # who doesn't know under which name it is listed may call itself anything that is nobody else's
+            key = part.get(KEY_PROPERTY).encode()
+            if keys.names().get(key) != node:
+                raise BadFrame(f"the key of {node!r} is not listed any more")
             if greet.node != node and greet.node in keys.allowed:
                 raise BadFrame(f"claims to be {greet.node!r} with the key of {node!r}")
         if not routing.startswith(f"{greet.node}#{greet.incarnation:016x}.".encode()):
@@ -170,7 +210,7 @@ class Acceptor:
         for former in [link for link in self.links.values() if link.dialled_as == (node, greet.link)]:
             self._end(former, "replaced by a newer link of the same node")
         link = Accepted(self._shared, f"in:{routing.decode(errors='replace')}", self._socket, routing, self._on_messages, self._end)
-        link.routing, link.fd, link.node, link.dialled_as = routing, fd, node, (node, greet.link)
+        link.routing, link.fd, link.node, link.key, link.dialled_as = routing, fd, node, key, (node, greet.link)
         self.links[link.name] = self._by_routing[routing] = self._by_fd[fd] = link
         self._callers[fd] = ""
         wants = greet.bulk and self._port is not None

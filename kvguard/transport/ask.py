@@ -17,7 +17,7 @@ from kvguard.transport.base import Broken, Frame, Up
 from kvguard.transport.keys import Keys
 from kvguard.transport.zeromq import ZeromqTransport
 
-REFUSALS_SURE = 5
+REFUSALS_SURE = 5  # for each key that the asked one may have
 _BY_CODE = {kind.exit_code: kind for kind in (errors.Unreachable, errors.Refused, errors.TimedOut, errors.Fenced, errors.NotAuthorised, errors.BadConfig)}
 
 
@@ -36,8 +36,9 @@ def ask(
     Raises Unreachable (no link), TimedOut (a link, no answer), NotAuthorised, or the error that the answer carries, by its code.
     """
     transport = ZeromqTransport(own_name(keys), keys, insecure, bulk=False)
+    query = messages.Query(1, verb, json.dumps(arguments or {}).encode())
     try:
-        return _converse(transport, address, node, messages.Query(1, verb, json.dumps(arguments or {}).encode()), timeout)
+        return _converse(transport, address, node, query, timeout, max(1, len(keys.of(node)) if keys is not None else 1))
     finally:
         transport.close()
 
@@ -61,8 +62,10 @@ def body_of(answer: messages.Answer) -> dict:
     return body
 
 
-def _converse(transport: ZeromqTransport, address: str, node: str, query: messages.Query, timeout: float) -> dict:
+def _converse(transport: ZeromqTransport, address: str, node: str, query: messages.Query, timeout: float, attempts: int) -> dict:
+    """`attempts`: how many keys the asked one may have; all but one of them are refused."""
     link, deadline, asked, last = f"{node}/ask-{os.urandom(4).hex()}", time.monotonic() + timeout, False, ""
+    transport.expect(link)
     transport.dial(link, address)
     while (left := deadline - time.monotonic()) > 0:
         transport.wait(left)
@@ -73,7 +76,7 @@ def _converse(transport: ZeromqTransport, address: str, node: str, query: messag
                 last = event.reason
                 # Whether their refusal or only their closing is seen is a race; who refuses again and again refuses.
                 refusals = transport.counters.get("handshake_failed", 0)
-                if (refusals and "key" in event.reason) or refusals >= REFUSALS_SURE:
+                if (refusals >= attempts and "key" in event.reason) or refusals >= REFUSALS_SURE * attempts:
                     raise NotAuthorised(f"{address} refused us: {event.reason}. Try: list this process's public key there")
             elif isinstance(event, Frame):
                 message, _ = wire.decode(event.head)

@@ -40,6 +40,8 @@ class Dialled:
         self._retry_ns = RETRY_MIN_NS
         self._due_ns = 0
         self._closed = False
+        self._server_key = b""  # the one that this attempt expects
+        self._attempts = 0  # that failed: a peer whose key is being rotated has several, one of them in use
         self._start()
 
     def close(self) -> None:
@@ -47,6 +49,17 @@ class Dialled:
         if self.link is not None and self.link.state != DOWN:
             self.link.go_down("hung up", silent=True)
         self._tear_down()
+
+    def rekey(self, other_pair: bool) -> None:
+        """Other keys are in force: a link that was made with old ones is made anew, at once."""
+        known = self._shared.settings.keys.server_keys(self.name)
+        self._attempts = known.index(self._server_key) if self._server_key in known else 0
+        if not other_pair and self._server_key in known or self._closed:
+            return
+        self._retry_ns = RETRY_MIN_NS
+        if self._socket is not None:
+            self._fail(self.link, "keys were changed")
+        self._due_ns = time.monotonic_ns()
 
     def tick(self, now_ns: int) -> int:
         """Enforces deadlines; returns the next one, 0 for none."""
@@ -70,12 +83,19 @@ class Dialled:
         """One attempt."""
         settings, wakeup = self._shared.settings, self._shared.wakeup
         self._greeted = self._offered = False
+        if settings.keys is not None:
+            listed = settings.keys.server_keys(self.name)
+            if not listed:  # since its keys were read again
+                self._shared.broken(self.name, "no_key", f"no key is listed for {self.name!r}. Try: a line `allow` in the key file, and reload")
+                self._due_ns = time.monotonic_ns() + RETRY_MAX_NS
+                return
+            self._server_key = listed[self._attempts % len(listed)]
         opened = self._shared.open_socket(zmq.DEALER)
         opened.routing_id = f"{settings.node}#{settings.incarnation:016x}.{os.urandom(8).hex()}".encode()
         opened.reconnect_ivl = -1
         opened.connect_timeout = settings.greeting_ms
         if settings.keys is not None:
-            opened.curve_serverkey = settings.keys.server_key(self.name)
+            opened.curve_serverkey = self._server_key
         self._socket = opened
         self._watch = watching.Watch(self._shared.context, opened)
         wakeup.watch_edge(self._watch.socket.fileno(), self._on_watch)
@@ -96,6 +116,7 @@ class Dialled:
             self._retry_ns = RETRY_MIN_NS
         else:
             self._shared.count("dial_failed")
+            self._attempts += 1
         link.go_down(reason)
         self._tear_down()
         self._due_ns = time.monotonic_ns() + int(self._retry_ns * random.uniform(0.8, 1.2))
@@ -171,7 +192,7 @@ class Dialled:
         elif type(message) is greeting.Ready and link.state == GREETING and self._offered and message.bulk == (link.channel is not None):
             self._retry_ns = RETRY_MIN_NS
             keys = self._shared.settings.keys
-            link.come_up(_name_of(keys, keys.server_key(self.name)) if keys is not None else "")
+            link.come_up(keys.names().get(self._server_key, "") if keys is not None else "")
         elif type(message) is greeting.Taken:
             link.peer_took(message)
         elif type(message) is greeting.Bye:
@@ -217,10 +238,6 @@ class Dialled:
             self._shared.wakeup.forget(self._bulk.fileno())
             self._bulk.close()
             self._bulk = None
-
-
-def _name_of(keys, public: bytes) -> str:
-    return next((node for node, key in keys.allowed.items() if key == public), "")
 
 
 def _redial(events: int) -> None:

@@ -7,6 +7,7 @@ receive() goes on with it: call receive() whenever fileno() is readable. Off loo
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 
@@ -66,14 +67,12 @@ class ZeromqTransport:
         return self._acceptor.bind(address)
 
     def dial(self, link: str, address: str) -> None:
-        """Raises BadConfig where keys are required and missing; an address that is merely wrong is reported as Broken."""
+        """Raises BadConfig where keys are required and this process has none. An address that is merely wrong is reported as Broken; so is a peer whose key
+        is not listed, which is dialled once it is (`rekey`)."""
         former = self._dialled.get(link)
         if former is not None and former.address == address:
             return
         self._check_keys(address, "dial")
-        keys = self._shared.settings.keys
-        if keys is not None and keys.server_key(link) is None:
-            raise BadConfig(f"no key is listed for {link!r}. Try: a line `allow {link.removeprefix('peer:')} KEY` in the key file")
         if former is not None:
             was_up = former.link is not None and former.link.state == "up"
             if was_up:
@@ -81,6 +80,12 @@ class ZeromqTransport:
             former.close()
         self._dialled[link] = Dialled(self._shared, link, address)
         self._arm()
+
+    def expect(self, link: str) -> None:
+        """Raises BadConfig where nobody could ever answer on `link` because no key is listed for it: for callers that can't do without it."""
+        keys = self._shared.settings.keys
+        if keys is not None and not keys.server_keys(link):
+            raise BadConfig(f"no key is listed for {link!r}. Try: a line `allow {link.removeprefix('peer:')} KEY` in the key file")
 
     def hang_up(self, link: str) -> None:
         """No Down follows here; the peer sees one."""
@@ -107,6 +112,24 @@ class ZeromqTransport:
         if out:
             self._shared.wakeup.again(_more)
         return taken
+
+    def rekey(self, keys: Keys) -> bool:
+        """Other keys from now on; False where they are the same. Links whose key is not listed any more end here; where this process has another pair all of
+        them do, and those that were dialled from either side are dialled again at once. Raises BadConfig where this transport has no keys.
+        """
+        former = self._shared.settings.keys
+        if former is None:
+            raise BadConfig("a process that runs without keys can't have some before its next start. Try: restart it")
+        if keys == former:
+            return False
+        self._shared.settings = dataclasses.replace(self._shared.settings, keys=keys)
+        other_pair = (keys.secret, keys.public) != (former.secret, former.public)
+        if self._acceptor is not None:
+            self._acceptor.rekey(other_pair)
+        for dialled in self._dialled.values():
+            dialled.rekey(other_pair)
+        self._arm()
+        return True
 
     def fileno(self) -> int:
         return self._shared.wakeup.fileno()
