@@ -105,7 +105,7 @@ def assert_undisturbed(found: dict, wanted: dict) -> None:
 
 
 def kill_known(cluster, script) -> None:
-    """Kill it once the coordinator has heard of it: whoever dies before that leaves nothing to recover."""
+    """Kill it once the coordinator has heard of it, and the test may ask it at once what follows."""
     cluster.until("the rank", lambda: cluster.rank(RANK))
     script.kill()
 
@@ -144,10 +144,10 @@ def test_killed_at_any_moment_and_twice(cluster, scripts):
     what = call("llama", 3, 150, -1, **SAMPLED)
     first = scripts("a", what)
     first.until("token", 30)
-    kill_known(cluster, first)
+    first.kill()
     second = scripts("a", {**what, "hold_at": 20})
     second.until("token", 20)
-    kill_known(cluster, second)
+    second.kill()
     third = scripts("a", {**what, "hold_at": -1})
     found = third.until("sequences")
     assert_undisturbed(found, undisturbed(what))
