@@ -62,3 +62,21 @@ def test_a_thread_that_ends_alone_costs_the_process_its_life_and_its_successor_i
     end_client_thread(first)
     assert first.popen.wait(20) == -signal.SIGKILL
     assert "suspected" in resumed(cluster, second, 2)["reason"]
+
+
+def test_a_process_that_ends_in_order_without_detach_is_dead_and_not_suspected(cluster):
+    """Its end is seen once, by its pidfd, and nobody kills it; one that detaches leaves nothing to recover."""
+    cluster.start()
+    engine = cluster.engine("rank", "a", RANK)
+    engine.tell("step", commits=[["one", 40]])
+    cluster.protected(RANK, 40)
+    spare = standby(cluster)
+    engine.popen.stdin.close()
+    assert engine.popen.wait(20) == 0
+    assert "died: its process ended" in resumed(cluster, spare, 1)["reason"]
+    log = (cluster.directory / "a.log").read_text()
+    assert "suspected" not in log and "killed" not in log
+    cluster.protected(RANK, 40)
+    assert spare.tell("detach") == {"detached": True}
+    cluster.until("nobody left", lambda: cluster.rank(RANK) is None)
+    assert len(cluster.ask("coordinator", "history")["history"]) == 1 and cluster.ask("coordinator", "status")["instances"][0]["state"] == "running"
