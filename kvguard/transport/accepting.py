@@ -17,6 +17,7 @@ from kvguard.transport.keys import KEY_PROPERTY, Desk
 from kvguard.transport.links import DOWN, GREETING, MESSAGES_PER_TURN, UP, Link, Shared, take_rest
 
 LINKS_MAX = 4096
+NIXL_LINKS_MAX = 128  # each has memory that its peer may write
 BULK_WAIT_NS = 3_000_000_000
 BIND_RETRY_NS = 2_000_000  # ZeroMQ closes a listening socket in a thread of its own
 
@@ -28,7 +29,7 @@ class Accepted(Link):
     routing = b""
     key = b""  # the caller's, Z85, with keys
     dialled_as = ("", "")  # node, its name for the link
-    is_ready = wants_bulk = False
+    is_ready = wants_bulk = offered_nixl = False
 
 
 class Acceptor:
@@ -213,9 +214,11 @@ class Acceptor:
         link.routing, link.fd, link.node, link.key, link.dialled_as = routing, fd, node, key, (node, greet.link)
         self.links[link.name] = self._by_routing[routing] = self._by_fd[fd] = link
         self._callers[fd] = ""
-        wants = greet.bulk and self._port is not None
+        link.offered_nixl = greet.nixl and self._shared.settings.nixl is not None and sum(one.over_nixl for one in self.links.values()) < NIXL_LINKS_MAX
+        wants = greet.bulk and self._port is not None and not link.offered_nixl
         ticket = self._port.offer(link, BULK_WAIT_NS) if wants else b""
-        link.say(greeting.Offer(self._shared.settings.node, self._shared.settings.incarnation, self._port.port if wants else 0, ticket))
+        settings, port = self._shared.settings, self._port.port if wants else 0
+        link.say(greeting.Offer(settings.node, settings.incarnation, port, ticket, link.offered_nixl))
 
     def _on_control(self, link: Accepted, part: bytes) -> None:
         try:
@@ -230,11 +233,19 @@ class Acceptor:
             self._decide(link)
         elif type(message) is greeting.Taken:
             link.peer_took(message)
+        elif isinstance(message, greeting.OVER_NIXL) and link.offered_nixl:
+            self._on_nixl(link, message)
         elif type(message) is greeting.Bye:
             self._end(link, f"the peer said: {message.reason}"[:200])
         else:
             self._shared.broken(link.name, "broken", f"{type(message).__name__} out of turn")
             self._end(link, "greeting out of turn")
+
+    def _on_nixl(self, link: Accepted, message: greeting.Control) -> None:
+        if type(message) is greeting.Zone and link.channel is None and link.state == GREETING:
+            link.met = lambda: self._decide(link)
+            link.open_nixl()
+        link.told_nixl(message)
 
     def _on_claimed(self, link: Accepted, connection) -> None:
         if link.state != GREETING or link.channel is not None:
@@ -248,7 +259,7 @@ class Acceptor:
 
     def _decide(self, link: Accepted) -> None:
         """Up once the peer is ready and its payloads' channel is decided."""
-        if not link.is_ready or (link.wants_bulk and link.channel is None):
+        if not link.is_ready or (link.wants_bulk and link.channel is None) or (link.over_nixl and not link.channel.is_met()):
             return
         if not link.wants_bulk and link.channel is not None:
             self._end(link, "a bulk channel that the peer doesn't want")

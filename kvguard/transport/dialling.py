@@ -20,8 +20,10 @@ from kvguard.transport import bulk, greeting, watching
 from kvguard.transport.links import DOWN, GREETING, MESSAGES_PER_TURN, UP, Link, Shared, take_rest
 from kvguard.transport.wakeup import OUT
 
-RETRY_MIN_NS, RETRY_MAX_NS = 20_000_000, 1_000_000_000
+NIXL_LINKS = "peer:"  # between nodes: others have no payloads
+RETRY_MIN_NS, RETRY_MAX_NS = 20_000_000, 1_000_000_000  # an attempt costs about 0.5 ms
 BULK_CONNECT_NS = 1_000_000_000
+WITHOUT_NIXL_NS = 60_000_000_000  # after NIXL didn't carry: payloads take TCP for so long
 
 
 class Dialled:
@@ -37,6 +39,8 @@ class Dialled:
         self._host = ""
         self._greeted = self._offered = False
         self._bulk_deadline_ns = 0
+        self._nixl_from_ns = 0  # not before
+        self._asked_nixl = False
         self._retry_ns = RETRY_MIN_NS
         self._due_ns = 0
         self._closed = False
@@ -117,10 +121,15 @@ class Dialled:
         else:
             self._shared.count("dial_failed")
             self._attempts += 1
+        if link.over_nixl and link.state == GREETING and (0 < link.deadline_ns <= time.monotonic_ns() or reason.startswith("the peer said: nixl")):
+            link.nixl_fault = reason
+        if link.nixl_fault:
+            self._nixl_from_ns = time.monotonic_ns() + WITHOUT_NIXL_NS
+            self._without_nixl(f"{link.nixl_fault}; for {WITHOUT_NIXL_NS // 1_000_000_000} s")
         link.go_down(reason)
         self._tear_down()
         self._due_ns = time.monotonic_ns() + int(self._retry_ns * random.uniform(0.8, 1.2))
-        self._retry_ns = min(5 * self._retry_ns // 4, RETRY_MAX_NS)  # the wait is a quarter of how long the peer has been away
+        self._retry_ns = min(21 * self._retry_ns // 20, RETRY_MAX_NS)  # the wait is a twentieth of how long the peer has been away
         self._shared.wakeup.again(_redial)
 
     def _tear_down(self) -> None:
@@ -157,7 +166,8 @@ class Dialled:
         if not self._greeted:
             self._greeted = True
             settings = self._shared.settings
-            self.link.say(greeting.Greet(greeting.VERSION, settings.node, settings.incarnation, self.name, settings.bulk))
+            self._asked_nixl = settings.nixl is not None and self.name.startswith(NIXL_LINKS) and time.monotonic_ns() >= self._nixl_from_ns
+            self.link.say(greeting.Greet(greeting.VERSION, settings.node, settings.incarnation, self.name, settings.bulk, self._asked_nixl))
 
     def _on_messages(self, events: int) -> None:
         for _ in range(MESSAGES_PER_TURN):
@@ -185,6 +195,12 @@ class Dialled:
         if type(message) is greeting.Offer and link.state == GREETING and not self._offered:
             self._offered = True
             link.node = message.node
+            if message.nixl and self._asked_nixl:
+                link.met = lambda: link.say(greeting.Ready(True))
+                link.open_nixl()
+                return
+            if self._asked_nixl:
+                self._without_nixl("the peer has none")
             if message.bulk_port and len(message.ticket) == bulk.TICKET_BYTES and self._host:
                 self._connect_bulk(message)
             else:
@@ -195,6 +211,8 @@ class Dialled:
             link.come_up(keys.names().get(self._server_key, "") if keys is not None else "")
         elif type(message) is greeting.Taken:
             link.peer_took(message)
+        elif isinstance(message, greeting.OVER_NIXL):
+            link.told_nixl(message)
         elif type(message) is greeting.Bye:
             self._fail(link, f"the peer said: {message.reason}"[:200])
         else:
@@ -226,6 +244,9 @@ class Dialled:
         self._shared.wakeup.forget(connection.fileno())
         self.link.adopt(connection)
         self.link.say(greeting.Ready(True))
+
+    def _without_nixl(self, why: str) -> None:
+        self._shared.broken(self.name, "without_nixl", f"payloads to {self.address} don't take nixl: {why}")
 
     def _without_bulk(self) -> None:
         """The port can't be reached: payloads take the control connection of this link."""

@@ -5,6 +5,9 @@ Invariant: a control message is one part that starts with MAGIC, so that it can 
 
 A link comes up in four messages: dialler Greet, acceptor Offer, dialler Ready (after its bulk connection, if any), acceptor Ready. Each side is up when it has
 got the other's Ready. Taken is cumulative since the Greet; it bounds what may be under way. Bye ends a link that its receiver can't close itself.
+
+Where both sides have NIXL the dialler's Zone follows the Offer, then the acceptor's Zone, then a first write each way over NIXL, then the two Readys. Fields
+and messages of NIXL are told to nobody who hasn't said that he has it, and a Greet or Offer may be longer than its reader knows: versions stay compatible.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from kvguard.limits import NAME_BYTES_MAX
 
 MAGIC = b"KVGT"
 VERSION = 1
-BYTES_MAX = 1024
+BYTES_MAX = 16 * 1024  # metadata of a host with many adapters is the longest
 
 
 class Control(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -24,22 +27,25 @@ class Control(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Greet(Control, frozen=True):
-    """`link`: the dialler's name for it; a newer link of the same node and name replaces an older one. `bulk`: it would like a bulk channel."""
+    """`link`: the dialler's name for it; a newer link of the same node and name replaces an older one. `bulk`: it would like a bulk channel; `nixl`: one
+    over NIXL."""
 
     version: int
     node: str
     incarnation: int
     link: str
     bulk: bool
+    nixl: bool = False
 
 
 class Offer(Control, frozen=True):
-    """`bulk_port`: 0 for none; else connect there (same host) within BULK_WAIT_NS and present `ticket`, once."""
+    """`bulk_port`: 0 for none; else connect there (same host) within BULK_WAIT_NS and present `ticket`, once. `nixl`: say your Zone instead."""
 
     node: str
     incarnation: int
     bulk_port: int
     ticket: bytes
+    nixl: bool = False
 
 
 class Ready(Control, frozen=True):
@@ -55,12 +61,33 @@ class Taken(Control, frozen=True):
     frames: int
 
 
+class Zone(Control, frozen=True):
+    """Where this side's peer may write: NIXL's agent and its metadata, the address of `pages` pages, and the life that every note has to name."""
+
+    agent: str
+    metadata: bytes
+    address: int
+    pages: int
+    life: bytes
+
+
+class Returned(Control, frozen=True):
+    """Frames that came over NIXL whose pages are free again."""
+
+    numbers: tuple[int, ...]
+
+
+class Knock(Control, frozen=True):
+    """Something is being written over NIXL, which wakes nobody."""
+
+
 class Bye(Control, frozen=True):
     reason: str
 
 
+OVER_NIXL = (Zone, Returned, Knock)
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Greet | Offer | Ready | Taken | Bye)
+_decoder = msgspec.msgpack.Decoder(Greet | Offer | Ready | Taken | Zone | Returned | Knock | Bye)
 
 
 def pack(message: Control) -> bytes:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import zmq
 
-from kvguard.errors import BadFrame
+from kvguard.errors import BadConfig, BadFrame
 from kvguard.format import wire
 from kvguard.limits import KIB, MIB, PAYLOAD_BYTES_MAX
 from kvguard.transport import admit, greeting
@@ -22,6 +23,7 @@ from kvguard.transport.base import Broken, Down, Frame, Incoming, Up
 from kvguard.transport.bulk import BulkChannel, raise_if_misused
 from kvguard.transport.keys import ADDRESSES_MAX, Keys
 from kvguard.transport.memory import fresh
+from kvguard.transport.nixl_agent import ChannelLost, NixlSettings
 from kvguard.transport.wakeup import OUT, Wakeup
 
 TOLD_BYTES, TOLD_FRAMES = 64 * KIB, 32  # what may be taken before the peer is told
@@ -48,6 +50,7 @@ class Settings:
     heartbeat_ms: int
     silence_ms: int
     greeting_ms: int
+    nixl: NixlSettings | None = None  # its module alone is loaded where it is not used
 
 
 @dataclass
@@ -101,6 +104,10 @@ def _nothing(events: int) -> None:
     """What there is to do has been done: receive() only has to return it."""
 
 
+def _once() -> None:
+    """It has been told."""
+
+
 class Link:
     """`fail(link, reason)` is called, once, when the link can't go on."""
 
@@ -109,7 +116,10 @@ class Link:
         self.state = GREETING
         self.node = ""
         self.deadline_ns = time.monotonic_ns() + shared.settings.greeting_ms * 1_000_000
-        self.channel: BulkChannel | None = None
+        self.channel = None  # BulkChannel or NixlChannel
+        self.over_nixl = False
+        self.nixl_fault = ""  # why the next attempt should do without
+        self.met: Callable[[], None] = _once  # called when a channel over NIXL has carried bytes both ways
         self._outbox: deque[bytes] = deque()
         self._sent_bytes = self._sent_frames = 0
         self._peer_took_bytes = self._peer_took_frames = 0
@@ -125,7 +135,7 @@ class Link:
             try:
                 return self.channel.send(head, payload)
             except OSError as error:
-                self.fail(f"bulk channel: {error}")
+                self.fail(f"{'nixl' if self.over_nixl else 'bulk channel'}: {error}")
                 return False
         size = len(head) + payload_bytes
         under_way = self._sent_bytes - self._peer_took_bytes
@@ -220,21 +230,78 @@ class Link:
     def bulk_ready(self, events: int) -> None:
         if self.channel is None:
             return
-        try:
+        with self._guarded("bulk channel"):
             if events & OUT:
                 self.channel.flush()
             if events & ~OUT:
                 if self.state != UP:
                     raise ConnectionResetError("the peer closed the bulk channel")  # nothing else is reported before start()
-                frames = self.channel.read()
-                raise_if_misused(frames)
-                for head, payload in frames:
-                    self._shared.out.append(Frame(self.name, head, payload))
+                self._give_out(self.channel.read())
+
+    def _give_out(self, frames: list) -> None:
+        raise_if_misused(frames)
+        for head, payload in frames:
+            self._shared.out.append(Frame(self.name, head, payload))
+
+    @contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        """What goes wrong in a channel ends the link."""
+        try:
+            yield
         except BadFrame as error:
-            self._shared.broken(self.name, "broken", f"bulk channel: {error}")
-            self.fail(f"bulk channel: {error}")
-        except OSError as error:
-            self.fail(f"bulk channel: {error}")
+            self._shared.broken(self.name, "broken", f"{what}: {error}")
+            self.fail(f"{what}: {error}")
+        except (OSError, BadConfig) as error:
+            if self.over_nixl and (self.state != UP or isinstance(error, ChannelLost) and error.silent):
+                self.nixl_fault = str(error)
+            self.fail(f"{what}: {error}")
+
+    # ---- the channel over NIXL ----
+
+    def open_nixl(self) -> None:
+        """Make this side's end, and say where the peer may write."""
+        from kvguard.transport.nixl import NixlChannel  # numpy and the library come with it
+
+        settings, self.over_nixl = self._shared.settings, True
+        with self._guarded("nixl"):
+            self.channel = NixlChannel(settings.nixl, self._shared.wakeup, self.nixl_ready, self.say, settings.queue_bytes_max)
+            self.say(self.channel.zone())
+
+    def told_nixl(self, message: greeting.Control) -> None:
+        """A control message of the channel."""
+        if self.channel is None or not self.over_nixl:
+            self._shared.count("stray")
+            return
+        with self._guarded("nixl"):
+            if type(message) is greeting.Zone:
+                self.channel.meet(message)
+            elif type(message) is greeting.Returned:
+                self.channel.returned(message)
+            else:
+                self.channel.knocked()
+
+    def nixl_ready(self, events: int) -> None:
+        if self.channel is None:
+            return
+        with self._guarded("nixl"):
+            self._give_out(self.channel.read())
+            if self.state == GREETING and self.channel.is_met():
+                met, self.met = self.met, _once
+                met()
+
+    def look_again_ns(self, now_ns: int) -> int:
+        """When the channel has to be looked at next, 0 for when it says so itself."""
+        if self.channel is None or not self.over_nixl:
+            return 0
+        with self._guarded("nixl"):
+            return self.channel.tick(now_ns)
+        return 0
+
+    def carrier(self) -> str:
+        """What payloads travel over: "nixl cma/memory", "tcp" (the bulk channel), "control"."""
+        if self.channel is None:
+            return "control"
+        return self.channel.carrier() if self.over_nixl else "tcp"
 
     # ---- state ----
 

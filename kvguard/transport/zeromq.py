@@ -20,6 +20,7 @@ from kvguard.transport.base import Incoming
 from kvguard.transport.dialling import Dialled
 from kvguard.transport.keys import Keys
 from kvguard.transport.links import QUEUE_BYTES_MAX, RETRY_NS, Link, Settings, Shared
+from kvguard.transport.nixl_agent import NixlSettings, load
 from kvguard.transport.wakeup import Wakeup
 
 RECEIVED_MAX = 1024
@@ -31,7 +32,7 @@ class ZeromqTransport:
 
     `node_name`: what this process is called; with keys its peers must list it under this name. `bulk`: offer and want bulk channels; `bulk_port`: where, 0
     for any. `queue_bytes_max`: per link and channel. A connection is lost after `silence_ms` without a sign of life. `counters`: what was dropped or
-    refused, by word; `refusals`: callers that were turned away, by host. Raises BadConfig.
+    refused, by word; `refusals`: callers that were turned away, by host. `nixl`: payloads between nodes take NIXL where both have it. Raises BadConfig.
     """
 
     def __init__(
@@ -47,13 +48,17 @@ class ZeromqTransport:
         heartbeat_ms: int = 200,
         silence_ms: int = 800,
         greeting_ms: int = 3000,
+        nixl: NixlSettings | None = None,
     ):
         if not node_name or len(node_name.encode()) > NAME_BYTES_MAX or not node_name.isprintable():
             raise BadConfig(f"node name {node_name!r} isn't 1 to {NAME_BYTES_MAX} printable bytes. Try: the host's name")
         if queue_bytes_max < QUEUE_BYTES_MIN:
             raise BadConfig(f"a queue of {queue_bytes_max} bytes is too short to keep a link busy. Try: {QUEUE_BYTES_MIN} or more")
+        if nixl is not None:
+            nixl.check(insecure)
+            load()
         incarnation = int.from_bytes(os.urandom(8), "little") if incarnation is None else incarnation
-        settings = Settings(node_name, incarnation, keys, insecure, bulk, bulk_port, queue_bytes_max, heartbeat_ms, silence_ms, greeting_ms)
+        settings = Settings(node_name, incarnation, keys, insecure, bulk, bulk_port, queue_bytes_max, heartbeat_ms, silence_ms, greeting_ms, nixl)
         self._shared = Shared(zmq.Context(), Wakeup(), settings)
         self.counters, self.refusals = self._shared.counters, self._shared.refusals
         self._acceptor: Acceptor | None = None
@@ -147,6 +152,10 @@ class ZeromqTransport:
         found = self._find(link)
         return found is not None and found.channel is not None
 
+    def carriers(self) -> dict[str, str]:
+        """What the payloads of each link that is up travel over: "nixl" and the UCX transport that was chosen, "tcp" or "control"."""
+        return {link.name: link.carrier() for link in self._links() if link.state == "up"}
+
     def close(self) -> None:
         if self._closed:
             return
@@ -180,6 +189,7 @@ class ZeromqTransport:
             if link.waiting():
                 link.flush()
                 times.append(now_ns + RETRY_NS)
+            times.append(link.look_again_ns(now_ns))
         self._shared.wakeup.arm(min((at for at in times if at), default=0))
 
     def _check_keys(self, address: str, doing: str) -> None:

@@ -1,10 +1,12 @@
-"""One suite for every transport: what base.py promises, over inproc and over ZeroMQ with and without keys, with and without the bulk channel.
+"""One suite for every transport: what base.py promises, over inproc, over ZeroMQ with and without keys, with and without the bulk channel, and with NIXL in
+the bulk channel's place, over TCP and CMA.
 
 Knows: base.Transport. Must not know: how an implementation keeps its promises (test_zeromq.py looks at sockets, keys and processes).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import select
@@ -19,6 +21,7 @@ from kvguard.limits import MIB
 from kvguard.transport.base import Broken, Down, Frame, Up
 from kvguard.transport.inproc import Network
 from kvguard.transport.keys import Keys, generate
+from kvguard.transport.nixl_agent import PACKAGES, NixlSettings
 from kvguard.transport.zeromq import ZeromqTransport
 from kvguard.types import NO_EPOCH, Rank, StreamId
 
@@ -44,16 +47,24 @@ def keys_of(*nodes: str) -> dict[str, Keys]:
     return {node: Keys(pair.secret, pair.public, public) for node, pair in pairs.items()}
 
 
+def needs_nixl() -> None:
+    if not any(importlib.util.find_spec(package) for package in PACKAGES):
+        assert not os.environ.get("KVGUARD_REQUIRE_ALL"), "nixl-cu12 isn't installed: tools/setup.sh test"
+        pytest.skip("nixl-cu12 isn't installed. Try: tools/setup.sh test")
+
+
 class Sockets:
     """Real transports; time is real."""
 
-    def __init__(self, keyed: bool, bulk: bool):
-        self.bulk = bulk
+    def __init__(self, keyed: bool, bulk: bool, nixl: NixlSettings | None = None):
+        if nixl is not None:
+            needs_nixl()
+        self.bulk, self.nixl = bulk, nixl
         self.keys = keys_of("a", "b", "c") if keyed else {}
         self.opened: list[ZeromqTransport] = []
 
     def make(self, node: str) -> ZeromqTransport:
-        self.opened.append(ZeromqTransport(node, self.keys.get(node), bulk=self.bulk, queue_bytes_max=QUEUE_BYTES))
+        self.opened.append(ZeromqTransport(node, self.keys.get(node), bulk=self.bulk, queue_bytes_max=QUEUE_BYTES, nixl=self.nixl))
         return self.opened[-1]
 
     def address(self, node: str) -> str:
@@ -103,6 +114,8 @@ WORLDS = {
     "zeromq-bulk": lambda: Sockets(keyed=False, bulk=True),
     "zeromq-keys": lambda: Sockets(keyed=True, bulk=False),
     "zeromq-keys-bulk": lambda: Sockets(keyed=True, bulk=True),
+    "nixl-tcp": lambda: Sockets(keyed=False, bulk=True, nixl=NixlSettings("lo", "tcp")),
+    "nixl-cma-keys": lambda: Sockets(keyed=True, bulk=True, nixl=NixlSettings("lo", "cma,tcp")),
 }
 
 

@@ -1,0 +1,324 @@
+"""The channel over NIXL: frames with payloads, written straight into the peer's memory, in the place of the bulk channel of a link.
+
+Knows: agents, zones, framing (format/wire.py), the control messages that belong to it. Must not know: ZeroMQ, how the link came to be, what frames mean.
+Invariants: a frame becomes visible only behind its note, in order of its number, if its pages were free, its bytes have the sum that the note says and its
+header holds; one agent and one zone are one life of one link: they end with it, at once, whatever the peer does, and the zone's addresses are
+quarantined; what nobody acknowledges in `stuck_ms` ends the link; nothing blocks, nothing runs but in the link's calls.
+
+The writer places frames in the reader's zone (Extents), copies each to the same place of a zone of its own, which is registered, and writes it there:
+payload first, header behind it. NIXL tells the note behind the last byte. The reader hands out the payload where it landed, or a copy, and says over the
+control connection whose pages are free again (Returned). NIXL has no thread and wakes nobody: both ends look, often while something is under way, when UCX's
+own descriptors or a Knock on the control connection say so, else every IDLE_NS.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+
+import numpy as np
+import xxhash
+
+from kvguard.errors import BadFrame
+from kvguard.format import wire
+from kvguard.limits import HEADER_BYTES_MAX, KIB, PAYLOAD_BYTES_MAX
+from kvguard.transport import greeting
+from kvguard.transport.memory import PayloadMemory
+from kvguard.transport.nixl_agent import Agent, ChannelLost, NixlSettings
+from kvguard.transport.nixl_zone import PAGE_BYTES, Extents, Landing, Zone, pages_of
+from kvguard.transport.wakeup import IN, Wakeup
+
+NOTE = struct.Struct("<16sQIIIIQ")  # life, number, first page, pages, payload bytes, header bytes, sum
+BEAT = b"beat"
+PROBE = 0  # the number of the write that proves the way before the link is up
+LIFE_BYTES = 16
+HANDED_BYTES_MIN = 32 * KIB  # smaller payloads are copied: cheaper than following who looks at them
+RETURNED_MAX = 512  # numbers in one message
+WRITES_MAX = 128  # under way
+NOTES_MAX = 8  # writes whose notes are asked for per look, behind the oldest
+SPIN_NS = 200_000  # without bells: look all the time for so long since something happened
+HOT_NS = 20_000_000  # look often for so long after the peer has knocked
+LOOK_MIN_NS, BELLED_MIN_NS, LOOK_MAX_NS, IDLE_NS = 50_000, 1_000_000, 20_000_000, 250_000_000
+KNOCK_NS = 5_000_000  # after so long without a frame the peer may have stopped looking
+RINGS_MAX = 64  # of one bell in a row for nothing: it is muted until the next look
+
+ZONE_BYTES_MIN = 2 * pages_of(HEADER_BYTES_MAX + PAYLOAD_BYTES_MAX + wire.PREFIX.size) * PAGE_BYTES
+
+
+def life_name() -> str:
+    """For one agent: of one channel of one incarnation, never used again. UCX cuts longer names."""
+    return f"kvg-{os.urandom(8).hex()}"
+
+
+class NixlChannel:
+    """Frames both ways. Raises ChannelLost (an OSError) when the way is over, BadFrame for what the peer did wrong; then close it.
+
+    `say`: puts a control message on the link's control connection. `call`: what is to be called when there is something to read.
+    """
+
+    def __init__(self, settings: NixlSettings, wakeup: Wakeup, call: Callable[[int], None], say: Callable[[greeting.Control], None], queue_bytes_max: int):
+        self._settings, self._wakeup, self._call, self._say, self._queue_bytes_max = settings, wakeup, call, say, queue_bytes_max
+        self._agent = Agent(life_name(), settings)
+        self._landing = Landing(max(settings.zone_bytes, ZONE_BYTES_MIN))
+        self._source: Zone | None = None
+        self._agent.register(self._landing.zone.address, self._landing.zone.size)
+        self._life = os.urandom(LIFE_BYTES)
+        self._peer: greeting.Zone | None = None
+        self._extents: Extents | None = None
+        self._writes: deque[tuple[int, int]] = deque()  # write, since when
+        self._queue: deque[tuple[bytes, memoryview | None]] = deque()
+        self.queued_bytes = 0
+        self._number = PROBE  # of the last frame that was written
+        self._early: dict[int, tuple] = {}  # notes that came before one with a lower number
+        self._expected = 1
+        self._memory = PayloadMemory()
+        self._frames: list[tuple[bytes, memoryview | None]] = []
+        self._started = self._heard = self._reached = False
+        now_ns = time.monotonic_ns()
+        self._moved_ns = self._heard_ns = self._spoke_ns = self._sent_ns = self._looked_ns = now_ns
+        self._hot_until_ns = 0
+        self._carrier = ""
+        self._rings: dict[int, int] = {bell: 0 for bell in self._agent.bells}
+        for bell in self._rings:
+            wakeup.watch(bell, lambda events, bell=bell: self._rung(bell))
+
+    # ---- how it comes to be -------------------------------------------------------------------------------------------------------
+
+    def zone(self) -> greeting.Zone:
+        """What the peer needs to write here; to be told over the authenticated control connection alone."""
+        landing = self._landing.zone
+        return greeting.Zone(self._agent.name, self._agent.metadata(), landing.address, landing.size // PAGE_BYTES, self._life)
+
+    def meet(self, zone: greeting.Zone) -> None:
+        """Load what the peer said, and write a first page to it."""
+        if self._peer is not None or zone.pages * PAGE_BYTES < ZONE_BYTES_MIN or zone.pages > 1 << 24 or len(zone.life) != LIFE_BYTES or len(zone.agent) > 64:
+            raise BadFrame(f"a zone of {zone.pages} pages, or a second one")
+        self._peer, self._extents = zone, Extents(zone.pages)
+        self._source = Zone(zone.pages * PAGE_BYTES)
+        self._agent.register(self._source.address, self._source.size)
+        self._agent.meet(zone.agent, zone.metadata)
+        self._write(PROBE, 0, os.urandom(PAGE_BYTES), None)
+        self._hot_until_ns = time.monotonic_ns() + HOT_NS
+
+    def is_met(self) -> bool:
+        """Bytes have gone both ways: this side's have arrived, the peer's were here as it said."""
+        return self._heard and self._reached
+
+    def start(self) -> None:
+        """Give out what has come from now on."""
+        self._started = True
+        self._carrier = self._agent.carrier()
+        self._wakeup.again(self._call)
+
+    def carrier(self) -> str:
+        """"nixl" and what UCX really chose; known once the link is up."""
+        return f"nixl {self._carrier}"
+
+    def close(self) -> None:
+        for bell in self._rings:
+            self._wakeup.forget(bell)
+        self._rings.clear()
+        self._agent.close()  # nothing is written or read any more, here
+        self._writes.clear()
+        self._queue.clear()
+        self._frames.clear()
+        self._early.clear()
+        self.queued_bytes = 0
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+        retire(self._landing)
+
+    # ---- sending ------------------------------------------------------------------------------------------------------------------
+
+    def send(self, head: bytes, payload: memoryview | None) -> bool:
+        """Write one frame, or queue it while there are no free pages. False when the queue is full."""
+        size = len(head) + (len(payload) if payload is not None else 0)
+        if self._queue and self.queued_bytes + size > self._queue_bytes_max:
+            return False
+        self._queue.append((head, payload))
+        self.queued_bytes += size
+        self.flush()
+        return True
+
+    def flush(self) -> None:
+        """Write what pages are free for."""
+        while self._queue and len(self._writes) < WRITES_MAX:
+            head, payload = self._queue[0]
+            size = len(head) + (len(payload) if payload is not None else 0)
+            first = self._extents.take(self._number + 1, pages_of(size))
+            if first is None:
+                return
+            self._number += 1
+            self._queue.popleft()
+            self.queued_bytes -= size
+            now_ns = time.monotonic_ns()
+            if now_ns - self._sent_ns > KNOCK_NS:
+                self._say(greeting.Knock())
+            self._sent_ns = now_ns
+            self._write(self._number, first, head, payload)
+
+    def _write(self, number: int, first: int, head: bytes, payload: memoryview | None) -> None:
+        start, payload_bytes = first * PAGE_BYTES, len(payload) if payload is not None else 0
+        size = payload_bytes + len(head)
+        place = self._source.bytes[start : start + size]
+        if payload_bytes:
+            place[:payload_bytes] = np.frombuffer(payload, np.uint8)
+        place[payload_bytes:] = np.frombuffer(head, np.uint8)
+        note = NOTE.pack(self._peer.life, number, first, pages_of(size), payload_bytes, len(head), xxhash.xxh3_64_intdigest(place))
+        del place  # a view would outlive the mapping
+        write = self._agent.write(self._source.address + start, self._peer.address + start, size, note)
+        now_ns = time.monotonic_ns()
+        if not self._writes:
+            self._moved_ns = now_ns
+        self._writes.append((write, now_ns))
+        self._spoke_ns = now_ns
+
+    def returned(self, message: greeting.Returned) -> None:
+        """The peer doesn't need these frames' pages any more."""
+        for number in message.numbers:
+            self._extents.give_back(number)
+        self.flush()
+
+    def knocked(self) -> None:
+        self._hot_until_ns = time.monotonic_ns() + HOT_NS
+        self._wakeup.again(self._call)
+
+    # ---- receiving ----------------------------------------------------------------------------------------------------------------
+
+    def read(self) -> list[tuple[bytes, memoryview | None]]:
+        """The frames that are complete, after one look at everything that is under way."""
+        self._looked_ns = time.monotonic_ns()
+        moved = self._look()
+        if moved:
+            self._moved_ns = self._looked_ns
+            for bell in self._rings:
+                self._unmute(bell)
+        elif not self._rings and self._is_busy() and self._looked_ns - self._moved_ns < SPIN_NS:
+            self._wakeup.again(self._call)
+        self._give_back(self._landing.unseen())
+        if not self._started or not self._frames:
+            return []
+        frames, self._frames = self._frames, []
+        return frames
+
+    def _look(self) -> bool:
+        """Did anything happen?"""
+        moved = False
+        for agent, notes in self._agent.told().items():
+            if self._peer is None or agent != self._peer.agent:
+                raise BadFrame(f"notes of {agent!r}, whom nobody knows")
+            moved, self._heard_ns = True, self._looked_ns
+            for note in notes:
+                if note != BEAT:
+                    self._take(note)
+        while self._writes and self._agent.is_done(self._writes[0][0]):
+            self._agent.release(self._writes.popleft()[0])
+            self._reached, moved = True, True
+        for write, _ in islice(self._writes, NOTES_MAX):
+            self._agent.is_done(write)  # its note leaves now, if it can
+        if moved:
+            self.flush()
+        return moved
+
+    def _take(self, note: bytes) -> None:
+        """A note: its frame is visible once those before it are."""
+        if len(note) != NOTE.size:
+            raise BadFrame(f"a note of {len(note)} bytes")
+        life, number, *rest = NOTE.unpack(note)
+        if life != self._life:
+            raise BadFrame("a note for another life of this link")
+        if number == PROBE:
+            self._landing.claim(PROBE, rest[0], rest[1], rest[2] + rest[3])
+            self._check(PROBE, rest[2] + rest[3], rest[4])
+            self._landing.free(PROBE)
+            self._heard = True
+            return
+        if number < self._expected or number in self._early or len(self._early) >= self._landing.pages:
+            raise BadFrame(f"frame {number} where {self._expected} was expected")
+        self._early[number] = tuple(rest)
+        copied = []
+        while self._expected in self._early:
+            number, self._expected = self._expected, self._expected + 1
+            if self._land(number, *self._early.pop(number)):
+                copied.append(number)
+        self._give_back(copied)
+
+    def _land(self, number: int, first: int, count: int, payload_bytes: int, head_bytes: int, expected_sum: int) -> bool:
+        """Make the frame visible. True when its pages are free again."""
+        size = payload_bytes + head_bytes
+        self._landing.claim(number, first, count, size)
+        self._check(number, size, expected_sum)
+        head = self._landing.bytes_of(number, payload_bytes, size).tobytes()
+        if wire.check(head).payload_bytes != payload_bytes:
+            raise BadFrame(f"payload of {payload_bytes} bytes, prefix says {wire.read_prefix(head).payload_bytes}")
+        payload = None
+        if payload_bytes >= HANDED_BYTES_MIN and self._landing.in_front(number):
+            self._frames.append((head, self._landing.view_of(number, 0, payload_bytes)))
+            return False
+        if payload_bytes:
+            payload = self._memory.take(payload_bytes)
+            payload[:] = memoryview(self._landing.bytes_of(number, 0, payload_bytes))
+        self._frames.append((head, payload))
+        self._landing.free(number)
+        return True
+
+    def _check(self, number: int, size: int, expected: int) -> None:
+        if xxhash.xxh3_64_intdigest(self._landing.bytes_of(number, 0, size)) != expected:
+            raise BadFrame(f"frame {number} isn't what its note says: torn or damaged on the way")
+
+    def _give_back(self, numbers: list[int]) -> None:
+        for start in range(0, len(numbers), RETURNED_MAX):
+            self._say(greeting.Returned(tuple(numbers[start : start + RETURNED_MAX])))
+
+    # ---- time ---------------------------------------------------------------------------------------------------------------------
+
+    def _is_busy(self) -> bool:
+        return bool(self._writes) or self._looked_ns < self._hot_until_ns or self._peer is not None and not self.is_met()
+
+    def tick(self, now_ns: int) -> int:
+        """Beats, deadlines; returns when to look next. Raises ChannelLost."""
+        stuck_ns, beat_ns = self._settings.stuck_ms * 1_000_000, self._settings.beat_ms * 1_000_000
+        if self._writes and now_ns - max(self._moved_ns, self._writes[0][1]) > stuck_ns:
+            raise ChannelLost(f"the peer took nothing for {self._settings.stuck_ms} ms", silent=True)
+        if self._started and now_ns - self._heard_ns > stuck_ns + beat_ns:
+            raise ChannelLost(f"nothing heard over nixl for {(now_ns - self._heard_ns) // 1_000_000} ms", silent=True)
+        if self._started and now_ns - self._spoke_ns > beat_ns:
+            self._spoke_ns = now_ns
+            self._agent.tell(BEAT)
+        due_ns = self._looked_ns + self._interval_ns(now_ns)
+        if due_ns <= now_ns:
+            self._looked_ns = now_ns
+            for bell in self._rings:
+                self._unmute(bell)
+            self._wakeup.again(self._call)
+            due_ns = now_ns + self._interval_ns(now_ns)
+        return due_ns
+
+    def _interval_ns(self, now_ns: int) -> int:
+        if not self._is_busy() and not self._landing.is_watched():
+            return IDLE_NS
+        return min(max((now_ns - self._moved_ns) // 4, BELLED_MIN_NS if self._rings else LOOK_MIN_NS), LOOK_MAX_NS)
+
+    def _rung(self, bell: int) -> None:
+        self._rings[bell] = rings = self._rings.get(bell, 0) + 1
+        if rings == RINGS_MAX + 1:
+            self._wakeup.change(bell, 0)
+        self._call(IN)
+
+    def _unmute(self, bell: int) -> None:
+        if self._rings[bell] > RINGS_MAX:
+            self._wakeup.change(bell, IN)
+        self._rings[bell] = 0
+
+
+_retiring: list[Landing] = []
+
+
+def retire(landing: Landing) -> None:
+    """Quarantine this zone, and those whose last payloads have been dropped since the last time."""
+    _retiring[:] = [former for former in (*_retiring, landing) if not former.retire()]
