@@ -40,7 +40,7 @@ from kvguard.device.base import Pool
 from kvguard.errors import BadConfig
 from kvguard.format import local
 from kvguard.format.layout import Layout
-from kvguard.format.messages import Delivered
+from kvguard.format.messages import Delivered, Held, Hello, NodeWelcome
 from kvguard.store.store import ReplicaStore
 from kvguard.transport import keys as keyring
 from kvguard.transport.zeromq import ZeromqTransport
@@ -49,9 +49,9 @@ from kvguard.types import Epoch
 log = logging.getLogger(__name__)
 
 EXPIRE_NS = 1_000_000_000
-WARM_NS = 2_000_000_000  # after a start that nobody should wait for longer than needed
 FIGURES_NS = 500_000_000  # how old the store's figures in a beat may be: waking for each beat costs half of what an idle daemon costs
 MS = 1_000_000
+FIRSTS = {NodeWelcome: "coordinator", Hello: "hello", Held: "held"}  # moments of a start
 
 
 class NodeDaemon:
@@ -92,14 +92,14 @@ class NodeDaemon:
         self.fetching = Fetching(self.shell, self.ranks, self.control.send)
         for instance, epoch in promises.items():
             promised(self.shell, instance, epoch)
-        self.checking = Checking(self.shell, self.loop.after, ended=lambda: moments.reached("verified"))
+        self.checking = Checking(self.shell, self.loop.after, ended=self._verified)
         self.measures = Measures(self.core, time.monotonic_ns)
         verbs = NodeVerbs(config, self.core, self.shell, self.measures, lambda: dict(self.transport.counters), self.loop.feed, moments).verbs()
         self.questions = Questions(verbs, answering(self.shell), self.loop.after)
         self.mail = Mail(self.shell, self.questions, {Delivered: self._delivered})
-        self.loop.watch(self.transport.fileno(), self.mail.read)
+        self.loop.watch(self.transport.fileno(), self._read)
         self.loop.watch(self.control.fileno(), self._engines)
-        self._polling = False
+        self._polling = self._warmed = False
         self._every(max(config.heartbeat_ms * MS, FIGURES_NS), self._replicas_seen)
         self._every(EXPIRE_NS, self._expire)
         self.scrapes = None
@@ -109,7 +109,8 @@ class NodeDaemon:
 
             figures = NodeFigures(self.core, self.shell, self.measures, lambda: dict(self.transport.counters))
             self.scrapes = Scrapes(config.metrics, self.loop, figures.families)
-        self.loop.after(WARM_NS, self._warm)
+        if not store.unchecked():
+            self._warm()
 
     def _store(self, directory: Path, notifier: Notifier) -> ReplicaStore:
         """With what a former life of this daemon left."""
@@ -121,10 +122,15 @@ class NodeDaemon:
         log.info("replicas are kept %s; %d streams, %d sequences read back", where, len(store.streams()), store.unchecked())
         return store
 
-    def _warm(self) -> Iterable[events.Event]:
-        """What engines and pushes need is imported before they come, beside the loop."""
-        threading.Thread(target=warm, name="kvguard-warm", daemon=True).start()
-        return ()
+    def _verified(self) -> None:
+        self.moments.reached("verified")
+        self._warm()
+
+    def _warm(self) -> None:
+        """What engines and pushes need is imported before they come, beside the loop, once it has nothing more urgent to do."""
+        if not self._warmed:
+            self._warmed = True
+            threading.Thread(target=warm, name="kvguard-warm", daemon=True).start()
 
     # ---- a service ----------------------------------------------------------------------------------------------------------------
 
@@ -156,6 +162,12 @@ class NodeDaemon:
 
         self.loop.after(0, again)
 
+    def _read(self) -> Iterable[events.Event]:
+        for event in self.mail.read():
+            if type(event) is events.Arrived and (word := FIRSTS.get(type(event.message))) is not None:
+                self.moments.reached(word)
+            yield event
+
     def _engines(self) -> Iterable[events.Event]:
         told: list[events.Event] = []
         for incoming in self.control.receive():
@@ -171,6 +183,7 @@ class NodeDaemon:
     def _engine_said(self, incoming: LocalIncoming) -> Iterable[events.Event]:
         message = incoming.message
         if type(message) is local.Attach:
+            self.moments.reached("engine")
             return self.ranks.attach(incoming.connection, incoming.pid, message, incoming.descriptors)
         for descriptor in incoming.descriptors:
             os.close(descriptor)

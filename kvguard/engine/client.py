@@ -29,7 +29,7 @@ from kvguard.errors import BadFrame
 from kvguard.format import local
 from kvguard.limits import SOCKET_FDS_MAX
 
-RETRY_S_MIN, RETRY_S_MAX = 0.05, 2.0
+RETRY_S_MIN, RETRY_S_MAX, RETRY_GROWTH = 0.02, 2.0, 1.05  # the wait is a twentieth of how long the daemon has been away: a connect costs 20 us
 OUTGOING_MAX = 8
 DEFAULT_SOCKET = "/run/kvguard/kvguard.sock"
 _log = logging.getLogger("kvguard.engine")
@@ -209,7 +209,7 @@ class Client:
 
     def _later(self, session: Session, now: float) -> None:
         session.due = now + session.retry_s
-        session.retry_s = min(1.25 * session.retry_s, RETRY_S_MAX)  # the wait is a quarter of how long the daemon has been away
+        session.retry_s = min(RETRY_GROWTH * session.retry_s, RETRY_S_MAX)
 
     def _hang_up(self, session: Session, now: float) -> None:
         if session.line is not None:
