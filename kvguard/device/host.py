@@ -59,41 +59,17 @@ class Copies:
 
     def capture(self, blocks, starts, counts, out: memoryview) -> int:
         """See device/base.py. Raises Refused for pieces outside the pool, an `out` that is too small, or a layout whose tokens aren't addressable."""
-        return self._gather(*self._slots(blocks, starts, counts), out)
+        return self._gather(*slots_of(self.layout, blocks, starts, counts), out)
 
     def capture_blocks(self, blocks, out: memoryview) -> int:
-        return self._gather(*self._whole(blocks), out)
+        return self._gather(*slots_of_blocks(self.layout, blocks), out)
 
     def scatter(self, blocks, starts, counts, source: memoryview) -> None:
         """See device/base.py. `source` must hold exactly the pieces' bytes, else Refused."""
-        self._spread(*self._slots(blocks, starts, counts), source)
+        self._spread(*slots_of(self.layout, blocks, starts, counts), source)
 
     def scatter_blocks(self, blocks, source: memoryview) -> None:
-        self._spread(*self._whole(blocks), source)
-
-    # ---- pieces to units ----------------------------------------------------------------------------------------------------------
-
-    def _slots(self, blocks, starts, counts) -> tuple[np.ndarray, np.ndarray]:
-        """Block and slot of each token of the pieces, in order."""
-        if not self.layout.addressable:
-            raise Refused("single tokens of this layout aren't addressable. Try: capture_blocks, scatter_blocks")
-        blocks, starts, counts = (np.asarray(column, dtype=np.int64) for column in (blocks, starts, counts))
-        lowest = min(int(column.min(initial=0)) for column in (blocks, starts, counts))
-        highest = int(blocks.max(initial=0)), int((starts + counts).max(initial=0))
-        if lowest < 0 or highest[0] >= self.layout.blocks or highest[1] > self.layout.block_tokens:
-            raise Refused(f"a piece lies outside the pool's {self.layout.blocks} blocks of {self.layout.block_tokens} tokens")
-        first = np.cumsum(counts) - counts
-        slots = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(starts - first, counts)
-        return np.repeat(blocks, counts), slots
-
-    def _whole(self, blocks) -> tuple[np.ndarray, np.ndarray]:
-        blocks = np.asarray(blocks, dtype=np.int64)
-        if blocks.size and (blocks.min() < 0 or blocks.max() >= self.layout.blocks):
-            raise Refused(f"a block lies outside the pool's {self.layout.blocks} blocks")
-        if not self.layout.addressable:
-            return blocks, np.zeros(blocks.size, dtype=np.int64)
-        tokens = self.layout.block_tokens
-        return np.repeat(blocks, tokens), np.tile(np.arange(tokens, dtype=np.int64), blocks.size)
+        self._spread(*slots_of_blocks(self.layout, blocks), source)
 
     # ---- copies -------------------------------------------------------------------------------------------------------------------
 
@@ -198,6 +174,34 @@ class HostDevice:
             raise Refused(f"the pool of {held} bytes doesn't fit its layout: {error}") from error
         if not fcntl.fcntl(descriptors[0], fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise Refused("the pool's memory could be cut under its readers. Try: HostDevice.allocate, or a memfd with F_SEAL_SHRINK")
+
+
+# ---- pieces to units --------------------------------------------------------------------------------------------------------------
+
+
+def slots_of(layout: Layout, blocks, starts, counts) -> tuple[np.ndarray, np.ndarray]:
+    """Block and slot of each token of the pieces, in order, int64 [n]. Raises Refused for what lies outside the pool, or isn't addressable."""
+    if not layout.addressable:
+        raise Refused("single tokens of this layout aren't addressable. Try: capture_blocks, scatter_blocks")
+    blocks, starts, counts = (np.asarray(column, dtype=np.int64) for column in (blocks, starts, counts))
+    lowest = min(int(column.min(initial=0)) for column in (blocks, starts, counts))
+    highest = int(blocks.max(initial=0)), int((starts + counts).max(initial=0))
+    if lowest < 0 or highest[0] >= layout.blocks or highest[1] > layout.block_tokens:
+        raise Refused(f"a piece lies outside the pool's {layout.blocks} blocks of {layout.block_tokens} tokens")
+    first = np.cumsum(counts) - counts
+    slots = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(starts - first, counts)
+    return np.repeat(blocks, counts), slots
+
+
+def slots_of_blocks(layout: Layout, blocks) -> tuple[np.ndarray, np.ndarray]:
+    """The same of whole blocks: one slot, 0, for each where tokens aren't addressable. Raises Refused for a block outside the pool."""
+    blocks = np.asarray(blocks, dtype=np.int64)
+    if blocks.size and (blocks.min() < 0 or blocks.max() >= layout.blocks):
+        raise Refused(f"a block lies outside the pool's {layout.blocks} blocks")
+    if not layout.addressable:
+        return blocks, np.zeros(blocks.size, dtype=np.int64)
+    tokens = layout.block_tokens
+    return np.repeat(blocks, tokens), np.tile(np.arange(tokens, dtype=np.int64), blocks.size)
 
 
 # ---- the grid -------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,171 @@
+"""The CUDA device: which GPU a pool is on, and what stands behind its descriptors.
+
+Knows: drivers by GPU, cards, configuration of captures. Must not know: cupy (cupy_driver.py does), what is in a ring, sequences.
+
+Invariants
+- Nothing of CUDA is imported or opened before `prepare`, `allocate`, `share` or the first `open`.
+- A GPU that can't be used is said once and remembered: attaching to it is refused with the reason, and nothing else of the process suffers.
+- Descriptors are closed here whatever happens.
+- A host pool (what a dead GPU pool was salvaged into) opens as GPU memory of the same layout, with the bytes that the host pool has.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvguard.device import card
+from kvguard.device.driver import Driver
+from kvguard.device.gpu_pool import GpuPool
+from kvguard.device.host import HostDevice
+from kvguard.device.opened import RING_BYTES, STAGED_BYTES, Mappings, OpenedPool
+from kvguard.device.owned import OwnedPool
+from kvguard.errors import BadConfig, KvguardError, Refused
+from kvguard.format.layout import Layout
+
+log = logging.getLogger(__name__)
+UPLOAD_BYTES = 8 << 20
+CAPTURES = ("engine", "daemon")
+
+
+@dataclass(frozen=True, slots=True)
+class Capturing:
+    """How a daemon reads pools. `capture`: engine (it packs steps into our ring) or daemon (we launch the gather). `bytes_per_s`: 0 for as fast as it goes."""
+
+    capture: str = "engine"
+    bytes_per_s: int = 0
+    ring_bytes: int = RING_BYTES
+    staged_bytes: int = STAGED_BYTES
+
+
+class CudaDevice:
+    """See device/base.py. `drivers`: makes one driver for each GPU; the first is the one that allocate() and share() take, unless a number is given."""
+
+    def __init__(self, drivers: Callable[[], Sequence[Driver]], capturing: Capturing = Capturing(), kind: str = "cuda") -> None:  # noqa: B008
+        self.kind = kind
+        self.capturing = capturing
+        self._make = drivers
+        self._drivers: tuple[Driver, ...] = ()
+        self._mappings: dict[str, Mappings] = {}
+        self.fault = ""  # why there is no GPU to be had
+
+    def prepare(self) -> str:
+        """Open a context on every GPU now, before engines measure what is free. Returns why that can't be; empty where it could. Never raises."""
+        try:
+            self._all()
+        except KvguardError as error:
+            return str(error)
+        return ""
+
+    def _all(self) -> tuple[Driver, ...]:
+        if self.fault:
+            raise Refused(self.fault)
+        if not self._drivers:
+            try:
+                self._drivers = tuple(self._make())
+            except KvguardError as error:
+                self.fault = str(error)
+                raise
+            self._mappings = {driver.uuid: Mappings(driver) for driver in self._drivers}
+            log.info("GPUs: %s", ", ".join(f"{driver.name} {driver.uuid}" for driver in self._drivers))
+        return self._drivers
+
+    def driver(self, number: int = 0) -> Driver:
+        """Raises Refused, BadConfig where there is no such GPU."""
+        drivers = self._all()
+        if not 0 <= number < len(drivers):
+            raise BadConfig(f"GPU {number} isn't one of the {len(drivers)} that this process sees. Try: CUDA_VISIBLE_DEVICES")
+        return drivers[number]
+
+    # ---- an engine's --------------------------------------------------------------------------------------------------------------
+
+    def allocate(self, layout: Layout, gpu: int = 0) -> OwnedPool:
+        """A zeroed pool of its own allocation. Raises BadConfig for a layout with faults, Refused without a GPU or memory."""
+        layout.check(layout.pool_bytes)
+        driver = self.driver(gpu)
+        address = driver.allocate(layout.pool_bytes)
+        try:
+            return OwnedPool(driver, layout, address, allocation=address)
+        except BaseException:
+            driver.free(address)
+            raise
+
+    def share(self, layout: Layout, address: int, gpu: int = 0) -> OwnedPool:
+        """A pool in memory that the engine has allocated itself, at device `address` (a tensor's data_ptr()). Raises BadConfig, Refused.
+
+        The engine says on which stream it launches: `pool.current = lambda: torch.cuda.current_stream().cuda_stream`.
+        """
+        driver = self.driver(gpu)
+        found = driver.allocation_of(address)
+        layout.check(found.address + found.size - address)
+        return OwnedPool(driver, layout, address)
+
+    # ---- another process's ----------------------------------------------------------------------------------------------------------
+
+    def open(self, layout: Layout, descriptors: list[int], writable: bool = True) -> OpenedPool | OwnedPool:
+        """See device/base.py: a card's pool for reading (`writable` is not offered), a host pool's bytes in GPU memory of our own."""
+        taken: list[int] = []
+        try:
+            if not descriptors:
+                raise Refused("a GPU's pool comes as a descriptor with its card. Try: Pool.export()")
+            terms = card.read(descriptors[0])
+            if terms is None:
+                taken += descriptors
+                return self._adopt(layout, descriptors)
+            return self._open(layout, terms)
+        finally:
+            for descriptor in descriptors:
+                if descriptor not in taken:
+                    os.close(descriptor)
+
+    def _open(self, layout: Layout, terms: card.Card) -> OpenedPool:
+        try:
+            layout.check(terms.size)
+        except BadConfig as error:
+            raise Refused(f"the pool of {terms.size} bytes doesn't fit its layout: {error}") from error
+        driver = next((one for one in self._all() if one.uuid == terms.uuid), None)
+        if driver is None or terms.kind != "pool":
+            seen = ", ".join(one.uuid for one in self._drivers)
+            raise Refused(f"the pool is on {terms.uuid}, this process sees {seen}. Try: the same CUDA_VISIBLE_DEVICES for engine and daemon")
+        how = self.capturing
+        return OpenedPool(
+            driver, layout, self._mappings[driver.uuid], terms, capture=how.capture, bytes_per_s=how.bytes_per_s, ring_bytes=how.ring_bytes,
+            staged_bytes=how.staged_bytes,
+        )  # fmt: skip
+
+    def _adopt(self, layout: Layout, descriptors: list[int]) -> OwnedPool:
+        """What was salvaged, in a pool of our own: only what the file has is carried."""
+        found = os.dup(descriptors[0])
+        source = HostDevice().open(layout, descriptors, writable=False)
+        try:
+            pool = self.allocate(layout)
+            try:
+                _upload(pool, source.memory, found)
+            except BaseException:
+                pool.close()
+                raise
+            return pool
+        finally:
+            source.close()
+            os.close(found)
+
+
+def _upload(pool: GpuPool, memory: memoryview, descriptor: int) -> None:
+    """The file's data, not its holes, into the pool."""
+    stream = pool.driver.stream(urgent=False)
+    staging, pinned = pool.driver.pinned(UPLOAD_BYTES)
+    at, size = 0, pool.layout.pool_bytes
+    while at < size:
+        try:
+            at = os.lseek(descriptor, at, os.SEEK_DATA)
+        except OSError:  # a hole up to the end
+            return
+        end = min(size, os.lseek(descriptor, at, os.SEEK_HOLE))
+        while at < end:
+            count = min(UPLOAD_BYTES, end - at)
+            staging[:count] = memory[at : at + count]
+            pool.driver.copy(pool.address + at, pinned, count, stream)
+            pool.driver.synchronise(stream)
+            at += count

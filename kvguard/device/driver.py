@@ -1,0 +1,95 @@
+"""What is asked of a GPU's driver, in twenty calls: the seam between the CUDA device (cuda.py and its neighbours) and cupy (cupy_driver.py).
+
+Knows: addresses, streams, events, handles. Must not know: layouts, pools, cupy.
+Invariants: nothing here waits except `synchronise`; what was put on one stream happens in order; an error of the GPU itself is DeviceLost and final for this
+process, any other Refused or BadConfig, with a `Try:`. The rehearsal (rehearsal.py) keeps to the same without a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kvguard.device.kernels.plan import Launch
+from kvguard.errors import KvguardError
+
+Stream = Any  # what a driver gave; opaque to everyone else
+Event = Any
+HANDLE_BYTES = 64
+
+
+class DeviceLost(KvguardError):
+    """The GPU had a fault, or is gone: nothing of it may be believed, and this process can use it no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """`address` of the whole allocation that a pointer lies in, `size` in bytes, `exportable` by handle (False: expandable segments, VMM)."""
+
+    address: int
+    size: int
+    exportable: bool
+
+
+class Driver(Protocol):
+    """One GPU of this process. Addresses are ints, as the device takes them; a host address that was given out by `pinned` or `registered` is one, too."""
+
+    uuid: str
+    name: str
+    writes_words: bool  # whether a stream can write a 64-bit word without a kernel
+
+    # ---- memory -------------------------------------------------------------------------------------------------------------------
+
+    def allocate(self, size: int) -> int:
+        """Device memory, zeroed, aligned to 256 bytes, that can be exported by handle. Raises Refused where there isn't enough."""
+
+    def free(self, address: int) -> None: ...
+
+    def allocation_of(self, address: int) -> Allocation: ...
+
+    def handle_of(self, address: int) -> bytes:
+        """HANDLE_BYTES for another process; `address`: of a whole allocation."""
+
+    def open_handle(self, handle: bytes) -> int:
+        """Another process's allocation, mapped here: its address. Raises Refused for this process's own, or one that is gone."""
+
+    def close_handle(self, address: int) -> None: ...
+
+    def pinned(self, size: int) -> tuple[memoryview, int]:
+        """Host memory that copies reach without the CPU, and its device address; it lives as long as the view does."""
+
+    def registered(self, memory: memoryview) -> int:
+        """Device address of host memory that is mapped anyway (a commit table, an arena); until `unregistered`."""
+
+    def unregistered(self, memory: memoryview) -> None: ...
+
+    # ---- order --------------------------------------------------------------------------------------------------------------------
+
+    def stream(self, urgent: bool) -> Stream:
+        """A new stream; not `urgent`: whatever else runs goes first."""
+
+    def current(self) -> Stream:
+        """The stream on which the caller's framework launches now."""
+
+    def record(self, stream: Stream) -> Event: ...
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        """Nothing put on `stream` from now on begins before `event`; the caller doesn't wait."""
+
+    def is_done(self, event: Event) -> bool:
+        """Raises DeviceLost where the GPU had a fault meanwhile."""
+
+    def synchronise(self, stream: Stream) -> None: ...
+
+    # ---- work ---------------------------------------------------------------------------------------------------------------------
+
+    def copy(self, to: int, at: int, size: int, stream: Stream) -> None:
+        """Between any two addresses, by a copy engine."""
+
+    def copy_rows(self, to: int, to_pitch: int, at: int, at_pitch: int, width: int, rows: int, stream: Stream) -> None: ...
+
+    def launch(self, launch: Launch, pool: int, flat: int, slots: int, places: int, runs: int, stream: Stream) -> None:
+        """One kernel of pool.cu. `slots`, `places` (0: none), `flat`: of the whole columns; what the launch skips is added here."""
+
+    def write_word(self, address: int, value: int, stream: Stream) -> None:
+        """A 64-bit store that the host sees once everything before it on `stream` is done."""

@@ -1,0 +1,178 @@
+"""A pool in a GPU's memory, mapped in this process: copies between it and host memory by one kernel and a few large transfers.
+
+Knows: a driver, the kernels' plan, staging. Must not know: whose pool it is, rings, handles.
+Invariants: pieces are checked before anything is launched; a call returns when its bytes are there, or raises; calls of several threads take turns; what this
+file launches never runs before what was launched on the caller's stream before the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from kvguard.device.driver import Driver, Stream
+from kvguard.device.host import slots_of, slots_of_blocks
+from kvguard.device.kernels.plan import Plan, tables_bytes
+from kvguard.device.paced import WAIT_S_MAX, finished
+from kvguard.errors import Refused
+from kvguard.format.layout import Layout
+
+STAGING_BYTES = 8 << 20
+ALIGNMENT = 256  # of every part of a buffer, as cudaMalloc gives
+
+
+class Tables:
+    """The plan's runs on the device, uploaded once. `address(n)`: of group n."""
+
+    def __init__(self, driver: Driver, plan: Plan, stream: Stream) -> None:
+        self._driver, self._starts, at = driver, [], 0
+        memory, pinned = driver.pinned(tables_bytes(plan))
+        for group in plan.groups:
+            self._starts.append(at)
+            np.frombuffer(memory, np.uint8)[at : at + group.runs.nbytes] = group.runs.reshape(-1).view(np.uint8)
+            at += group.runs.nbytes
+        self._base = driver.allocate(at)
+        driver.copy(self._base, pinned, at, stream)
+        driver.synchronise(stream)
+
+    def address(self, group: int) -> int:
+        return self._base + self._starts[group]
+
+    def free(self) -> None:
+        self._driver.free(self._base)
+
+
+class Staging:
+    """Units of canonical bytes on both sides, and a column of slots. `units` at a time."""
+
+    def __init__(self, driver: Driver, unit_bytes: int, staging_bytes: int) -> None:
+        self.units = max(1, staging_bytes // unit_bytes)
+        size = self.units * unit_bytes
+        self._driver = driver
+        self._slots_at = -(-size // ALIGNMENT) * ALIGNMENT
+        self.flat = driver.allocate(self._slots_at + 8 * self.units)
+        self.memory, self.pinned = driver.pinned(self._slots_at + 8 * self.units)
+        self.bytes = np.frombuffer(self.memory, np.uint8, size)
+        self._column = np.frombuffer(self.memory, np.int64, self.units, self._slots_at)
+
+    def send_slots(self, slots: np.ndarray, stream: Stream) -> int:
+        """The device address of a column of slots, there once `stream` has come so far. The column before it must have been used."""
+        self._column[: slots.size] = slots
+        self._driver.copy(self.flat + self._slots_at, self.pinned + self._slots_at, slots.nbytes, stream)
+        return self.flat + self._slots_at
+
+    def free(self) -> None:
+        self._driver.free(self.flat)
+        self.bytes = self._column = np.zeros(0, np.uint8)
+
+
+class GpuPool:
+    """See device/base.py. `address`: of the pool's first byte. `current`: the stream on which the engine launches; anything before it is waited for, on the GPU.
+
+    Raises Refused (pieces outside, a layout the kernels can't take), DeviceLost, TimedOut.
+    """
+
+    def __init__(self, driver: Driver, layout: Layout, address: int, staging_bytes: int = STAGING_BYTES) -> None:
+        self.layout, self.driver, self.address = layout, driver, address
+        self.plan = Plan.of(layout)
+        self.current: Callable[[], Stream] = driver.current
+        self.lost = ""
+        self._stream = driver.stream(urgent=False)
+        self._tables = Tables(driver, self.plan, self._stream)
+        self._staging_bytes = staging_bytes
+        self._staging: Staging | None = None  # made when it is first needed: a daemon that runs copy engines alone never does
+        self._lock = threading.Lock()
+        self._closed = False
+
+    # ---- copies -------------------------------------------------------------------------------------------------------------------
+
+    def capture(self, blocks, starts, counts, out: memoryview) -> int:
+        """See device/base.py: by one gather kernel and one transfer per 8 MiB."""
+        return self._gather(self.plan.slots(*slots_of(self.layout, blocks, starts, counts)), out)
+
+    def capture_blocks(self, blocks, out: memoryview) -> int:
+        return self._gather(self.plan.slots(*slots_of_blocks(self.layout, blocks)), out)
+
+    def scatter(self, blocks, starts, counts, source: memoryview) -> None:
+        """See device/base.py. `source` must hold exactly the pieces' bytes, else Refused."""
+        self._spread(self.plan.slots(*slots_of(self.layout, blocks, starts, counts)), source)
+
+    def scatter_blocks(self, blocks, source: memoryview) -> None:
+        self._spread(self.plan.slots(*slots_of_blocks(self.layout, blocks)), source)
+
+    def launch(self, gather: bool, slots: int, count: int, flat: int, stream: Stream, places: int = 0, layer: int | None = None) -> None:
+        """The kernels for `count` slots whose column is at device address `slots`, on `stream`. `flat`, `places`: as the kernels take them."""
+        common = self.address | flat | 16
+        for launch in self.plan.launches(gather, count, common & -common, layer):
+            self.driver.launch(launch, self.address, flat, slots, places, self._tables.address(launch.group), stream)
+
+    def _gather(self, slots: np.ndarray, out: memoryview) -> int:
+        unit, total = self.plan.unit_bytes, slots.size * self.plan.unit_bytes
+        if out.nbytes < total:
+            raise Refused(f"the pieces are {total} bytes, the buffer has {out.nbytes}")
+        target = np.frombuffer(out, np.uint8, total) if total else None
+        with self._lock:
+            staging = self._ready(slots.size)
+            for first in range(0, slots.size, staging.units):
+                some = slots[first : first + staging.units]
+                self.launch(True, staging.send_slots(some, self._stream), some.size, staging.flat, self._stream)
+                self.driver.copy(staging.pinned, staging.flat, some.size * unit, self._stream)
+                self._finish()
+                target[first * unit : (first + some.size) * unit] = staging.bytes[: some.size * unit]
+        return total
+
+    def _spread(self, slots: np.ndarray, source: memoryview) -> None:
+        unit, total = self.plan.unit_bytes, slots.size * self.plan.unit_bytes
+        if source.nbytes != total:
+            raise Refused(f"the pieces are {total} bytes, the source has {source.nbytes}")
+        values = np.frombuffer(source, np.uint8) if total else None
+        with self._lock:
+            staging = self._ready(slots.size)
+            for first in range(0, slots.size, staging.units):
+                some = slots[first : first + staging.units]
+                staging.bytes[: some.size * unit] = values[first * unit : (first + some.size) * unit]
+                self.driver.copy(staging.flat, staging.pinned, some.size * unit, self._stream)
+                self.launch(False, staging.send_slots(some, self._stream), some.size, staging.flat, self._stream)
+                self._finish()
+
+    def _ready(self, units: int) -> Staging:
+        """Staging, and this pool's stream behind whatever the engine has launched. Raises Refused for a pool that was closed."""
+        if self._closed:
+            raise Refused("the pool was closed. Try: another one")
+        if self._staging is None:
+            self._staging = Staging(self.driver, self.plan.unit_bytes, self._staging_bytes)
+        if units:
+            self.driver.wait(self._stream, self.driver.record(self.current()))
+        return self._staging
+
+    def _finish(self) -> None:
+        finished(self.driver, self.driver.record(self._stream), time.monotonic() + WAIT_S_MAX)
+
+    # ---- words --------------------------------------------------------------------------------------------------------------------
+
+    def publish(self, word: memoryview, value: int) -> None:
+        """A plain store: whoever only reads a pool has nothing in flight that it would wait for."""
+        (word if word.format == "Q" else word.cast("B").cast("Q"))[0] = value
+
+    def export(self) -> list[int]:
+        raise Refused("memory that was opened can't be exported again: only its own process can. Try: salvage, which makes a host pool of it")
+
+    def close(self) -> None:
+        """Free what is this file's own. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._tables.free()
+            if self._staging is not None:
+                self._staging.free()
+
+
+def page_of(address: int, page_bytes: int = 4096) -> tuple[memoryview, int]:
+    """The writable page of this process that holds an address, and the address's place in it."""
+    start = address & -page_bytes
+    return memoryview((ctypes.c_ubyte * page_bytes).from_address(start)).cast("B"), address - start

@@ -1,0 +1,267 @@
+"""A pool of another process on a GPU, as its node's daemon sees it: read by copy engines, and from the ring into which the engine packs its steps.
+
+Knows: the mapping, ring and staging on this side, whole blocks as extents. Must not know: which positions are committed, peers, who restores.
+
+Invariants
+- With `capture = "engine"` nothing here launches a kernel: bytes come out of the ring, or as whole blocks by copy engines, small pieces, two in flight, paced.
+- A slot's bytes come from its latest record in the ring, or from the pool itself; never from an older one.
+- After a fault of the GPU nothing is read any more: `lost` says why, and every later call raises DeviceLost with it.
+- One mapping has one close, however many pools lie in it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvguard.device import card, ring
+from kvguard.device.driver import DeviceLost, Driver
+from kvguard.device.extents import Extents
+from kvguard.device.gpu_pool import GpuPool
+from kvguard.device.host import Copies, HostDevice, HostPool, slots_of, slots_of_blocks
+from kvguard.device.kernels.plan import Plan
+from kvguard.device.paced import Paced
+from kvguard.errors import Refused, TimedOut
+from kvguard.format.layout import Layout
+
+RING_BYTES = 64 << 20
+STAGED_BYTES = 128 << 20  # of host memory: what was packed stays here until newer steps need the place
+MIRROR_BYTES = 8 << 20
+ROWS_MIN = 16
+
+
+class Mappings:
+    """Other processes' allocations, each mapped once. Belongs to one driver and one thread."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._open: dict[bytes, list[int]] = {}  # handle -> [address, users]
+
+    def open(self, handle: bytes) -> int:
+        if handle not in self._open:
+            self._open[handle] = [self._driver.open_handle(handle), 0]
+        self._open[handle][1] += 1
+        return self._open[handle][0]
+
+    def close(self, handle: bytes) -> None:
+        entry = self._open[handle]
+        entry[1] -= 1
+        if not entry[1]:
+            del self._open[handle]
+            self._driver.close_handle(entry[0])
+
+
+class Mirror:
+    """Whole blocks of a pool in pinned host memory, `blocks` at a time, read with the host device's copies."""
+
+    def __init__(self, driver: Driver, layout: Layout, paced: Paced, mirror_bytes: int = MIRROR_BYTES) -> None:
+        self._paced = paced
+        self._extents = Extents.of(layout)
+        self.blocks = max(1, mirror_bytes // self._extents.block_bytes)
+        memory, self._pinned = driver.pinned(self.blocks * self._extents.block_bytes)
+        self.copies = Copies(self._extents.mirror(self.blocks), memory)
+
+    def fetch(self, address: int, blocks: Sequence[int]) -> None:
+        """Blocks of the pool at `address` into the mirror's blocks 0, 1, ... At most self.blocks of them. Raises TimedOut, DeviceLost."""
+        for n, block in enumerate(blocks):
+            to = self._pinned + n * self._extents.block_bytes
+            for piece in self._extents.pieces:
+                at = address + piece.at + block * piece.block_stride
+                self._paced.rows(to + piece.to, piece.width, at, piece.pitch, piece.width, piece.rows)
+        self._paced.finish()
+
+
+class RingEnd:
+    """The daemon's end of a ring: device memory that it owns, and what came out of it in host memory."""
+
+    def __init__(self, driver: Driver, layout: Layout, unit_bytes: int, slots_total: int, paced: Paced, ring_bytes: int, staged_bytes: int) -> None:
+        self._driver, self._paced, self._unit_bytes = driver, paced, unit_bytes
+        self.rows = max(ROWS_MIN, ring_bytes // unit_bytes)
+        staged_rows = max(self.rows, staged_bytes // unit_bytes)
+        self.memory = driver.allocate(self.rows * unit_bytes)
+        staged, self._pinned = driver.pinned(staged_rows * unit_bytes)
+        self.staged = np.frombuffer(staged, np.uint8).reshape(staged_rows, unit_bytes)
+        self.words = ring.Words.create(self.rows)
+        self._unpacker = ring.Unpacker(self.words, self.rows, staged_rows, slots_total)
+
+    @property
+    def unpacked(self) -> int:
+        return self._unpacker.unpacked
+
+    def welcome(self) -> list[int]:
+        """[a card, words] for the engine; the caller's to close."""
+        found = self._driver.allocation_of(self.memory)
+        size = self.rows * self._unit_bytes
+        terms = card.Card("ring", self._driver.uuid, self._driver.handle_of(found.address), self.memory - found.address, size, self.rows)
+        return [card.write(terms), os.dup(self.words.fd)]
+
+    def find(self, slots: np.ndarray) -> np.ndarray:
+        """Staged row of each slot, -1 where it must be read from the pool; everything that the engine has packed is fetched first."""
+        found = self._unpacker.finished()
+        for row, some, staged in found:
+            if row >= 0:
+                self._paced.copy(self._pinned + staged * self._unit_bytes, self.memory + row * self._unit_bytes, len(some) * self._unit_bytes)
+        self._paced.finish()
+        self._unpacker.copied(found)
+        return self._unpacker.find(slots)
+
+    def close(self) -> None:
+        self._driver.free(self.memory)
+        self.words.close()
+        self.staged = np.zeros((0, 1), np.uint8)
+
+
+class OpenedPool:
+    """See device/base.py; for reading alone. `lost`: why the GPU's memory can't be believed any more. Counts: `from_ring`, `from_pool` units captured."""
+
+    def __init__(
+        self, driver: Driver, layout: Layout, mappings: Mappings, terms: card.Card, *, capture: str = "engine", bytes_per_s: int = 0,
+        ring_bytes: int = RING_BYTES, staged_bytes: int = STAGED_BYTES,
+    ) -> None:  # fmt: skip
+        self.layout, self.driver = layout, driver
+        self.plan = Plan.of(layout)
+        self.lost = ""
+        self._mappings, self._handle = mappings, terms.handle
+        self.address = mappings.open(terms.handle) + terms.offset
+        self._ring: RingEnd | None = None
+        self._kernels: GpuPool | None = None
+        try:
+            found = driver.allocation_of(self.address)
+            if found.address + found.size < self.address + layout.pool_bytes:
+                raise Refused(f"the allocation has {found.size} bytes, too few for the pool that it is said to hold. Try: Pool.export()")
+            self._paced = Paced(driver, driver.stream(urgent=False), bytes_per_s)
+            self._mirror = Mirror(driver, layout, self._paced)
+            if capture == "daemon":
+                self._kernels = GpuPool(driver, layout, self.address)
+            else:
+                slots = self.plan.blocks * self.plan.block_tokens
+                self._ring = RingEnd(driver, layout, self.plan.unit_bytes, slots, self._paced, ring_bytes, staged_bytes)
+        except BaseException:
+            mappings.close(terms.handle)
+            raise
+        self._closed = False
+        self.from_ring = self.from_pool = 0
+
+    def welcome(self) -> list[int]:
+        """What the engine is answered with: its ring, or nothing where the daemon gathers itself."""
+        return self._ring.welcome() if self._ring is not None else []
+
+    # ---- captures -----------------------------------------------------------------------------------------------------------------
+
+    def capture(self, blocks, starts, counts, out: memoryview) -> int:
+        """See device/base.py. Raises Refused, DeviceLost, TimedOut."""
+        return self._capture(*slots_of(self.layout, blocks, starts, counts), out)
+
+    def capture_blocks(self, blocks, out: memoryview) -> int:
+        return self._capture(*slots_of_blocks(self.layout, blocks), out)
+
+    def _capture(self, blocks: np.ndarray, within: np.ndarray, out: memoryview) -> int:
+        unit, total = self.plan.unit_bytes, blocks.size * self.plan.unit_bytes
+        if out.nbytes < total:
+            raise Refused(f"the pieces are {total} bytes, the buffer has {out.nbytes}")
+        self._refuse_lost()
+        if not total:
+            return 0
+        try:
+            if self._kernels is not None:
+                return self._kernels.capture(blocks, within, np.ones_like(blocks), out) if self.layout.addressable else self._kernels.capture_blocks(blocks, out)
+            target = np.frombuffer(out, np.uint8, total).reshape(blocks.size, unit)
+            rows = self._ring.find(self.plan.slots(blocks, within))
+            staged = rows >= 0
+            target[staged] = self._ring.staged[rows[staged]]
+            self._from_pool(blocks, within, np.flatnonzero(~staged), target)
+            self.from_ring += int(staged.sum())
+        except (DeviceLost, TimedOut) as error:
+            self._lose(str(error))
+            raise
+        return total
+
+    def _from_pool(self, blocks: np.ndarray, within: np.ndarray, missing: np.ndarray, target: np.ndarray) -> None:
+        """Units that the ring doesn't have: their whole blocks by copy engines, and out of the mirror."""
+        wanted = np.unique(blocks[missing])
+        for first in range(0, wanted.size, self._mirror.blocks):
+            some = wanted[first : first + self._mirror.blocks]
+            self._mirror.fetch(self.address, some.tolist())
+            here = missing[(blocks[missing] >= some[0]) & (blocks[missing] <= some[-1])]
+            places = np.searchsorted(some, blocks[here])
+            found = memoryview(bytearray(here.size * self.plan.unit_bytes))
+            if self.layout.addressable:
+                self._mirror.copies.capture(places, within[here], np.ones_like(places), found)
+            else:
+                self._mirror.copies.capture_blocks(places, found)
+            target[here] = np.frombuffer(found, np.uint8).reshape(here.size, -1)
+        self.from_pool += int(missing.size)
+
+    # ---- after the engine's death ---------------------------------------------------------------------------------------------------
+
+    def salvage(self, sequences: Sequence[Sequence[int]], salvage_ms_max: int) -> tuple[HostPool, int]:
+        """A host pool of the same layout that holds the sequences' blocks, whole sequences in the order given, as many as come in time: (pool, how many).
+
+        Then this mapping is closed, so that a restart can allocate. Raises DeviceLost after a fault of the GPU: then nothing was read.
+        """
+        self._refuse_lost()
+        deadline = time.monotonic() + salvage_ms_max / 1000
+        saved, kept = HostDevice().allocate(self.layout), set()
+        count = 0
+        try:
+            for blocks in sequences:
+                wanted = [block for block in dict.fromkeys(blocks) if block not in kept]
+                if not self._carry(saved, wanted, deadline):
+                    break
+                kept.update(wanted)
+                count += 1
+        except BaseException as error:
+            self._lose(str(error))
+            saved.close()
+            raise
+        self.close()
+        return saved, count
+
+    def _carry(self, saved: HostPool, blocks: list[int], deadline: float) -> bool:
+        for first in range(0, len(blocks), self._mirror.blocks):
+            if time.monotonic() >= deadline:
+                return False
+            some = blocks[first : first + self._mirror.blocks]
+            self._mirror.fetch(self.address, some)
+            data = memoryview(bytearray(len(some) * self.layout.block_bytes))
+            self._mirror.copies.capture_blocks(list(range(len(some))), data)
+            saved.scatter_blocks(some, data)
+        return True
+
+    # ---- what a daemon's view of a pool doesn't do ------------------------------------------------------------------------------------
+
+    def scatter(self, blocks, starts, counts, source: memoryview) -> None:
+        raise Refused("a daemon never writes into an engine's memory. Try: the engine's own pool")
+
+    def scatter_blocks(self, blocks, source: memoryview) -> None:
+        raise Refused("a daemon never writes into an engine's memory. Try: the engine's own pool")
+
+    def publish(self, word: memoryview, value: int) -> None:
+        raise Refused("a daemon says nothing for an engine. Try: the engine's own pool")
+
+    def export(self) -> list[int]:
+        raise Refused("memory that was opened can't be exported again: only its own process can. Try: salvage, which makes a host pool of it")
+
+    def _refuse_lost(self) -> None:
+        if self.lost:
+            raise DeviceLost(self.lost)
+        if self._closed:
+            raise Refused("the pool was closed. Try: attach again")
+
+    def _lose(self, why: str) -> None:
+        self.lost = self.lost or why
+
+    def close(self) -> None:
+        """Unmap, give the ring back. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._kernels is not None:
+            self._kernels.close()
+        if self._ring is not None:
+            self._ring.close()
+        self._mirror.copies.forget()
+        self._mappings.close(self._handle)

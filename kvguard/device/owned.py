@@ -1,0 +1,224 @@
+"""The engine's own pool on a GPU: exported to its node's daemon, each step's new slots packed into the daemon's ring, words written in stream order.
+
+Knows: side stream, ring, registered words. Must not know: steps, tables, sequences.
+
+Invariants
+- wrote() and publish() launch and return: nothing is waited for, no fault of the daemon's side is raised; a fault of ours costs the ring, never a step.
+- A word is written once everything launched on the engine's stream before publish() is done, and after the gather of this step: all of them go through one
+  side stream, so that words rise in order and a written step is a packed one.
+- What the ring isn't told of is a gap: it makes everything void that the daemon hasn't fetched yet.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+
+import numpy as np
+
+from kvguard.device import card, ring
+from kvguard.device.driver import Driver, Event
+from kvguard.device.gpu_pool import GpuPool, page_of
+from kvguard.device.host import slots_of, slots_of_blocks
+from kvguard.errors import KvguardError, Refused
+from kvguard.format.layout import Layout
+
+COLUMNS = 8  # steps whose slots may be on their way
+SLOTS_MAX = 1 << 14  # of a step that is packed; a longer one (a prefill) is fetched from the pool
+_log = logging.getLogger("kvguard.device")
+
+
+class Columns:
+    """Areas that slots travel through, each used again when its gather is done. None is waited for."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._device = driver.allocate(8 * SLOTS_MAX * COLUMNS)
+        memory, self._pinned = driver.pinned(8 * SLOTS_MAX * COLUMNS)
+        self._values = np.frombuffer(memory, np.int64).reshape(COLUMNS, SLOTS_MAX)
+        self._free = deque(range(COLUMNS))
+        self._used: deque[tuple[int, Event]] = deque()
+
+    def send(self, slots: np.ndarray, stream) -> tuple[int, int] | None:
+        """(area, device address), or None where every area is still in use."""
+        while self._used and self._driver.is_done(self._used[0][1]):
+            self._free.append(self._used.popleft()[0])
+        if not self._free:
+            return None
+        area = self._free.popleft()
+        self._values[area, : slots.size] = slots
+        start = 8 * SLOTS_MAX * area
+        self._driver.copy(self._device + start, self._pinned + start, slots.nbytes, stream)
+        return area, self._device + start
+
+    def used_until(self, area: int, event: Event) -> None:
+        self._used.append((area, event))
+
+    def free(self) -> None:
+        self._driver.free(self._device)
+
+
+class Joined:
+    """A daemon's ring, opened."""
+
+    def __init__(self, driver: Driver, terms: card.Card, words: ring.Words, done: int) -> None:
+        self.driver, self.words, self.done = driver, words, done
+        self.packer = ring.Packer(words, terms.rows)
+        self.memory = driver.open_handle(terms.handle)
+        self.address = self.memory + terms.offset
+
+    def close(self) -> None:
+        self.driver.close_handle(self.memory)
+        self.words.close()
+
+
+class OwnedPool(GpuPool):
+    """`allocation`: to be freed with the pool; 0 where the memory is the engine's (share). Counts: `packed`, `skipped` steps; `lost`: why no step is packed."""
+
+    def __init__(self, driver: Driver, layout: Layout, address: int, allocation: int = 0) -> None:
+        super().__init__(driver, layout, address)
+        self._allocation = allocation
+        self._side = driver.stream(urgent=False)
+        self._columns = Columns(driver)
+        self._pages: dict[int, tuple[memoryview, int]] = {}  # registered host pages: view, device address
+        self._joined: Joined | None = None
+        self._joining = threading.Lock()
+        self._said = True  # whether wrote() was called since the last publish()
+        self.packed = 0
+
+    @property
+    def skipped(self) -> int:
+        joined = self._joined
+        return joined.packer.skipped + joined.packer.gaps if joined else 0
+
+    # ---- sharing ------------------------------------------------------------------------------------------------------------------
+
+    def export(self) -> list[int]:
+        """[a card]: where another process finds the pool. Raises Refused for memory that can't be shared by handle."""
+        found = self.driver.allocation_of(self.address)
+        if not found.exportable:
+            raise Refused(
+                "the pool lies in expandable segments or virtual memory management, which has no handle that another process could open. "
+                "Try: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False, or a pool from kvguard.engine.attach.allocate"
+            )
+        handle = self.driver.handle_of(found.address)
+        return [card.write(card.Card("pool", self.driver.uuid, handle, self.address - found.address, self.layout.pool_bytes))]
+
+    def join(self, descriptors: list[int]) -> None:
+        """[a card, words]: the daemon's ring, from now on; owned here. Called in any thread; never raises: without a ring the daemon reads the pool."""
+        joined = None
+        try:
+            terms = card.read(descriptors[0]) if len(descriptors) == 2 else None
+            if terms is None or terms.kind != "ring" or terms.uuid != self.driver.uuid or terms.size < terms.rows * self.plan.unit_bytes:
+                raise Refused(f"no ring for {self.driver.uuid} in {len(descriptors)} descriptors. Try: the same kvguard version in engine and daemon")
+            words = ring.Words(descriptors.pop())
+            joined = Joined(self.driver, terms, words, self._word(words.words[ring.AT_DONE : ring.AT_DONE + 1]))
+        except (KvguardError, OSError) as error:
+            _log.warning("kvguard: no ring to pack steps into: %s", error)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        with self._joining:
+            former, self._joined = self._joined, joined
+        if former is not None:
+            self._leave(former)
+
+    def _leave(self, former: Joined) -> None:
+        try:
+            self.driver.synchronise(self._side)  # nothing may still write into what is unmapped now
+            former.close()
+        except KvguardError as error:
+            _log.warning("kvguard: the former ring can't be closed: %s", error)
+
+    # ---- a step -------------------------------------------------------------------------------------------------------------------
+
+    def wrote(self, blocks, starts=None, counts=None) -> None:
+        """The slots that this step writes, all of them, after it was launched: int columns as of capture (without starts: whole blocks).
+
+        Raises Refused for pieces outside the pool, nothing else.
+        """
+        if starts is None or not self.layout.addressable:
+            slots = self.plan.slots(*slots_of_blocks(self.layout, np.unique(np.asarray(blocks, np.int64))))
+        else:
+            slots = self.plan.slots(*slots_of(self.layout, blocks, starts, counts))
+        self._said = True
+        with self._joining:
+            joined = self._joined
+            if joined is None or self.lost:
+                return
+            try:
+                self._pack(joined, slots)
+            except KvguardError as error:
+                self._give_up(joined, error)
+
+    def _pack(self, joined: Joined, slots: np.ndarray) -> None:
+        if slots.size > SLOTS_MAX:
+            joined.packer.gap()
+            return
+        driver, side = self.driver, self._side
+        sent = self._columns.send(slots, side)
+        if sent is None:
+            joined.packer.gap()
+            return
+        found = joined.packer.record(slots)
+        driver.wait(side, driver.record(self.current()))
+        if found is not None:
+            number, row = found
+            self.launch(True, sent[1], slots.size, joined.address + row * self.plan.unit_bytes, side)
+            driver.write_word(joined.done, number, side)
+            self.packed += 1
+        self._columns.used_until(sent[0], driver.record(side))
+
+    def publish(self, word: memoryview, value: int) -> None:
+        """See device/base.py: in the order of the side stream, so after this step's gather. Never raises: a word that can't be written commits nothing."""
+        with self._joining:
+            joined, said, self._said = self._joined, self._said, False
+            if self.lost:
+                return
+            try:
+                if joined is not None and not said:
+                    joined.packer.gap()
+                self.driver.wait(self._side, self.driver.record(self.current()))
+                self.driver.write_word(self._word(word), value, self._side)
+            except KvguardError as error:
+                self._give_up(joined, error)
+
+    def _give_up(self, joined: Joined | None, error: KvguardError) -> None:
+        """From here on nothing is committed: the daemon sees positions that don't rise, and says UNPROTECTED. The engine goes on as long as it can."""
+        self.lost = str(error)
+        if joined is not None:
+            joined.packer.gap()
+        _log.error("kvguard: this GPU's steps are no longer committed: %s", error)
+
+    def _word(self, word: memoryview) -> int:
+        """The device's address of a 64-bit word in host memory; its page is registered when it is first seen."""
+        address = np.frombuffer(word, np.uint8).ctypes.data
+        page, place = page_of(address)
+        start = address - place
+        if start not in self._pages:
+            self._pages[start] = page, self.driver.registered(page)
+        return self._pages[start][1] + place
+
+    def close(self) -> None:
+        """Wait for what was launched, give back what is ours. Idempotent. What another process has mapped lives on there."""
+        if self._closed:
+            return
+        try:
+            self.driver.synchronise(self._side)
+            with self._joining:
+                former, self._joined = self._joined, None
+            if former is not None:
+                former.close()
+            for page, _ in self._pages.values():
+                self.driver.unregistered(page)
+            self._pages.clear()
+            self._columns.free()
+            super().close()
+            if self._allocation:
+                self.driver.free(self._allocation)
+        except KvguardError as error:
+            self._closed = True
+            _log.warning("kvguard: the pool's memory goes with its process: %s", error)
+
