@@ -1,0 +1,337 @@
+"""GPU memory shared by two real processes: an engine that packs its steps, and a daemon that reads them; where there is no GPU, rehearsed in host memory."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from exporter import values_of
+
+from kvguard.device import open_device
+from kvguard.device.cuda import Capturing, CudaDevice
+from kvguard.device.driver import DeviceLost
+from kvguard.device.rehearsal import Rehearsal
+from kvguard.errors import BadConfig, Refused
+from kvguard.format.layout import Layout
+
+HERE = Path(__file__).resolve().parent
+KINDS = ["rehearsal", pytest.param("cuda", marks=pytest.mark.gpu)]
+SIZES = {"layers": 2, "blocks": 6, "block_tokens": 4, "kv_heads": 2, "head_dim": 8}
+LAYOUTS = {
+    "blocks first": Layout.paged("m", "bfloat16", **SIZES, order="block,layer,kv,slot,head,dim"),
+    "usual": Layout.paged("m", "bfloat16", **SIZES),
+    "heads first": Layout.paged("m", "bfloat16", **SIZES, order="layer,kv,block,head,slot,dim"),
+    "tensor per layer": Layout.per_layer("m", "bfloat16", **SIZES, order="block,slot,head,dim"),
+    "latent": Layout.latent("m", "bfloat16", 2, 6, 4, 36),
+    "opaque": Layout.opaque("m", "int8", 2, 6, 4, 208),
+}
+
+
+class Other:
+    """The engine's process."""
+
+    def __init__(self) -> None:
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.process = subprocess.Popen([sys.executable, HERE / "exporter.py", str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        theirs.close()
+        self.line = mine
+        self.word = None
+
+    def ask(self, do: str, fds=(), **arguments):
+        socket.send_fds(self.line, [json.dumps({"do": do, **arguments}).encode()], list(fds))
+        packet, got, _, _ = socket.recv_fds(self.line, 1 << 20, 4)
+        assert packet, "the engine's process ended"
+        return json.loads(packet), list(got)
+
+    def pool(self, kind: str, layout: Layout, **arguments) -> list[int]:
+        answer, fds = self.ask("allocate", kind=kind, layout=msgspec.json.encode(layout).decode(), **arguments)
+        assert "refused" not in answer, answer
+        return fds
+
+    def join(self, view) -> None:
+        fds = view.welcome()
+        if self.word is None:
+            table = os.memfd_create("table")
+            os.ftruncate(table, 4096)
+            self.memory = mmap.mmap(table, 4096)
+            self.word = memoryview(self.memory)[64:72].cast("Q")
+            fds.append(table)
+        else:
+            fds.append(os.memfd_create("nothing"))
+        self.ask("join", fds)
+        for fd in fds:
+            os.close(fd)
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(10)
+
+    def end(self) -> None:
+        self.line.close()
+        self.process.kill()
+        self.process.wait(10)
+
+
+@pytest.fixture
+def other():
+    made = Other()
+    yield made
+    made.end()
+
+
+def captured(view, slots) -> list[bytes]:
+    """Each slot's bytes, as the daemon gets them."""
+    unit, tokens = view.plan.unit_bytes, view.plan.block_tokens
+    out = memoryview(bytearray(len(slots) * unit))
+    if view.layout.addressable:
+        view.capture([slot // tokens for slot in slots], [slot % tokens for slot in slots], [1] * len(slots), out)
+    else:
+        view.capture_blocks(slots, out)
+    return [bytes(out[n * unit : (n + 1) * unit]) for n in range(len(slots))]
+
+
+def until(seen, wait_s: float = 5.0) -> None:
+    """Words are written in stream order: soon."""
+    deadline = time.monotonic() + wait_s
+    while not seen():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def device_of(kind: str, **capturing):
+    return open_device(kind, **{"ring_bytes": 1 << 16, "staged_bytes": 1 << 17, **capturing})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("capture", ["engine", "daemon"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_the_daemon_reads_what_the_engine_writes(kind, capture, layout, other):
+    device = device_of(kind, capture=capture)
+    view = device.open(layout, other.pool(kind, layout), writable=False)
+    if capture == "engine":
+        other.join(view)
+    unit, random, written = view.plan.unit_bytes, np.random.default_rng(3), {}
+    for step in range(1, 12):
+        slots = random.choice(view.plan.blocks * view.plan.block_tokens, random.integers(1, 5), replace=False).tolist()
+        other.ask("write", seed=step, slots=slots, said=step % 4 != 0, value=step if capture == "engine" else 0)
+        written.update({slot: values_of(step, slot, unit) for slot in slots})
+        if capture == "engine":
+            until(lambda step=step: other.word[0] == step)
+        assert captured(view, list(written)) == list(written.values())
+    if capture == "engine":
+        assert view.from_ring > 0 and view.from_pool > 0  # steps that weren't said came from the pool, the others from the ring
+    view.close()
+    view.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_was_said_comes_out_of_the_ring_alone(kind, other):
+    layout = LAYOUTS["usual"]
+    view = device_of(kind).open(layout, other.pool(kind, layout), writable=False)
+    other.join(view)
+    for step in range(1, 40):
+        slots = [(step * 5 + n) % 24 for n in range(3)]
+        answer, _ = other.ask("write", seed=step, slots=slots, value=step)
+        until(lambda step=step: other.word[0] == step)
+        assert captured(view, slots) == [values_of(step, slot, view.plan.unit_bytes) for slot in slots]
+    assert (answer["packed"], answer["skipped"], view.from_pool, view.from_ring) == (39, 0, 0, 117)
+    view.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_ring_costs_the_engine_nothing_and_the_daemon_catches_up_from_the_pool(kind, other):
+    layout = LAYOUTS["usual"]
+    view = device_of(kind, ring_bytes=1).open(layout, other.pool(kind, layout), writable=False)  # 16 rows
+    other.join(view)
+    for step in range(1, 30):
+        answer, _ = other.ask("write", seed=step, slots=[step % 24, (step + 7) % 24], value=step)
+    assert answer["packed"] == 8 and answer["skipped"] == 21 and not answer["lost"]
+    until(lambda: other.word[0] == 29)
+    latest = {slot: step for step in range(1, 30) for slot in (step % 24, (step + 7) % 24)}
+    assert captured(view, list(latest)) == [values_of(step, slot, view.plan.unit_bytes) for slot, step in latest.items()]
+    other.ask("write", seed=30, slots=[3], value=30)
+    until(lambda: other.word[0] == 30)
+    before = view.from_ring
+    assert captured(view, [3]) == [values_of(30, 3, view.plan.unit_bytes)] and view.from_ring == before + 1
+    view.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pool_within_the_engine_s_own_allocation_is_found_by_its_offset(kind, other):
+    layout = LAYOUTS["heads first"]
+    view = device_of(kind).open(layout, other.pool(kind, layout, shared=True, offset=512), writable=False)
+    other.ask("write", seed=1, slots=[0, 23])
+    assert captured(view, [0, 23]) == [values_of(1, slot, view.plan.unit_bytes) for slot in (0, 23)]
+    view.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_daemon_that_comes_again_brings_another_ring(kind, other):
+    layout = LAYOUTS["usual"]
+    device = device_of(kind)
+    fds = other.pool(kind, layout)
+    again = [os.dup(fd) for fd in fds]
+    view = device.open(layout, fds, writable=False)
+    other.join(view)
+    other.ask("write", seed=1, slots=[1], value=1)
+    view.close()
+    view = device.open(layout, again, writable=False)
+    other.ask("write", seed=2, slots=[2], value=2)  # nobody reads that ring any more
+    other.join(view)
+    other.ask("write", seed=3, slots=[3], value=3)
+    until(lambda: other.word[0] == 3)
+    assert captured(view, [1, 2, 3]) == [values_of(slot, slot, view.plan.unit_bytes) for slot in (1, 2, 3)]
+    assert (view.from_ring, view.from_pool) == (1, 2)
+    view.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", [LAYOUTS["usual"], LAYOUTS["opaque"]], ids=["usual", "opaque"])
+def test_what_was_committed_is_salvaged_after_the_engine_s_death_and_adopted(kind, layout, other):
+    device = device_of(kind)
+    fds = other.pool(kind, layout)
+    late = os.dup(fds[0])
+    view = device.open(layout, fds, writable=False)
+    slots = list(range(view.plan.blocks * view.plan.block_tokens))
+    other.ask("write", seed=1, slots=slots)
+    other.kill()
+    with pytest.raises(Refused, match="Try:"):
+        device_of(kind).open(layout, [late], writable=False)  # a handle is of no use any more, the mapping is
+    saved, whole = view.salvage([[1, 0], [4]], 2000)
+    assert whole == 2
+    with pytest.raises(Refused):
+        captured(view, [0])
+    adopted = device.open(layout, saved.export())
+    for block in (0, 1, 4):
+        wanted = [values_of(1, slot, view.plan.unit_bytes) for slot in slots if slot // view.plan.block_tokens == block]
+        out = memoryview(bytearray(layout.block_bytes))
+        for pool in (saved, adopted):
+            pool.capture_blocks([block], out)
+            assert bytes(out) == b"".join(wanted)
+    adopted.capture_blocks([3], out)
+    assert not any(out)  # nobody asked for it
+    adopted.close()
+    saved.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_salvage_keeps_to_its_time(kind, other):
+    layout = LAYOUTS["usual"]
+    view = device_of(kind).open(layout, other.pool(kind, layout), writable=False)
+    other.kill()
+    saved, whole = view.salvage([[1], [2]], 0)
+    assert whole == 0
+    saved.close()
+
+
+def test_nothing_is_read_after_a_fault_of_the_gpu(other):
+    driver = Rehearsal()
+    device = CudaDevice(lambda: (driver,), Capturing(ring_bytes=1 << 16, staged_bytes=1 << 16))
+    layout = LAYOUTS["usual"]
+    view = device.open(layout, other.pool("rehearsal", layout), writable=False)
+    other.ask("write", seed=1, slots=[1])
+    driver.lose("Xid 79: the GPU has fallen off the bus")
+    for _ in range(2):
+        with pytest.raises(DeviceLost, match="fallen off"):
+            captured(view, [1])
+    with pytest.raises(DeviceLost, match="fallen off"):
+        view.salvage([[0]], 1000)
+    view.close()
+
+
+def test_an_engine_whose_gpu_fails_commits_nothing_more_and_goes_on(other):
+    driver = Rehearsal()
+    pool = CudaDevice(lambda: (driver,)).allocate(LAYOUTS["usual"])
+    word = memoryview(bytearray(4096)).cast("Q")[8:9]
+    pool.publish(word, 7)
+    driver.lose("Xid 63")
+    pool.publish(word, 8)
+    pool.wrote([0], [0], [1])
+    pool.publish(word, 9)
+    assert word[0] == 7 and "Xid 63" in pool.lost
+    pool.close()
+
+
+def test_a_word_waits_for_what_was_launched_before_it():
+    driver = Rehearsal()
+    pool = CudaDevice(lambda: (driver,)).allocate(LAYOUTS["usual"])
+    word = memoryview(bytearray(4096)).cast("Q")[8:9]
+    driver.held = True
+    pool.publish(word, 5)
+    assert word[0] == 0
+    driver.run()
+    assert word[0] == 5
+    driver.held = False
+    pool.close()
+
+
+def test_memory_that_has_no_handle_is_refused_with_what_to_set():
+    driver = Rehearsal()
+    pool = CudaDevice(lambda: (driver,)).share(LAYOUTS["usual"], driver.allocate(1 << 16, exportable=False))
+    with pytest.raises(Refused, match="expandable_segments:False"):
+        pool.export()
+    pool.close()
+
+
+@pytest.mark.parametrize("damage", ["uuid", "size", "offset", "handle", "kind", "garbage", "unsealed"])
+def test_a_card_is_not_believed(damage, other):
+    from kvguard.device import card
+
+    layout = LAYOUTS["usual"]
+    fds = other.pool("rehearsal", layout)
+    good = card.read(fds[0])
+    changed = {
+        "uuid": {"uuid": "GPU-elsewhere"}, "size": {"size": layout.pool_bytes - 1}, "offset": {"offset": 1 << 30}, "handle": {"handle": b"short"},
+        "kind": {"kind": "ring"},
+    }  # fmt: skip
+    if damage == "garbage":
+        fd = os.memfd_create("card", os.MFD_ALLOW_SEALING)
+        os.write(fd, card.MAGIC + b"\xff" * 40)
+    elif damage == "unsealed":
+        fd = os.memfd_create("card")
+        os.write(fd, card.MAGIC + msgspec.msgpack.encode(good))
+    else:
+        fd = card.write(msgspec.structs.replace(good, **changed[damage]))
+    os.close(fds[0])
+    with pytest.raises(Refused, match="Try:"):
+        device_of("rehearsal").open(layout, [fd], writable=False)
+    with pytest.raises(OSError):
+        os.fstat(fd)
+
+
+def test_two_pools_in_one_allocation_are_one_mapping(other):
+    driver = Rehearsal()
+    device = CudaDevice(lambda: (driver,), Capturing(ring_bytes=1, staged_bytes=1))
+    layout = LAYOUTS["usual"]
+    fds = other.pool("rehearsal", layout)
+    views = [device.open(layout, [os.dup(fds[0])], writable=False) for _ in range(2)]
+    os.close(fds[0])
+    assert views[0].address == views[1].address
+    other.ask("write", seed=1, slots=[2])
+    views[0].close()
+    assert captured(views[1], [2]) == [values_of(1, 2, views[1].plan.unit_bytes)]
+    views[1].close()
+
+
+def test_a_daemon_s_view_writes_nothing(other):
+    layout = LAYOUTS["usual"]
+    view = device_of("rehearsal").open(layout, other.pool("rehearsal", layout), writable=False)
+    for forbidden in (lambda: view.scatter([0], [0], [1], b""), lambda: view.scatter_blocks([0], b""), lambda: view.publish(memoryview(bytearray(8)), 1), view.export):
+        with pytest.raises(Refused, match="Try:"):
+            forbidden()
+    view.close()
+
+
+def test_another_gpu_than_there_is_is_told():
+    with pytest.raises(BadConfig, match="CUDA_VISIBLE_DEVICES"):
+        open_device("rehearsal").driver(3)
