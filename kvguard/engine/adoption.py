@@ -27,7 +27,7 @@ def rebuild(writer: TableWriter) -> None:
     given = (views.row_generations, views.block_generations, views.row_block_generations, views.heads[:, :, fmt.H_GENERATION])
     counter = max(writer.generations.counter, *(int(array.max()) for array in given))
     step = _last_step(writer)
-    if max(counter, step, int(views.selectors.max())) >= NUMBERS_END or tape.split_word(writer._tape_word[0])[0] >= TAPES_END:
+    if max(counter, step, int(views.selectors.max())) >= NUMBERS_END or tape.split_word(writer.header[fmt.TAPE_AT // 8])[0] >= TAPES_END:
         raise Refused("the commit table's numbers are used up: its process must have written over it. Try: the replicas")
     writer.generations.counter, writer.step = counter, step
     writer._versions[:] = views.selectors
@@ -63,7 +63,7 @@ def _last_version(memory: memoryview, writer: TableWriter, row: int) -> fmt.Row 
         found = fmt.read_version(memory, writer.geometry, row, version - 1)
     if found is None or not found.head.is_open:
         return None
-    return tape.with_tape(memory, writer.geometry, found, writer._tape_word[0]) or found
+    return tape.with_tape(memory, writer.geometry, found, writer.header[fmt.TAPE_AT // 8]) or found
 
 
 def _take(writer: TableWriter, row: int, found: fmt.Row) -> None:
@@ -72,7 +72,7 @@ def _take(writer: TableWriter, row: int, found: fmt.Row) -> None:
     views.ids[row, : len(found.ids)] = found.ids
     views.row_blocks[row, : len(found.blocks)] = found.blocks
     views.row_block_generations[row, : len(found.blocks)] = found.block_generations
-    fact = fmt.committed(found.head, int(writer._written[0]))
+    fact = fmt.committed(found.head, writer.header[fmt.WRITTEN_AT // 8])
     head = found.head._replace(accepted=fact, prior=fact, base=fact, step=0, prior_step=0, tape=0, column=0)
     writer._set(row, fmt.head_words(head))
     writer._names[found.meta.name] = row

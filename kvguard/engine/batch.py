@@ -91,7 +91,7 @@ def check(writer, row: int, head: list[int], length: int, ids: int, blocks: int)
 
 def _shift(writer, heads: np.ndarray) -> None:
     """What was accepted before this step becomes `prior` (format.rows.shifted)."""
-    written, steps, accepted = writer._written[0], heads[:, fmt.H_STEP], heads[:, fmt.H_ACCEPTED]
+    written, steps, accepted = writer.header[fmt.WRITTEN_AT // 8], heads[:, fmt.H_STEP], heads[:, fmt.H_ACCEPTED]
     if (again := steps == writer.step).any():
         rows = np.flatnonzero(~again)  # a second commit of one step shifts nothing
         if len(rows):

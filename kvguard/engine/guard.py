@@ -30,19 +30,48 @@ from kvguard.format.messages import PlanOrder
 from kvguard.types import NO_EPOCH, Epoch, MovedToken, Rank, StreamId
 
 
+_EPOCH, _WRITTEN, _ENTERED, _LEFT, _SIZE = (at // 8 for at in (fmt.EPOCH_AT, fmt.WRITTEN_AT, fmt.ENTERED_AT, fmt.LEFT_AT, fmt.SIZE_AT))
+_PULSE, _SUSPENDED = fmt.PULSE_AT // 8, fmt.SUSPENDED_AT // 8
+_NO_EPOCH = -1  # older than every epoch: no step is entered
+
+
 class Step:
     """One engine step; from `guard.step(size)`. Sequences are named by the engine's request ids; commit answers with a row, the handle for commit_batch."""
 
-    __slots__ = ("_guard", "_table")
+    # What a step touches is here and not behind the guard: whatever else would have to be fetched is cold between two steps.
+    __slots__ = ("words", "newest", "_table", "_guard", "_written")
 
     def __init__(self, guard: Guard) -> None:
         self._guard, self._table = guard, guard.table
+        self.words, self._written = guard.table.header, guard.table.views.word(fmt.WRITTEN_AT)
+        self.newest = _NO_EPOCH  # the counter beyond which the epoch is over
+
+    def close(self) -> None:
+        """Nothing shared is touched from here on."""
+        self.words = memoryview(bytearray(fmt.PAGE_BYTES)).cast("Q")
+        self._written = self.words[_WRITTEN : _WRITTEN + 1]
 
     def __enter__(self) -> Step:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._guard._leave(kind is not None)
+        guard, table, words = self._guard, self._table, self.words
+        number = table.step
+        if kind is not None or words[_EPOCH] > self.newest:
+            table.roll_back()
+            words[_LEFT] = number
+            guard._ring()
+            if kind is None:
+                guard._raise_fenced()
+            return
+        table.publish()
+        pool = guard.pool
+        if pool is None:
+            words[_WRITTEN] = number
+        else:
+            pool.publish(self._written, number)
+        words[_LEFT] = number
+        guard._ring()
 
     def commit(self, sequence: str, length: int, blocks=(), tokens=(), sampler: bytes | None = None, request: bytes | None = None) -> int:
         """KV of [0, length) is complete once this step is; `blocks`, `tokens`: appended ids (ints), deltas. The first commit of a sequence opens it and brings
@@ -105,54 +134,32 @@ class Guard:
     ) -> None:  # fmt: skip
         self.role, self.instance, self.rank, self.endpoint = role, instance, rank, endpoint
         self.table, self.pool, self.layout, self.stream = table, pool, layout, stream
-        self.epoch = epoch
         self.incarnation = int.from_bytes(os.urandom(8), "little") >> 1
         self.session: Session | None = None
-        self.claim = None  # what this guard is to restore before its first step
         self._attached_epoch = NO_EPOCH
         self._said = 0  # how often the attachment was said to a daemon
         self._order: PlanOrder | None = None
         self._restored: local.Restored | None = None
         self._changed = threading.Condition()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._take_words(table.views.word)
         self._step = Step(self)
+        self._epoch, self._claim = epoch, None
+        self._say_newest()
         self._fetches = Fetches(self)
         self._detached = False
-
-    def _take_words(self, word) -> None:
-        self._epoch_word, self._entered, self._left, self._size = word(fmt.EPOCH_AT), word(fmt.ENTERED_AT), word(fmt.LEFT_AT), word(fmt.SIZE_AT)
-        self._pulse, self._suspended, self._written = word(fmt.PULSE_AT), word(fmt.SUSPENDED_AT), word(fmt.WRITTEN_AT)
 
     # ---- steps ------------------------------------------------------------------------------------------------------------------
 
     def step(self, size: int) -> Step:
         """Enter a step of `size` positions, before its forward pass: `with guard.step(size) as step`. Raises Fenced where the epoch is over."""
-        if self._epoch_word[0] > self.epoch.counter or self.claim is not None:
+        step = self._step
+        words, table = step.words, self.table
+        if words[_EPOCH] > step.newest:
             self._raise_fenced()
-        table = self.table
-        table.step += 1
-        self._size[0] = size
-        self._entered[0] = table.step
-        return self._step
-
-    def _leave(self, failed: bool) -> None:
-        table = self.table
-        fenced = self._epoch_word[0] > self.epoch.counter
-        if failed or fenced:
-            table.roll_back()
-            self._left[0] = table.step
-            self._ring()
-            if fenced and not failed:
-                self._raise_fenced()
-            return
-        table.publish()
-        if self.pool is None:
-            self._written[0] = table.step
-        else:
-            self.pool.publish(self._written, table.step)
-        self._left[0] = table.step
-        self._ring()
+        table.step = number = table.step + 1
+        words[_SIZE] = size
+        words[_ENTERED] = number
+        return step
 
     def _ring(self) -> None:
         try:  # contextlib.suppress is ten times as much code
@@ -164,14 +171,14 @@ class Guard:
         if self.claim is not None:
             raise Fenced(f"rank {self.rank} of {self.instance!r} was claimed and is not restored yet. Try: guard.restore(timeout), then its done()")
         raise Fenced(
-            f"epoch {self.epoch.counter} of {self.instance!r} is over, {self._epoch_word[0]} has begun. "
+            f"epoch {self.epoch.counter} of {self.instance!r} is over, {self._step.words[_EPOCH]} has begun. "
             "Try: drop this step's results and call guard.restore(timeout)"
         )
 
     @property
     def fenced(self) -> bool:
         """Whether the adopted epoch is over: one memory read."""
-        return self._epoch_word[0] > self.epoch.counter
+        return self._step.words[_EPOCH] > self.epoch.counter
 
     @property
     def connected(self) -> bool:
@@ -189,20 +196,43 @@ class Guard:
 
     def pulse(self) -> None:
         """Progress within a long step: once per layer of a long prefill, say."""
-        self._pulse[0] += 1
+        self._step.words[_PULSE] += 1
 
     @contextlib.contextmanager
     def suspended(self):
         """A known pause (compilation, weight updates): no hang is suspected meanwhile."""
-        self._suspended[0] = 1
+        self._step.words[_SUSPENDED] = 1
         self._ring()
         try:
             yield
         finally:
-            self._suspended[0] = 0
+            self._step.words[_SUSPENDED] = 0
             self._ring()
 
     # ---- epochs -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> Epoch:
+        """The adopted one."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: Epoch) -> None:
+        self._epoch = epoch
+        self._say_newest()
+
+    @property
+    def claim(self):
+        """What this guard is to restore before its first step; None for nothing."""
+        return self._claim
+
+    @claim.setter
+    def claim(self, claim) -> None:
+        self._claim = claim
+        self._say_newest()
+
+    def _say_newest(self) -> None:
+        self._step.newest = self._epoch.counter if self._claim is None else _NO_EPOCH
 
     def restore(self, timeout_s: float):
         """A survivor, or a claimed rank: wait for what the plan says of this rank. A survivor's rows are truncated and released when this returns.
@@ -223,7 +253,7 @@ class Guard:
         return Restored.of_order(self, order)
 
     def _has_order(self) -> bool:
-        return self._order is not None and self._order.epoch.counter > self.epoch.counter and self._order.epoch.counter >= self._epoch_word[0]
+        return self._order is not None and self._order.epoch.counter > self.epoch.counter and self._order.epoch.counter >= self._step.words[_EPOCH]
 
     def adopt(self, epoch: Epoch, restored: local.Restored) -> None:
         """The epoch in which this guard goes on, and the answer that is said now, and again when asked again. Called by Restored.done()."""
@@ -306,7 +336,7 @@ class Guard:
         if self.session is not None:
             self.session.say(local.Detach())
             self.session.end(timeout_s)
-        self._take_words(lambda _: memoryview(bytearray(8)).cast("Q"))  # a late pulse or question touches nothing that is shared
+        self._step.close()  # a late pulse or question touches nothing that is shared
         self.table.close()
         os.close(self._bell)
 

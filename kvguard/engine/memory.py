@@ -30,6 +30,13 @@ def order() -> None:
         pass
 
 
+def populate(area: memoryview, stride: int, places: int, used: int) -> None:
+    """Have the pages of the first `used` bytes of every place there before they are stored into. Changes nothing, also for who reads at this moment."""
+    for at in range(0, stride * places, stride):
+        for byte in (*range(at, at + used, fmt.PAGE_BYTES), at + used - 1):
+            area[byte] = area[byte]
+
+
 def create(geometry: Geometry) -> int:
     """A sealed, sparse memfd with a table's header; the caller owns the descriptor."""
     at = fmt.areas(geometry)
@@ -62,7 +69,7 @@ class Views:
 
     `words`: u64 [512], the header page. `selectors`, `row_generations`: u64 [rows]. `block_generations`: u64 [blocks]. `heads`: u64 [rows, 2, HEAD_WORDS].
     `meta`: u64 [rows, 2, META_WORDS]. `row_blocks`: u32 [rows, blocks_per_row]. `row_block_generations`: u64, the same shape. `ids`: u32 [rows, ids_per_row].
-    `tape_bytes`, `tape_words`: the tape's area as memoryviews.
+    `tape_bytes`, `tape_words`: the tape's area as memoryviews; `header`: the header page as one, its words are cheapest to reach so.
     """
 
     def __init__(self, fd: int, writable: bool) -> None:
@@ -77,6 +84,7 @@ class Views:
 
         rows = geometry.rows
         self.page = memoryview(page)
+        self.header = self.page.cast("Q")
         self.body = memoryview(body)
         self.words = np.frombuffer(page, U64)
         self.selectors = view(at.selectors, U64, rows)

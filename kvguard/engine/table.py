@@ -52,7 +52,7 @@ class TableWriter:
         self._free = deque(range(rows))
         self._any_staged = False
         self._multipliers: dict[int, tuple[int, int]] = {}  # of block places, at most blocks_per_row
-        self._written, self._tape_word = views.word(fmt.WRITTEN_AT), views.word(fmt.TAPE_AT)
+        self.header = views.header
         self.step = 0
 
     @classmethod
@@ -77,7 +77,7 @@ class TableWriter:
         """Unmap and close: the table can't be used any more. Idempotent."""
         if self.fd >= 0:
             self.tape = None
-            del self.views, self._written, self._tape_word, self._block_words, self.block_generations, self.block_references, self.generations
+            del self.views, self.header, self._block_words, self.block_generations, self.block_references, self.generations
             os.close(self.fd)
             self.fd = -1
 
@@ -173,7 +173,7 @@ class TableWriter:
             head[fmt.H_IDS_HASH] = (head[fmt.H_IDS_HASH] + added) & fmt.MASK
             head[fmt.H_IDS] = known + len(ids)
         if head[fmt.H_STEP] != self.step:
-            written = self._written[0]
+            written = self.header[fmt.WRITTEN_AT // 8]
             old = fmt.H_ACCEPTED if written >= head[fmt.H_STEP] else fmt.H_PRIOR if written >= head[fmt.H_PRIOR_STEP] else fmt.H_BASE
             head[fmt.H_BASE], head[fmt.H_PRIOR], head[fmt.H_PRIOR_STEP] = head[old], head[fmt.H_ACCEPTED], head[fmt.H_STEP]
             head[fmt.H_STEP] = self.step
@@ -231,6 +231,21 @@ class TableWriter:
         by_block, by_generation = self._block_multipliers(listed)
         head[fmt.H_BLOCKS] = listed + 1
         head[fmt.H_BLOCKS_HASH] = int(head[fmt.H_BLOCKS_HASH]) + (block + 1) * by_block + (generation + 1) * by_generation & fmt.MASK
+
+    def list_blocks(self, rows: np.ndarray, heads: np.ndarray, entries: bytes) -> None:
+        """Append what a tape's records list (their entries, one after the other) to `rows`, int64 [n], and to their heads, u64 [n, HEAD_WORDS]."""
+        columns, blocks = np.frombuffer(entries, np.uint32).reshape(-1, 4)[:, 1::-1].T.astype(np.int64)
+        generations = np.frombuffer(entries, U64)[1::2]
+        if not len(columns):
+            return
+        order = np.argsort(columns, kind="stable")
+        columns, blocks, generations = columns[order], blocks[order], generations[order]
+        signed = heads.view(np.int64)
+        places = signed[columns, fmt.H_BLOCKS] + np.arange(len(columns)) - np.searchsorted(columns, columns)
+        self.views.row_blocks[rows[columns], places], self.views.row_block_generations[rows[columns], places] = blocks, generations
+        np.add.at(self.generations.references, blocks, 1)
+        np.add.at(heads, (columns, fmt.H_BLOCKS_HASH), memory.block_terms(places, blocks, generations))
+        np.add.at(signed, (columns, fmt.H_BLOCKS), 1)
 
     def _block_multipliers(self, place: int) -> tuple[int, int]:
         found = self._multipliers.get(place)

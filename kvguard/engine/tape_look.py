@@ -63,8 +63,8 @@ class TapeReader:
         new = form.new_blocks(body, geometry) if body is not None else None
         if new is None:
             return False
-        step, count = form.BODY.unpack_from(body)[2:4]
-        ids = np.frombuffer(body, U64, count, form.BODY.size)
+        step, ids = form.step_of(body), np.frombuffer(form.ids_bytes(body), U64)
+        count = len(ids)
         now = heads[rows]
         known, blocks = now[:, fmt.H_IDS].astype(np.int64), now[:, fmt.H_BLOCKS]
         listed = self._list(new, rows, columns, now)

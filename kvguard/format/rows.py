@@ -31,7 +31,7 @@ from kvguard.limits import BLOCKS_PER_ROW_MAX, FORKS_MAX, IDS_PER_ROW_MAX, NAME_
 from kvguard.types import Fork, Lineage
 
 MAGIC = int.from_bytes(b"KVGROWS1", "little")
-VERSION = 2
+VERSION = 3
 PAGE_BYTES = 4096
 BLOCKS_MAX = 1 << 24
 TAPE_STEPS, TAPE_STEPS_MAX = 128, 1 << 12
@@ -57,7 +57,7 @@ TAPE_AT = 10 * LINE  # the tape's number and how many records it has
 HEAD_WORDS = 24  # three cache lines
 OPEN, META_SLOT = 1, 2  # flags; bits 8..15: bytes of sampler state
 
-RECORD_WORDS = 8  # of a tape's record before its ids; the format is format/tape.py's
+RECORD_WORDS = 6  # of a tape's record before its blocks and ids; the format is format/tape.py's
 
 # Words of a meta slot: sizes, name, forks, request
 NAME_WORDS, FORK_WORDS, REQUEST_WORDS = NAME_BYTES_MAX // 8, 2 * FORKS_MAX, REQUEST_BYTES_MAX // 8

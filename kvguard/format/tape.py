@@ -12,7 +12,7 @@ Invariants
   So a head that names a later tape than the word has no records yet; one that names an earlier one is itself being replaced: not yet.
 - A record is published once: what was staged and taken back is never in the shared memory.
 
-Record: sum | number | place in the tape | step | rows | new blocks | 0 | 0 | ids u64[rows] | (column << 32 | block, generation)[new blocks]
+Record: sum | number | place in the tape | step | rows | new blocks | (column << 32 | block, generation)[new blocks] | ids u64[rows]
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+import xxhash
+
 from kvguard.format import rows as fmt
 from kvguard.format.rows import Geometry, Head, Row, Store
 
-PRIME = 0x1D8A3C71E5B92F6B  # a record's sum is its words, as one number, modulo this
 COUNT_BITS = 16
-BODY = struct.Struct("<7Q")  # number, place, step, rows, new blocks, 0, 0
+BODY = struct.Struct("<5Q")  # number, place, step, rows, new blocks
+BODY_WORDS = BODY.size // 8
+B_NUMBER, B_PLACE, B_STEP, B_ROWS, B_NEW = range(BODY_WORDS)
 ENTRY = struct.Struct("<IIQ")  # a block in the lower half of the word, its column in the upper
 SUM_BYTES = 8
 HEAD_BYTES = SUM_BYTES + BODY.size
@@ -57,24 +60,19 @@ def split_word(word: int) -> tuple[int, int]:
     return word >> COUNT_BITS, word & (1 << COUNT_BITS) - 1
 
 
-def record_sum(body: bytes) -> int:
-    return int.from_bytes(body, "little") % PRIME
+record_sum = xxhash.xxh3_64_intdigest  # of a record's body
 
 
-def too_wide(rows: int) -> int:
-    """The bits of a body, read as one number, that no id may set."""
-    return int.from_bytes(b"\0\0\0\0\xff\xff\xff\xff" * rows, "little") << 8 * BODY.size
+def are_ids(words: bytes) -> bool:
+    """Whether u64 words are all below 2**32."""
+    return not (any(words[4::8]) or any(words[5::8]) or any(words[6::8]) or any(words[7::8]))
 
 
 def encode_body(number: int, place: int, record: Record) -> bytes:
     """All of a record but its sum."""
-    head = BODY.pack(number, place, record.step, len(record.ids), len(record.blocks), 0, 0)
-    return head + struct.pack(f"<{len(record.ids)}Q", *record.ids) + pack_blocks(record.blocks)
-
-
-def pack_blocks(blocks) -> bytes:
-    """(column, block, generation) of each, as a record has them after its ids."""
-    return b"".join([ENTRY.pack(block, column, generation) for column, block, generation in blocks])
+    head = BODY.pack(number, place, record.step, len(record.ids), len(record.blocks))
+    entries = [ENTRY.pack(block, column, generation) for column, block, generation in record.blocks]
+    return b"".join((head, *entries, struct.pack(f"<{len(record.ids)}Q", *record.ids)))
 
 
 def record_stores(geometry: Geometry, number: int, place: int, record: Record) -> list[Store]:
@@ -86,23 +84,36 @@ def record_stores(geometry: Geometry, number: int, place: int, record: Record) -
 
 
 def body_bytes(memory, geometry: Geometry, number: int, place: int) -> bytes | None:
-    """A record's body, whole, or None: torn, or of another tape. `place` within tape_steps. Ids and blocks are not yet checked."""
+    """A record's body, whole, or None: torn, or of another tape. `place` within tape_steps. Blocks are not yet checked."""
     base = fmt.areas(geometry).tape + 8 * place * fmt.slot_words(geometry.rows)
-    rows, blocks = struct.unpack_from("<2Q", memory, base + SUM_BYTES + 24)
+    rows, blocks = struct.unpack_from("<2Q", memory, base + SUM_BYTES + 8 * B_ROWS)
     if rows > geometry.rows or blocks > geometry.rows:
         return None
-    body = bytes(memory[base + SUM_BYTES : base + HEAD_BYTES + 8 * rows + 16 * blocks])
+    body = bytes(memory[base + SUM_BYTES : base + HEAD_BYTES + 16 * blocks + 8 * rows])
     found = BODY.unpack_from(body)
-    if found[:2] != (number, place) or found[3:5] != (rows, blocks):
+    if found[B_NUMBER] != number or found[B_PLACE] != place or found[B_ROWS:] != (rows, blocks):
         return None
-    return body if struct.unpack_from("<Q", memory, base)[0] == record_sum(body) and not int.from_bytes(body, "little") & too_wide(rows) else None
+    return body if struct.unpack_from("<Q", memory, base)[0] == record_sum(body) and are_ids(ids_bytes(body)) else None
+
+
+def step_of(body: bytes) -> int:
+    return BODY.unpack_from(body)[B_STEP]
+
+
+def ids_bytes(body: bytes) -> bytes:
+    """The ids of a whole record, as they stand there: u64."""
+    return body[len(body) - 8 * BODY.unpack_from(body)[B_ROWS] :]
+
+
+def listed_blocks(body: bytes) -> tuple[NewBlock, ...]:
+    """What a whole record appends; bounds are the caller's to check."""
+    words = struct.unpack_from(f"<{2 * BODY.unpack_from(body)[B_NEW]}Q", body, BODY.size)
+    return tuple(NewBlock(words[n] >> 32, words[n] & 0xFFFFFFFF, words[n + 1]) for n in range(0, len(words), 2))
 
 
 def new_blocks(body: bytes, geometry: Geometry) -> tuple[NewBlock, ...] | None:
     """What a whole record appends, or None where it leaves its bounds."""
-    rows, count = struct.unpack_from("<2Q", body, 24)
-    words = struct.unpack_from(f"<{2 * count}Q", body, BODY.size + 8 * rows)
-    found = tuple(NewBlock(words[n] >> 32, words[n] & 0xFFFFFFFF, words[n + 1]) for n in range(0, 2 * count, 2))
+    found, rows = listed_blocks(body), BODY.unpack_from(body)[B_ROWS]
     return found if all(new.column < rows and new.block < geometry.blocks for new in found) else None
 
 
@@ -112,8 +123,8 @@ def read_record(memory, geometry: Geometry, number: int, place: int) -> Record |
     blocks = new_blocks(body, geometry) if body is not None else None
     if blocks is None:
         return None
-    step, rows = struct.unpack_from("<2Q", body, 16)
-    return Record(step, struct.unpack_from(f"<{rows}Q", body, BODY.size), blocks)
+    said = ids_bytes(body)
+    return Record(step_of(body), struct.unpack(f"<{len(said) // 8}Q", said), blocks)
 
 
 # ---- rows with their tape ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 
 from kvguard.engine.table import TableWriter
+from kvguard.format import rows as fmt
 from kvguard.format.rows import Geometry
 
 ROWS = 32
@@ -52,7 +53,7 @@ def main(fd: int) -> None:
         order = slice(None, None, -1) if told else slice(None)
         table.commit_batch(rows[order], known[order] + 1, token_at(numbers, known)[order])
         table.publish()
-        table._written[0] = table.step
+        table.header[fmt.WRITTEN_AT // 8] = table.step
 
 
 if __name__ == "__main__":

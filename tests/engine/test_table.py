@@ -30,7 +30,7 @@ def perform(writer: TableWriter, operation: tuple) -> None:
     """What PureTable did, by the numpy writer; a tape's record is begun as the pure table begins it."""
     name, *arguments = operation
     if name == "complete":
-        writer._written[0] = arguments[0]
+        writer.header[fmt.WRITTEN_AT // 8] = arguments[0]
     elif name == "release":
         writer.release(*arguments)
     elif name == "truncate":
@@ -144,11 +144,11 @@ def test_usual_steps_are_records_on_a_tape(monkeypatch) -> None:
         writer.commit_batch(rows, np.full(3, length), np.arange(3) + step, blocks)
         assert contents(writer.views.body)[0].head.accepted == length - 1
         writer.publish()
-        writer._written[0] = step
+        writer.header[fmt.WRITTEN_AT // 8] = step
         look = reader.look()
         assert look.rows == (0, 1, 2) and look.committed == (length,) * 3 and look.ids == (length + 1,) * 3 and reader.torn == 0
         assert [grown.blocks for grown in look.grown if grown.first] == [tuple(listed) for listed in blocks.values()]
-        tapes.add(form.split_word(writer._tape_word[0])[0])
+        tapes.add(form.split_word(writer.header[fmt.TAPE_AT // 8])[0])
     assert general == [2, 17 - 1] and len(tapes) >= 3, (general, tapes)
     writer.close()
 
@@ -305,7 +305,7 @@ def test_steps_in_flight_are_not_facts_for_the_adopter_either() -> None:
     row = writer.open("a", (), b"")
     writer.commit(row, 3, range(8), [0, 1])
     writer.publish()
-    writer._written[0] = 1
+    writer.header[fmt.WRITTEN_AT // 8] = 1
     for step in (2, 3):
         writer.step = step
         writer.commit(row, 3 + step)
@@ -315,7 +315,7 @@ def test_steps_in_flight_are_not_facts_for_the_adopter_either() -> None:
     reader = TableReader(os.dup(adopted.fd))
     adopted.step = 4
     adopted.publish()
-    adopted._written[0] = 4
+    adopted.header[fmt.WRITTEN_AT // 8] = 4
     assert reader.look().committed == (3,)
 
 
@@ -413,7 +413,7 @@ def test_what_an_engine_can_write_on_a_tape_never_makes_a_look_raise() -> None:
             record = form.Record(draw.choice([turn, 2**64 - 1]), tuple(draw.choice([7, 8, 9, 2**32 - 1, 2**32]) for _ in range(draw.randrange(4))), blocks)
             for store in form.record_stores(GEOMETRY, number, place, record):
                 writer.views.body[store.offset : store.offset + store.width] = store.value.to_bytes(store.width, "little")
-        writer._tape_word[0] = form.tape_word(number, count)
+        writer.header[fmt.TAPE_AT // 8] = form.tape_word(number, count)
         look = reader.look()
         grown, got_on = grown + len(look.grown), got_on + len(look.rows)
         for row in range(3):
