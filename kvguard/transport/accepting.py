@@ -215,6 +215,9 @@ class Acceptor:
         self.links[link.name] = self._by_routing[routing] = self._by_fd[fd] = link
         self._callers[fd] = ""
         link.offered_nixl = greet.nixl and self._shared.settings.nixl is not None and sum(one.over_nixl for one in self.links.values()) < NIXL_LINKS_MAX
+        if greet.bulk and self._shared.settings.nixl is not None and not link.offered_nixl:
+            why = "too many links" if greet.nixl else "it has none, or had trouble"
+            self._shared.broken(link.name, "without_nixl", f"payloads of {node} don't take nixl: {why}")
         wants = greet.bulk and self._port is not None and not link.offered_nixl
         ticket = self._port.offer(link, BULK_WAIT_NS) if wants else b""
         settings, port = self._shared.settings, self._port.port if wants else 0

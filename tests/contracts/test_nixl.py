@@ -1,0 +1,442 @@
+"""What only the channel over NIXL shows: pages, notes that lie, peers that are killed or stopped while they write or are written to, ways that don't carry.
+
+Knows: processes, signals, the channel's notes. Must not know: what frames mean.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from test_transport import DEADLINE_S, Pair, Sockets, ids, kv, needs_nixl, number_of
+
+from kvguard.errors import BadConfig, BadFrame
+from kvguard.limits import KIB, MIB
+from kvguard.transport import nixl_zone
+from kvguard.transport.base import Broken, Down, Frame, Up
+from kvguard.transport.nixl_agent import NixlSettings, chosen, load
+from kvguard.transport.nixl_zone import PAGE_BYTES, Extents, Landing, Zone, quarantined
+from kvguard.transport.zeromq import ZeromqTransport
+
+TCP, CMA = NixlSettings("lo", "tcp"), NixlSettings("lo", "cma,tcp")
+WAYS = {"tcp": TCP, "cma": CMA}
+FRAME_BYTES = MIB
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_extents_are_first_fit_and_grow_together_again():
+    extents = Extents(10)
+    assert [extents.take(number, count) for number, count in ((1, 4), (2, 3), (3, 4), (4, 3))] == [0, 4, None, 7]
+    extents.give_back(1)
+    assert extents.take(5, 5) is None and extents.take(6, 1) == 0
+    for number in (4, 6, 2):
+        extents.give_back(number)
+    assert extents.take(7, 10) == 0
+    extents.give_back(7)
+    for number in (7, 99):
+        with pytest.raises(BadFrame, match="has no pages"):
+            extents.give_back(number)
+
+
+def test_extents_against_a_plain_map_of_pages():
+    random = np.random.default_rng(1)
+    extents, pages, number = Extents(64), [0] * 64, 0
+    for _ in range(3000):
+        if random.random() < 0.55:
+            number, count = number + 1, int(random.integers(1, 9))
+            first = extents.take(number, count)
+            fits = [start for start in range(64 - count + 1) if not any(pages[start : start + count])]
+            assert first == (fits[0] if fits else None)
+            if fits:
+                pages[first : first + count] = [number] * count
+        elif owners := sorted(set(pages) - {0}):
+            gone = owners[int(random.integers(len(owners)))]
+            extents.give_back(gone)
+            pages = [0 if owner == gone else owner for owner in pages]
+
+
+def test_a_frame_is_refused_where_another_one_is_or_beyond_the_zone():
+    landing = Landing(8 * PAGE_BYTES)
+    landing.claim(1, 2, 3, 2 * PAGE_BYTES + 1)
+    for first, count, size in ((0, 3, 1), (4, 1, 1), (7, 2, 1), (8, 1, 1), (0, 0, 0), (0, 1, PAGE_BYTES + 1), (0, 1 << 31, 1)):
+        with pytest.raises(BadFrame):
+            landing.claim(2, first, count, size)
+    landing.free(1)
+    landing.claim(2, 4, 1, 1)
+    assert not landing.in_front(2)
+    assert landing.retire()
+
+
+def test_pages_come_back_when_the_last_view_is_gone_and_addresses_never():
+    landing = Landing(8 * PAGE_BYTES)
+    address = landing.zone.address
+    landing.claim(1, 0, 2, 100)
+    view = landing.view_of(1, 10, 60)
+    kept = view[5:9]
+    del view
+    assert landing.unseen() == [] and landing.is_watched() and not landing.retire()
+    kept[:] = b"mine"  # still there: the zone isn't retired under whoever looks at it
+    del kept
+    gc.collect()
+    assert landing.unseen() == [1] and not landing.is_watched()
+    assert landing.retire() and (address, 8 * PAGE_BYTES) in quarantined()
+    assert late_write(address) == errno.EFAULT
+    others = [Zone(8 * PAGE_BYTES) for _ in range(50)]
+    assert all(other.address >= address + 8 * PAGE_BYTES or other.address + other.size <= address for other in others)
+    for other in others:
+        assert late_write(other.address) == 0
+        other.close()
+
+
+def late_write(address: int) -> int:
+    """What the kernel says to one who writes into this process by address, as CMA does: 0 or an errno."""
+
+    class Iovec(ctypes.Structure):
+        _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    source = ctypes.create_string_buffer(b"late", 4)
+    here, there = Iovec(ctypes.addressof(source), 4), Iovec(address, 4)
+    wrote = libc.process_vm_writev(os.getpid(), ctypes.byref(here), ctypes.c_ulong(1), ctypes.byref(there), ctypes.c_ulong(1), ctypes.c_ulong(0))
+    return 0 if wrote == 4 else ctypes.get_errno()
+
+
+def test_the_quarantine_is_bounded(monkeypatch):
+    monkeypatch.setattr(nixl_zone, "QUARANTINE_MAX", len(quarantined()) + 2)
+    for _ in range(5):
+        assert Landing(PAGE_BYTES).retire()
+    assert len(quarantined()) == nixl_zone.QUARANTINE_MAX
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------------------
+
+
+def test_devices_are_written_out_and_tcp_stays_at_home():
+    NixlSettings("mlx5_0:1").check(insecure=False)
+    TCP.check(insecure=False)
+    NixlSettings("eth0", "tcp").check(insecure=True)
+    for settings in (NixlSettings(""), NixlSettings("eth0", "rc,tcp"), NixlSettings("lo,eth0", "tcp")):
+        with pytest.raises(BadConfig, match="Try: "):
+            settings.check(insecure=False)
+
+
+def test_what_ucx_chose_is_read_from_its_log():
+    frame, logged, write = "[1.0] [vm:1:0]   ", [], "remote memory write by ucp_put*(multi) from host memory to host"
+    for agent, where, name, rows in (
+        ("kvg-1", "self cfg#0", write, ["0..inf | zero-copy | tcp/lo"]),
+        ("kvg-1", "inter-node cfg#1", write, ["0..9 | short | ud/m:1", "10..inf | zero-copy | rc_mlx5/m:1"]),
+        ("kvg-2", "intra-node cfg#1", "active message by ucp_am_send* from host memory", ["0..inf | short | tcp/lo"]),
+    ):
+        logged += ["+---+", f"| {agent} {where} |", f"| {name} |", "+---+", "| Range | Description | Config |", "+---+"]
+        logged += [*(f"| {row} |" for row in rows), "+---+"]
+    assert chosen("\n".join(frame + line for line in logged)) == {"kvg-1": "rc_mlx5/m:1"}
+
+
+# ---- one process -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=WAYS, ids=str)
+def world(request):
+    made = Sockets(keyed=False, bulk=True, nixl=WAYS[request.param])
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def pair(world):
+    return Pair(world).up()
+
+
+def channel_of(pair: Pair, link: str = "peer:a"):
+    return (pair.b if link == "peer:a" else pair.a)._find(link).channel
+
+
+def test_the_transport_that_ucx_chose_is_said(pair):
+    expected = "nixl cma/memory" if pair.world.nixl is CMA else "nixl tcp/lo"
+    assert pair.b.carriers() == {"peer:a": expected} and pair.a.carriers() == {pair.accepted: expected}
+    assert load().version
+
+
+def test_each_life_of_a_link_has_an_agent_of_its_own(pair):
+    names = {channel_of(pair)._agent.name, channel_of(pair, pair.accepted)._agent.name}
+    for life in range(2):
+        before = len(quarantined())
+        pair.a.hang_up(pair.accepted)
+        pair.until(lambda life=life: len(pair.of(pair.b, Up)) == len(pair.of(pair.a, Up)) == life + 2, "up again")
+        pair.accepted = pair.of(pair.a, Up)[-1].link
+        names |= {channel_of(pair)._agent.name, channel_of(pair, pair.accepted)._agent.name}
+        assert len(quarantined()) == before + 2 or len(quarantined()) == nixl_zone.QUARANTINE_MAX
+    assert len(names) == 6 and not pair.b.counters.get("without_nixl")
+
+
+def test_a_late_look_at_a_payload_outlives_its_link(pair):
+    assert pair.b.send("peer:a", kv(1, FRAME_BYTES), memoryview(bytes([9]) * FRAME_BYTES))
+    pair.until(lambda: pair.of(pair.a, Frame), "the frame")
+    payload = pair.of(pair.a, Frame)[0].payload
+    pair.world.stop(pair.b)
+    del pair.events[pair.b]
+    pair.until(lambda: pair.of(pair.a, Down), "the loss")
+    assert bytes(payload) == bytes([9]) * FRAME_BYTES
+
+
+@pytest.mark.parametrize("lie", ["sum", "life", "length", "number", "pages", "header"])
+def test_a_note_that_lies_ends_the_link(pair, lie):
+    from kvguard.transport.nixl import NOTE
+
+    channel = channel_of(pair)
+    life, head = channel._peer.life, kv(1)
+    if lie == "length":
+        channel._agent.tell(b"x")
+    elif lie == "header":
+        channel.send(b"\0" * 64, None)
+    else:
+        number, first = (2 if lie == "number" else 1), (1 << 20 if lie == "pages" else 0)
+        note = NOTE.pack(bytes(16) if lie == "life" else life, number, first, 1, 0, len(head), 1)
+        for _ in range(2):  # the second one of number 2 is a repetition
+            channel._agent.tell(note)
+    pair.until(lambda: pair.of(pair.a, Broken) and pair.of(pair.a, Down) and pair.of(pair.b, Down), "both down")
+    assert not pair.of(pair.a, Frame)
+    pair.until(lambda: len(pair.of(pair.b, Up)) == len(pair.of(pair.a, Up)) == 2, "up again")
+
+
+def test_pages_that_are_given_back_twice_end_the_link(pair):
+    from kvguard.transport import greeting
+
+    pair.a._find(pair.accepted).say(greeting.Returned((77,)))
+    pair.until(lambda: pair.of(pair.b, Broken) and pair.of(pair.b, Down), "down")
+
+
+def test_what_the_peer_never_takes_ends_the_link_and_the_next_one_does_without(world):
+    """Its process lives and answers on the control connection, but nobody turns it: the writer's own deadline."""
+    world.nixl = NixlSettings("lo", "tcp", stuck_ms=300, beat_ms=100)
+    pair = Pair(world).up()
+    sent = 0
+    while not pair.of(pair.b, Down):
+        sent += pair.b.send("peer:a", kv(sent + 1, FRAME_BYTES), memoryview(bytearray(FRAME_BYTES))) if sent < 64 else 0
+        pair.b.wait(0.05)
+        pair.turn(pair.b)
+    assert sent and "nixl" in pair.of(pair.b, Down)[0].reason
+    pair.until(lambda: len(pair.of(pair.b, Up)) == 2 and len(pair.of(pair.a, Up)) == 2, "up again")
+    assert pair.b.carriers() == {"peer:a": "tcp"} and pair.b.counters["without_nixl"] == 1
+    assert any("don't take nixl" in event.reason for event in pair.of(pair.b, Broken))
+    carries(pair)
+
+
+def carries(pair: Pair) -> None:
+    before = len(pair.of(pair.a, Frame))
+    assert pair.b.send("peer:a", kv(1, FRAME_BYTES), memoryview(bytes([3]) * FRAME_BYTES))
+    pair.until(lambda: len(pair.of(pair.a, Frame)) > before, "a frame")
+    assert bytes(pair.of(pair.a, Frame)[-1].payload) == bytes([3]) * FRAME_BYTES
+
+
+@pytest.mark.parametrize("without", ["dialling", "accepting"])
+def test_a_peer_without_nixl_is_served_by_the_bulk_channel_loudly(without):
+    world = Sockets(keyed=False, bulk=True, nixl=TCP)
+    try:
+        world.nixl = None if without == "accepting" else TCP
+        a = world.make("a")
+        world.nixl = None if without == "dialling" else TCP
+        b = world.make("b")
+        pair = Pair.__new__(Pair)
+        pair.world, pair.a, pair.b, pair.events = world, a, b, {a: [], b: []}
+        pair.address = a.listen("tcp://127.0.0.1:0")
+        b.dial("peer:a", pair.address)
+        pair.up()
+        assert b.carriers() == {"peer:a": "tcp"} and b.has_bulk("peer:a")
+        loud = a if without == "dialling" else b
+        assert loud.counters == {"without_nixl": 1} and len(pair.of(loud, Broken)) == 1
+        carries(pair)
+    finally:
+        world.close()
+
+
+@pytest.mark.parametrize("unfit", ["dialling", "accepting"])
+def test_where_ucx_cannot_be_opened_the_bulk_channel_serves(unfit):
+    """The settings were right when the transport was made; since then an adapter has gone."""
+    world = Sockets(keyed=False, bulk=True, nixl=TCP)
+    try:
+        pair = Pair(world)
+        broken = pair.b if unfit == "dialling" else pair.a
+        broken._shared.settings = replaced(broken._shared.settings, NixlSettings("lo", "rc"))
+        pair.until(lambda: pair.of(pair.a, Up) and pair.of(pair.b, Up), "up")
+        assert pair.b.carriers() == {"peer:a": "tcp"} and pair.b.counters["without_nixl"] == 1
+        carries(pair)
+    finally:
+        world.close()
+
+
+def replaced(settings, nixl: NixlSettings):
+    import dataclasses
+
+    return dataclasses.replace(settings, nixl=nixl)
+
+
+def test_nobody_is_woken_for_nothing(pair):
+    """An idle link: what wakes its ends in two seconds can be counted on a few hands."""
+    carries(pair)
+    pair.events[pair.a].clear()
+    gc.collect()
+    turns, until = 0, time.monotonic() + 2.0
+    while time.monotonic() < until:
+        for transport in (pair.a, pair.b):
+            if transport.wait(0.02):
+                turns += 1
+                pair.turn(transport)
+    assert turns < 120
+    carries(pair)
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------------------
+
+
+def pattern(number: int) -> bytes:
+    return (number.to_bytes(8, "little") * (FRAME_BYTES // 8))[:FRAME_BYTES]
+
+
+def write_for_ever(pipe, settings: NixlSettings, sent) -> None:
+    """The other process: dials, and sends frames whose bytes say their number, as fast as they are taken, in every life of the link."""
+    transport = ZeromqTransport("b", nixl=settings)
+    transport.dial("peer:a", pipe.recv())
+    up, number = False, 0
+    while not pipe.poll():
+        transport.wait(0.001 if up else 0.05)
+        for event in transport.receive():
+            up = isinstance(event, Up) or up and not isinstance(event, Down)
+        while up and transport.send("peer:a", kv(number + 1, FRAME_BYTES), memoryview(pattern(number + 1))):
+            number += 1
+            sent.value = number
+            if not number % 8:
+                break
+    transport.close()
+
+
+def read_for_ever(pipe, settings: NixlSettings, sent) -> None:
+    """The other process: listens, and takes."""
+    transport = ZeromqTransport("a", nixl=settings)
+    pipe.send(transport.listen("tcp://127.0.0.1:0"))
+    while not pipe.poll():
+        transport.wait(0.05)
+        sent.value += sum(isinstance(event, Frame) for event in transport.receive())
+    transport.close()
+
+
+class Other:
+    """A process that is stopped, killed, and ended."""
+
+    def __init__(self, target, settings: NixlSettings):
+        needs_nixl()
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.count = context.Value("q", 0)
+        self.process = context.Process(target=target, args=(theirs, settings, self.count))
+        self.process.start()
+        theirs.close()
+
+    def strike(self, blow: int) -> None:
+        os.kill(self.process.pid, blow)
+
+    def end(self) -> None:
+        self.pipe.close()
+        if self.process.is_alive():
+            self.strike(signal.SIGCONT)
+        self.process.kill()
+        self.process.join()
+
+
+def until(transport: ZeromqTransport, events: list, condition) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, [str(event)[:100] for event in events[-3:]]
+        transport.wait(1.0)
+        for event in transport.receive():
+            if isinstance(event, Frame):  # what a frame says is looked at now: nobody keeps a hundred of them
+                assert event.payload is None or bytes(event.payload) == pattern(number_of(event)), "torn"
+                event = number_of(event)
+            events.append(event)
+
+
+def frames(events: list) -> list[int]:
+    return [event for event in events if isinstance(event, int)]
+
+
+def ups(events: list) -> int:
+    return sum(isinstance(event, Up) for event in events)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_writer_killed_or_stopped_in_mid_write(way, blow):
+    """What it had not finished is never seen, what it writes later lands nowhere."""
+    transport, events, writer = ZeromqTransport("a", nixl=WAYS[way]), [], Other(write_for_ever, WAYS[way])
+    try:
+        writer.pipe.send(transport.listen("tcp://127.0.0.1:0"))
+        until(transport, events, lambda: len(frames(events)) >= 20)
+        zone = transport._acceptor.links[events[0].link].channel._landing.zone.address
+        writer.strike(blow)
+        until(transport, events, lambda: any(isinstance(event, Down) for event in events))
+        received = frames(events)
+        assert received == list(range(1, len(received) + 1)), "in order, without a gap"
+        assert writer.count.value > len(received), "nothing was under way: the blow struck between two writes"
+        assert zone in [address for address, _ in quarantined()] and late_write(zone) == errno.EFAULT
+        if blow == signal.SIGSTOP:
+            writer.strike(signal.SIGCONT)
+            until(transport, events, lambda: ups(events) >= 2 and not isinstance(events[-1], Up))
+            until(transport, events, lambda: len(frames(events)) >= len(received) + 20)
+            again = frames(events)[len(received) :]
+            assert again[0] > received[-1] and again == list(range(again[0], again[0] + len(again)))
+            assert late_write(zone) == errno.EFAULT
+    finally:
+        writer.end()
+        transport.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_reader_killed_or_stopped_in_mid_write(way, blow):
+    """The writer knows in bounded time, keeps nothing, and goes on with a reader that comes back."""
+    reader = Other(read_for_ever, WAYS[way])
+    transport, events = ZeromqTransport("b", nixl=WAYS[way]), []
+    try:
+        transport.dial("peer:a", reader.pipe.recv())
+        until(transport, events, lambda: ups(events))
+        sent = 0
+
+        def push(condition) -> None:
+            nonlocal sent
+            deadline = time.monotonic() + DEADLINE_S
+            while not condition():
+                assert time.monotonic() < deadline
+                if transport.send("peer:a", kv(sent + 1, FRAME_BYTES), memoryview(pattern(sent + 1))):
+                    sent += 1
+                else:
+                    transport.wait(0.05)
+                events.extend(transport.receive())
+
+        push(lambda: reader.count.value >= 20)
+        reader.strike(blow)
+        push(lambda: any(isinstance(event, Down) for event in events))
+        assert sent > reader.count.value, "nothing was under way"
+        assert not transport.send("peer:a", kv(1, 8), memoryview(bytes(8))) and transport.queued_bytes("peer:a") == 0
+        if blow == signal.SIGSTOP:
+            reader.strike(signal.SIGCONT)
+            until(transport, events, lambda: ups(events) == 2)
+            before = reader.count.value
+            push(lambda: reader.count.value >= before + 20)
+            assert transport.send("peer:a", ids(1))
+    finally:
+        reader.end()
+        transport.close()
+
+
+@pytest.mark.gpu
+def test_video_memory_goes_to_the_other_host_directly():
+    pytest.importorskip("cupy", reason="GPUDirect needs a GPU and cupy: neither is here")
