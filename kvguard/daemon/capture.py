@@ -138,6 +138,15 @@ class Facts:
         for row, committed, ids in zip(looked.rows, looked.committed, looked.ids, strict=True):
             self._rows[row][3:5] = committed, ids
 
+    def committed(self) -> list[tuple[int, int]]:
+        """(row, committed positions) of every sequence."""
+        return [(row, entry[3]) for row, entry in sorted(self._rows.items())]
+
+    def keep(self, rows) -> None:
+        """Only these rows' KV is still there: of the others nothing may be planned with but their ids."""
+        for row, entry in self._rows.items():
+            entry[3] = entry[3] if row in rows else 0
+
     def holding(self, stream: Stream) -> Holding:
         rows = [self._rows[row] for row in sorted(self._rows)]
         names, generations, lineages, positions, ids, requests = zip(*rows, strict=True) if rows else ((),) * 6

@@ -36,7 +36,7 @@ from kvguard.daemon.process import begun, noted, serve
 from kvguard.daemon.questions import Questions
 from kvguard.daemon.ranks import Ranks
 from kvguard.device import open_device
-from kvguard.device.base import Pool
+from kvguard.device.base import Device, Pool
 from kvguard.errors import BadConfig
 from kvguard.format import local
 from kvguard.format.layout import Layout
@@ -87,7 +87,11 @@ class NodeDaemon:
             transport=self.transport, journal=self.journal, clock=time.monotonic_ns, noted=noted, node=config.name, store=store, engines=None,
         )  # fmt: skip
         self.loop = Loop(self.core, node_performer(self.shell))
-        self.ranks = Ranks(LaterDevice(config.device), store, self, self.control.send, self.shell.streams, self.shell.local, self.shell.epochs)
+        device = LaterDevice(config.device, capture=config.capture, ring_bytes=config.ring_bytes, bytes_per_s=config.capture_bytes_per_s)
+        device.prepare()
+        self.ranks = Ranks(
+            device, store, self, self.control.send, self.shell.streams, self.shell.local, self.shell.epochs, config.salvage_ms_max,
+        )  # fmt: skip
         self.shell.engines = self.ranks
         self.fetching = Fetching(self.shell, self.ranks, self.control.send)
         for instance, epoch in promises.items():
@@ -232,14 +236,31 @@ class NodeDaemon:
 
 
 class LaterDevice:
-    """A device whose room is entered with the first pool: numpy alone takes as long to import as everything that a start needs."""
+    """A device whose room is entered with the first pool: numpy alone takes as long to import as everything that a start needs.
 
-    def __init__(self, kind: str) -> None:
+    A GPU's is entered at the start: its context must be open before an engine asks how much memory is free. One that can't be used refuses engines, no more.
+    """
+
+    def __init__(self, kind: str, **capturing) -> None:
         self.kind = kind
+        self._capturing = capturing
+        self._device: Device | None = None
+
+    def prepare(self) -> None:
+        """Never raises."""
+        if self.kind != "host":
+            fault = self._opened().prepare()
+            if fault:
+                log.error("no engine with a pool on a GPU can be protected: %s", fault)
 
     def open(self, layout: Layout, descriptors: list[int], writable: bool = True) -> Pool:
         """See device/base.py."""
-        return open_device(self.kind).open(layout, descriptors, writable=writable)
+        return self._opened().open(layout, descriptors, writable=writable)
+
+    def _opened(self) -> Device:
+        if self._device is None:
+            self._device = open_device(self.kind, **self._capturing)
+        return self._device
 
 
 def warm() -> None:

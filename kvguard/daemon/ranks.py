@@ -19,6 +19,7 @@ from kvguard.daemon import schedulers
 from kvguard.daemon.capture import Stream, as_event
 from kvguard.daemon.descriptors import is_eventfd, process_of, readable, same_file, stopped
 from kvguard.daemon.lifelines import Lifelines, Watches
+from kvguard.daemon.salvage import salvaged
 from kvguard.daemon.seats import LocalRank, Spare
 from kvguard.device.base import Device
 from kvguard.errors import BadConfig, Refused
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 Events = Iterable[events.Event]
 SPARES_MAX = 64
 RANKS_MAX = 256
+SALVAGE_MS_MAX = 300
 LAYOUTS_MAX = 1024  # of ranks that one standby can take
 PIDFD, BELL, TABLE, POOL = 0, 1, 2, 3  # places of an Attach's descriptors
 
@@ -48,9 +50,10 @@ class Ranks:
 
     def __init__(
         self, device: Device, store: ReplicaStore, watches: Watches, tell: Tells, streams: dict[StreamId, Stream], local_streams: dict[StreamId, Stream],
-        epochs: dict[str, Epoch],
+        epochs: dict[str, Epoch], salvage_ms_max: int = SALVAGE_MS_MAX,
     ) -> None:  # fmt: skip
         self._device = device
+        self._salvage_ms_max = salvage_ms_max
         self._store = store
         self._watches = watches
         self._lifelines = Lifelines(watches)
@@ -80,11 +83,19 @@ class Ranks:
             for descriptor in descriptors:
                 if descriptor not in taken:
                     os.close(descriptor)
-        self._tell(connection, local.Attached(self._epochs.get(message.instance, NO_EPOCH)))
+        self._welcome(connection, self._epochs.get(message.instance, NO_EPOCH))
         for rank in self.ranks.values():
             if rank.connection == connection and rank.order is not None:
                 self._tell(connection, local.RestoreOrder(rank.order))
         return told
+
+    def _welcome(self, connection: int, epoch: Epoch) -> None:
+        """Attached, with what a pool on a GPU gives its engine: the ring that it packs its steps into."""
+        rings = [rank.pool.welcome for rank in self.ranks.values() if rank.connection == connection and hasattr(rank.pool, "welcome")]
+        descriptors = rings[0]() if rings else []
+        self._tell(connection, local.Attached(epoch), descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
     def _attach(self, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
         if message.version != 1:
@@ -279,7 +290,7 @@ class Ranks:
         self._unwatch(rank)
         rank.stream.alive, rank.connection, rank.order = False, 0, None
         log.warning("%s: %s", rank.stream.id, reason)
-        return [*told, events.ProcessDied(rank.stream.incarnation, rank.stream.id, reason, rank.layout is not None)]
+        return [*told, events.ProcessDied(rank.stream.incarnation, rank.stream.id, reason, salvaged(rank, self._salvage_ms_max))]
 
     def _spare_died(self, spare: Spare, reason: str = "its process ended") -> Events:
         self._watches.forget(spare.pidfd)

@@ -299,6 +299,10 @@ class Guard:
         if isinstance(message, local.FetchGiven | local.FetchRefused):
             self._fetches.answered(message, descriptors)
             return
+        join = getattr(self.pool, "join", None)
+        if descriptors and join is not None and isinstance(message, local.Attached):
+            join(descriptors)  # the daemon's ring, into which a pool on a GPU packs its steps; owned there
+            descriptors = []
         for descriptor in descriptors:
             os.close(descriptor)
         again = None
