@@ -11,6 +11,7 @@ import json
 import click
 
 from kvguard import config as settings
+from kvguard.cli.show import output_option
 from kvguard.errors import BadConfig
 
 SECTIONS = click.Choice(sorted(settings.KINDS))
@@ -60,9 +61,10 @@ def sections_of(file: str) -> list[str]:
 
 @config.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
-def validate(files: tuple[str, ...]) -> None:
+@output_option
+def validate(files: tuple[str, ...], output: str) -> None:
     """Check FILES, with conf.d and the environment, for every process that they configure. Exit code 78 where one is wrong."""
-    faults = []
+    faults, good = [], []
     for file in files:
         for section in sections_of(file):
             try:
@@ -70,7 +72,11 @@ def validate(files: tuple[str, ...]) -> None:
             except BadConfig as error:
                 faults += [line for line in str(error).splitlines() if line not in faults]
             else:
-                click.echo(f"{file}: [{section}] is good")
+                good.append({"file": file, "section": section})
+                if output == "table":
+                    click.echo(f"{file}: [{section}] is good")
+    if output == "json":
+        click.echo(json.dumps({"schema": "kvguard.validation/1", "good": good, "faults": faults}))
     if faults:
         raise BadConfig("\n".join(faults))
 

@@ -38,13 +38,21 @@ def list_(output: str) -> None:
 
     if output == "json":
         names = ("name", "does", "hypothesis", "outcome", "live")
-        show.document({"drills": [{name: getattr(one, name) for name in names} | {"proves": list(one.proves)} for one in SCENARIOS.values()]})
+        told = [{name: getattr(one, name) for name in names} | {"proves": list(one.proves)} for one in SCENARIOS.values()]
+        show.document({"schema": "kvguard.drill_list/1", "drills": told})
         return
     show.table("Drills", ["name", "what happens", "hypothesis", "live"], [[one.name, one.does, one.hypothesis, one.live] for one in SCENARIOS.values()], "none")
 
 
+def drills_named(_context, _parameter, incomplete: str) -> list[str]:
+    """For shell completion."""
+    from kvguard.drill.scenarios import SCENARIOS
+
+    return [name for name in ("all", *SCENARIOS) if name.startswith(incomplete)]
+
+
 @drill.command()
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=drills_named)
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Which rank, when, and whatever else a fault has to choose.")
 @click.option("--repeat", type=click.IntRange(1, 10_000), default=1, show_default=True, help="Runs with so many seeds, from --seed on.")
 @click.option("--model", type=click.Path(exists=True, file_okay=False), help="The bench's model directory; without it the default model.")
@@ -72,7 +80,7 @@ def run(names: tuple[str, ...], seed: int, repeat: int, dry_run: bool, yes: bool
     found_ = on_cluster(scenarios, seed, repeat, dry_run, yes, given) if live else on_bench(scenarios, seed, repeat, dry_run, given)
     if dry_run:
         if output == "json":
-            show.document({"would": found_})
+            show.document({"schema": "kvguard.drill_dry_run/1", "would": found_})
         else:
             for one in found_:
                 click.echo(f"{one['name']}, seed {one['seed']}: {one['does']}")
@@ -165,7 +173,8 @@ def listed(shelf, output: str) -> None:
         raise BadConfig("a list has no JUnit form. Try: kvguard drill report NAME -o junit")
     rows = [shelf.load(one) for one in shelf.ids()]
     if output == "json":
-        show.document({"reports": [{key: one[key] for key in ("id", "name", "seed", "started", "passed", "failed")} for one in rows]})
+        keys = ("id", "name", "seed", "started", "passed", "failed")
+        show.document({"schema": "kvguard.drill_reports/1", "reports": [{key: one[key] for key in keys} for one in rows]})
         return
     columns = ["id", "name", "started", "passed", "failed"]
     show.table("Reports", columns, [[one[key] for key in columns] for one in rows], f"none in {shelf.directory}")

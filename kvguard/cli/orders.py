@@ -1,7 +1,8 @@
 """kvguard failover | handoff | drain | pause | unpause | resync: what an operator orders.
 
 Knows: the coordinator's verbs, the nodes' resync. Must not know: how they are carried out.
-Invariant: what interrupts an instance asks first, unless --yes, and can be tried with --dry-run.
+Invariants: every order can be tried with --dry-run, which changes nothing; what interrupts an instance asks first, unless --yes. Documents are kvguard.order/1,
+but for resync's, which is kvguard.resync/1.
 """
 
 from __future__ import annotations
@@ -17,25 +18,48 @@ from kvguard.types import Rank
 def answered(reach: Reach, verb: str, arguments: dict, output: str) -> None:
     found = reach.coordinator(verb, arguments)
     if output == "json":
-        show.document(found)
+        document(verb, found)
     else:
-        click.echo(", ".join(f"{key} {show.text(value)}" for key, value in found.items() if key != "schema") or "done")
+        click.echo(", ".join(f"{key} {show.text(value)}" for key, value in found.items()) or "done")
+
+
+def document(verb: str, found: dict) -> None:
+    show.document({"schema": "kvguard.order/1", "order": verb, **found})
+
+
+dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be done.")
+yes_option = click.option("--yes", is_flag=True, help="Don't ask.")
+unasked_option = click.option("--yes", is_flag=True, expose_value=False, help="Don't ask (it never does).")
 
 
 @click.command()
 @reaching
+@dry_run_option
+@unasked_option
 @show.output_option
-def pause(reach: Reach, output: str) -> None:
-    """Stop automatic failovers. Replication goes on."""
-    answered(reach, "pause", {}, output)
+def pause(reach: Reach, dry_run: bool, output: str) -> None:
+    """Stop automatic failovers. Replication goes on; what would have been done is logged, and stands in status and history."""
+    answered(reach, "pause", {"dry_run": dry_run}, output)
 
 
 @click.command()
 @reaching
+@dry_run_option
+@unasked_option
 @show.output_option
-def unpause(reach: Reach, output: str) -> None:
-    """Allow automatic failovers again."""
-    answered(reach, "unpause", {}, output)
+def unpause(reach: Reach, dry_run: bool, output: str) -> None:
+    """Allow automatic failovers again. Those that were held back begin."""
+    if not dry_run:
+        answered(reach, "unpause", {}, output)
+        return
+    held = reach.coordinator("history")["held"]
+    if output == "json":
+        document("unpause", {**reach.coordinator("unpause", {"dry_run": True}), "held": held})
+        return
+    for one in held:
+        click.echo(f"would begin: {one['instance']} in epoch {one['epoch']}, {show.text(one['ranks'])} recovered: {one['reason']}")
+    if not held:
+        click.echo("would begin nothing: nothing is held back")
 
 
 def as_rank(_context, _parameter, value: str) -> str:
@@ -49,8 +73,8 @@ def as_rank(_context, _parameter, value: str) -> str:
 @reaching
 @click.argument("instance")
 @click.argument("rank", callback=as_rank)
-@click.option("--dry-run", is_flag=True, help="Say what would be done.")
-@click.option("--yes", is_flag=True, help="Don't ask.")
+@dry_run_option
+@yes_option
 @show.output_option
 def failover(reach: Reach, instance: str, rank: str, dry_run: bool, yes: bool, output: str) -> None:
     """Fence INSTANCE and rebuild RANK (dp.pp.tp) elsewhere."""
@@ -59,7 +83,8 @@ def failover(reach: Reach, instance: str, rank: str, dry_run: bool, yes: bool, o
         raise Refused(f"no rank {rank} of {instance!r} is known. Try: kvguard status")
     said = f"{instance} {rank} on {known[0]['node']} is {known[0]['state']}, holders {show.text(known[0]['holders'])}"
     if dry_run:
-        show.document({"instance": instance, "rank": rank, "would": "fence and rebuild", **known[0]}) if output == "json" else click.echo(f"would fence {said}")
+        would = {"instance": instance, "rank": rank, "would": "fence and rebuild", "dry_run": True, **known[0]}
+        document("failover", would) if output == "json" else click.echo(f"would fence {said}")
         return
     if not yes:
         click.confirm(f"{said}. Fence it and rebuild the rank?", abort=True, err=True)
@@ -74,8 +99,8 @@ wait_option = click.option("--wait", "wait_s", type=click.FloatRange(0), default
 @click.argument("instance")
 @click.argument("rank", callback=as_rank)
 @click.option("--to", "target", required=True, help="The node that shall have it; a standby must be there.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done.")
-@click.option("--yes", is_flag=True, help="Don't ask.")
+@dry_run_option
+@yes_option
 @wait_option
 @show.output_option
 def handoff(reach: Reach, instance: str, rank: str, target: str, dry_run: bool, yes: bool, wait_s: float, output: str) -> None:
@@ -89,7 +114,7 @@ def handoff(reach: Reach, instance: str, rank: str, target: str, dry_run: bool, 
         if wait_s:
             found = waiting.handed_off(reach, found["handoff"], wait_s)
     if output == "json":
-        show.document(found)
+        document("handoff", found)
     elif dry_run or not wait_s:
         click.echo(f"{'would do' if dry_run else 'begun'}: {found['does']}")
     else:
@@ -102,8 +127,8 @@ def handoff(reach: Reach, instance: str, rank: str, target: str, dry_run: bool, 
 @reaching
 @click.argument("node")
 @click.option("--undo", is_flag=True, help="End it: the node gets replicas and ranks again.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done.")
-@click.option("--yes", is_flag=True, help="Don't ask.")
+@dry_run_option
+@yes_option
 @wait_option
 @show.output_option
 def drain(reach: Reach, node: str, undo: bool, dry_run: bool, yes: bool, wait_s: float, output: str) -> None:
@@ -122,7 +147,7 @@ def drain(reach: Reach, node: str, undo: bool, dry_run: bool, yes: bool, wait_s:
         if wait_s:
             found |= waiting.drained(reach, node, wait_s)
     if output == "json":
-        show.document(found)
+        document("drain", found)
     else:
         click.echo(f"would do: {does}" if dry_run else f"{node}: {found['reason']}" if wait_s else f"begun: {does}")
 
@@ -131,16 +156,22 @@ def drain(reach: Reach, node: str, undo: bool, dry_run: bool, yes: bool, wait_s:
 @reaching
 @click.argument("instance", required=False)
 @click.argument("rank", required=False)
+@dry_run_option
+@unasked_option
 @show.output_option
-def resync(reach: Reach, instance: str | None, rank: str | None, output: str) -> None:
+def resync(reach: Reach, instance: str | None, rank: str | None, dry_run: bool, output: str) -> None:
     """Doubt the replicas of all instances (of INSTANCE, of its RANK): holders verify them, drop what is damaged, and get it again."""
     if rank is not None:
         as_rank(None, None, rank)
-    found, silent = gathered(reach, "resync", {"instance": instance, "rank": rank})
+    found, silent = gathered(reach, "verify" if dry_run else "resync", {"instance": instance, "rank": rank})
     if not found["replicas"] and not silent:
         raise Refused("no node holds a replica of that. Try: kvguard replicas list")
     if output == "json":
-        show.document({**found, "unreachable": silent})
+        show.document({**found, "schema": "kvguard.resync/1", "dry_run": dry_run, "unreachable": silent})
+    elif dry_run:
+        damaged = [one for one in found["replicas"] if one["verified"] is False]
+        columns = ["instance", "rank", "sequence", "holder", "positions"]
+        show.table("Would be sent again from the first damaged position on", columns, [[one[key] for key in columns] for one in damaged], "nothing is damaged")
     else:
         rows = [[one[key] for key in ("instance", "rank", "holder", "sequences", "positions", "dropped")] for one in found["replicas"]]
         show.table("Verified anew", ["instance", "rank", "holder", "sequences", "positions", "damaged, sent again"], rows, "none")

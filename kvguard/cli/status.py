@@ -11,7 +11,9 @@ import click
 
 from kvguard.cli import show
 from kvguard.cli.asking import Reach, reaching
+from kvguard.errors import KvguardError
 
+EVERY_S = 1.0
 NODES = ["node", "state", "reason", "heartbeat_age_ms", "version"]
 RANKS = ["instance", "rank", "node", "holders", "state", "reason", "sequences", "unprotected_sequences", "lag_tokens"]
 SCHEDULERS = ["instance", "dp", "node", "holders", "state", "reason", "sequences", "ids", "acked_ids"]
@@ -24,14 +26,29 @@ WIDE = [*RANKS, "committed", "acked", "lag_bytes", "lag_ms"]
 @click.option("--watch", is_flag=True, help="Again every second, until interrupted.")
 def status(reach: Reach, output: str, watch: bool) -> None:
     """What is protected, where, and why not."""
-    while True:
+    if not watch:
+        display(reach.coordinator("status"), output)
+        return
+    try:
+        while True:
+            look(reach, output)
+            time.sleep(EVERY_S)  # the pace of the screen
+    except KeyboardInterrupt:
+        return
+
+
+def look(reach: Reach, output: str) -> None:
+    """One more. A coordinator that is away for a moment is no end to watching; in JSON, one document a line, the reason goes to stderr."""
+    try:
         found = reach.coordinator("status")
-        if watch and output != "json":
+    except KvguardError as error:
+        if output != "json":
             click.clear()
-        display(found, output)
-        if not watch:
-            return
-        time.sleep(1.0)
+        click.echo(f"kvguard: {error}", err=True)
+        return
+    if output != "json":
+        click.clear()
+    display(found, output)
 
 
 def display(found: dict, output: str) -> None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import click
 
 import kvguard
+from kvguard.cli import show
 from kvguard.errors import KvguardError
 
 PROGRAM = "/usr/bin/kvguard"  # what stands in the files
@@ -107,9 +108,14 @@ gpu_option = click.option("--gpu", is_flag=True, help="Also what a node needs wh
 @systemd.command("print")
 @daemons_argument
 @gpu_option
-def print_(daemons: tuple[str, ...], gpu: bool) -> None:
+@show.output_option
+def print_(daemons: tuple[str, ...], gpu: bool, output: str) -> None:
     """Print every file that `install` would write for DAEMONS (both without)."""
-    for one in placed(daemons or DAEMONS, gpu, systemd_version()):
+    found = placed(daemons or DAEMONS, gpu, systemd_version())
+    if output == "json":
+        show.document({"schema": "kvguard.systemd/1", "files": [one._asdict() for one in found]})
+        return
+    for one in found:
         click.echo(f"# {one.path}")
         click.echo(one.text)
 

@@ -121,8 +121,13 @@ def _recoveries(seen: Seen) -> Table:
 @click.command()
 @reaching
 @click.option("--every", "every_s", type=click.FloatRange(0.1, 60.0), default=1.0, show_default=True, help="Seconds between two looks.")
-def top(reach: Reach, every_s: float) -> None:
+@show.output_option
+def top(reach: Reach, every_s: float, output: str) -> None:
     """A live screen: ranks, lag, windows, arenas, epochs, recoveries. Ends with Ctrl-C."""
+    if output == "json":
+        seen = look(reach)
+        show.document({"schema": "kvguard.top/1", "status": seen.status, "history": seen.history, "nodes": seen.nodes})
+        return
     if not sys.stdout.isatty():
         Console(width=show.WIDTH_IN_PIPES, no_color=True).print(screen(look(reach)))
         return

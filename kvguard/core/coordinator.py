@@ -61,6 +61,10 @@ class Coordinator:
     def history(self) -> list[dict]:
         return overview.history(self.known)
 
+    def held(self) -> list[dict]:
+        """What would have been done if recoveries weren't paused."""
+        return overview.held(self.known)
+
     def check(self) -> None:
         known = self.known
         known.membership.check()

@@ -111,7 +111,7 @@ class CoordinatorDaemon:
         return ()
 
     def _history(self, arguments: dict) -> dict:
-        return {"schema": "kvguard.history/1", "history": self.core.history(), "held": self.core.status()["held"]}
+        return {"schema": "kvguard.history/1", "history": self.core.history(), "held": self.core.held()}
 
     def _stats(self, arguments: dict) -> dict:
         return {

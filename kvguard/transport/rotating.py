@@ -1,8 +1,8 @@
 """A key in the place of another without anybody being locked out: what that does to key files, step by step.
 
 Knows: lines of key files (keys.py). Must not know: who reloads when, sockets.
-Invariants: a file is replaced whole or not at all, with its owner, its group and mode 0600; lines that a step doesn't concern stay as they are, comments too;
-a step that makes no sense now changes nothing and says why.
+Invariants: a file is replaced whole or not at all, with its owner, its group and mode 0600; lines that a step doesn't concern stay as they are, comments
+too; a step that makes no sense now changes nothing and says why.
 
 1. `begun`, where the key is: a new pair beside the old one, which stays in use. 2. `allowing`, at everybody else: the new public key beside the old one; then
 they reload. 3. `switched`, where the key is: the new pair in the place of the old one, then reload. 4. `finished`, everywhere: of each name the newest key alone,

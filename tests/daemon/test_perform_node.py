@@ -104,7 +104,7 @@ def test_a_damaged_frame_is_told_as_a_gap(world, life):
     promise(world)
     world.shell.corrupt_frames = 1
     assert opened(world, life).gap.startswith("checksum")
-    assert world.shell.counters["frames_corrupted"] == world.shell.counters["checksum_failures"] == 1
+    assert world.shell.counters["frames_corrupted"] == world.store.counters["checksum_failures"] == 1
 
 
 def test_a_promise_binds_the_store_only_after_it_is_written(world, life):

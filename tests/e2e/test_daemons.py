@@ -79,10 +79,11 @@ def test_orders_to_the_coordinator(cluster):
     engine = cluster.engine("rank", "a", "0.0.0")
     engine.tell("step", commits=[["one", 5]])
     cluster.protected("0.0.0", 5)
-    assert cluster.cli("pause") == (0, {"paused": True, "dry_run": False})
+    assert cluster.cli("pause", "--dry-run")[1]["dry_run"] and cluster.ask("coordinator", "status")["paused"] is False
+    assert cluster.cli("pause") == (0, {"schema": "kvguard.order/1", "order": "pause", "paused": True, "dry_run": False})
     assert cluster.ask("coordinator", "status")["paused"] is True
     assert cluster.cli("failover", "llama", "0.0.0", "--yes")[0] == 4
-    assert cluster.cli("unpause") == (0, {"paused": False, "dry_run": False})
+    assert cluster.cli("unpause", "--yes") == (0, {"schema": "kvguard.order/1", "order": "unpause", "paused": False, "dry_run": False})
     code, would = cluster.cli("failover", "llama", "0.0.0", "--dry-run")
     assert code == 0 and would["would"] == "fence and rebuild" and would["node"] == "a"
     assert cluster.cli("failover", "llama", "9.9.9", "--yes")[0] == 4

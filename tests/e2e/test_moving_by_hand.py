@@ -132,6 +132,8 @@ def test_damage_is_found_dropped_and_sent_again(cluster):
     assert cluster.ask("b", "corrupt_replica", instance="llama", rank=RANK, sequence="one", position=20, bytes_only=True)["changed"]
     code, found = cluster.cli("replicas", "verify")
     assert code == 1 and [one["sequence"] for one in found["replicas"] if one["verified"] is False] == ["one"]
+    code, told = cluster.cli("resync", "llama", RANK, "--dry-run")
+    assert code == 0 and told["dry_run"] and {one["sequence"]: one["verified"] for one in told["replicas"]} == {"one": False, "two": True}
     code, told = cluster.cli("resync", "llama", RANK)
     [entry] = told["replicas"]
     assert code == 0 and (entry["holder"], entry["positions"], entry["sequences"], entry["dropped"]) == ("b", 45, 2, 20), told
@@ -160,6 +162,8 @@ def test_a_pause_says_what_it_would_have_done(cluster):
     assert code == 0 and told["held"] == held and told["history"] == []
     for verb in ("status", "history"):
         assert "would be in epoch 1 and 0.0.0 recovered" in said(cluster, verb)[1], verb
+    code, told = cluster.cli("unpause", "--dry-run")
+    assert code == 0 and told["held"] == held and cluster.ask("coordinator", "status")["paused"]
     assert cluster.cli("unpause")[0] == 0
     assert standby.hear(30.0)["claimed"]
     [entry] = cluster.until("the recovery told", lambda: cluster.ask("coordinator", "history")["history"])
