@@ -8,43 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import httpx
-from world import MODEL, ROOT, World, model_directory  # tests/vllm, on PYTHONPATH
-
-from kvguard import config
-from kvguard.pipeline.ports import free_ports
+from front import Gateway  # tests/vllm, on PYTHONPATH
+from world import MODEL, World
 
 DIM, RED, GREEN, PLAIN = ("\033[2m", "\033[31m", "\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "", "", "")
 
 
 def say(line: str) -> None:
     print(f"{DIM}{line}{PLAIN}", flush=True)
-
-
-def start_gateway(world: World) -> tuple[subprocess.Popen, str]:
-    """`kvguard gateway`, once it takes requests for both servers."""
-    url = f"http://127.0.0.1:{free_ports(1)[0]}"
-    lines = tuple(f"{name} {server.url} {name.removeprefix('smol-')}" for name, server in world.servers.items())
-    values = {"listen": url, "instances": lines, "tokenizer": model_directory(), "coordinator": world.coordinator, "resume_ms": 60_000}
-    file = world.directory / "gateway.toml"
-    file.write_text(config.template(config.GatewayConfig, values))
-    with open(world.directory / "gateway.log", "ab") as log:
-        popen = subprocess.Popen([sys.executable, "-m", "kvguard.cli", "gateway", "--config", str(file)], stdout=log, stderr=log, cwd=ROOT)
-
-    def ready() -> bool:
-        try:
-            return httpx.get(f"{url}/ready", timeout=5, trust_env=False).json()["active_instances"] == len(lines)
-        except httpx.HTTPError:
-            return False
-
-    world.until("the gateway", ready, 120)
-    return popen, url
 
 
 def stream(url: str, question: str, tokens: int, kill_at: int, kill) -> tuple[str, dict, float]:
@@ -74,7 +51,8 @@ def stream(url: str, question: str, tokens: int, kill_at: int, kill) -> tuple[st
     return text, usage, stall_ms
 
 
-def show(world: World, url: str, arguments: argparse.Namespace) -> bool:
+def show(world: World, gateway: Gateway, arguments: argparse.Namespace) -> bool:
+    url = gateway.url
     say(f"\nundisturbed, greedy, at most {arguments.max_tokens} tokens:")
     wanted, usage, _ = stream(url, arguments.question, arguments.max_tokens, 0, None)
 
@@ -84,8 +62,7 @@ def show(world: World, url: str, arguments: argparse.Namespace) -> bool:
 
     say(f"\nthe same, and the server that serves it is killed after {arguments.kill_at} chunks:")
     text, usage_after, stall_ms = stream(url, arguments.question, arguments.max_tokens, arguments.kill_at, kill)
-    metrics = httpx.get(f"{url}/metrics", timeout=10, trust_env=False).text
-    rungs = [line.split('"')[1] for line in metrics.splitlines() if line.startswith("kvguard_gateway_resumed_total{") and not line.endswith(" 0.0")]
+    rungs = gateway.rungs()
     outcome = httpx.get(f"{world.servers['smol-b'].url}/metrics", timeout=10, trust_env=False).text
     hits = [float(line.split()[-1]) for line in outcome.splitlines() if line.startswith("vllm:external_prefix_cache_hits_total")]
     if not rungs:
@@ -114,13 +91,12 @@ def main() -> int:
                 world.start_server(name, wait=False)
             for server in world.servers.values():
                 world.wait_ready(server)
-            gateway, url = start_gateway(world)
-            say(f"an OpenAI-compatible gateway at {url}")
-            return 0 if show(world, url, arguments) else 1
+            gateway = Gateway(world)
+            say(f"an OpenAI-compatible gateway at {gateway.url}")
+            return 0 if show(world, gateway, arguments) else 1
         finally:
             if gateway is not None:
-                gateway.terminate()
-                gateway.wait(60)
+                gateway.stop()
             world.stop()
 
 

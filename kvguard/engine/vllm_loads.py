@@ -74,6 +74,8 @@ class Loads:
             end = self._load(load, deadline)
             if end.error:
                 _log.warning("kvguard: %s is computed instead of restored: %s", load.request_id, end.error)
+            else:
+                _log.info("kvguard: %s goes on from position %d: %d bytes in %.1f ms", load.request_id, end.position, end.moved_bytes, end.load_ms)
             with self._changed:
                 self._ended.append(end)
 

@@ -18,7 +18,7 @@ class Counters:
         own = {"registry": self.registry}
         self.requests = Counter("kvguard_gateway_requests", "Requests that ended, by how they were served and how they ended.", ["route", "outcome"], **own)
         self.refused = Counter("kvguard_gateway_refused", "Requests refused before they began.", ["reason"], **own)
-        self.resumed = Counter("kvguard_gateway_resumed", "Answers that went on in another instance, by where it says that their KV came from.", ["rung"], **own)
+        self.resumed = Counter("kvguard_gateway_resumed", "Answers that went on elsewhere, by where the engine says that their KV came from.", ["rung"], **own)
         self.unresumed = Counter("kvguard_gateway_unresumed", "Answers that ended in an error although they had begun, by why.", ["reason"], **own)
         self.unplaced = Counter("kvguard_gateway_unplaced", "Resume tokens that were not used, by why.", ["reason"], **own)
         self.lost = Counter("kvguard_gateway_lost", "Answers that an instance didn't go on with.", ["kind"], **own)

@@ -154,6 +154,8 @@ class Journey:
             return await self._somebody(), None
         target = around.fleet.choose(self._is_place, self._excluded()) or await self._somebody()
         if not self._is_place(around.fleet.standing(target)):
+            places = ", ".join(f"{rank} on {node}" for rank, node in self._token.places)
+            log.warning("%s: computed again in %s: no instance beside its KV (%s) is active", self.request, target.name, places)
             around.counters.unplaced.labels("no_active_place").inc()
             around.counters.resumed.labels(Rung.TOKENS).inc()
             return target, None

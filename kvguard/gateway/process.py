@@ -44,7 +44,7 @@ def dialler(settings: GatewayConfig) -> Dial:
     def dial(instance: str) -> Emitter:
         # With keys the name is the listed one; without, one of its own for each instance.
         name = "" if own is not None else f"{settings.name}-{instance}"[:64]
-        return connect(instance, settings.coordinator, own, insecure=settings.insecure, name=name, moves=True)
+        return connect(instance, settings.coordinator, own, insecure=settings.insecure, name=name, moves=True, silence_ms=settings.silence_ms)
 
     return dial
 

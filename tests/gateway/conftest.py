@@ -27,10 +27,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Backend:
-    """A fake vLLM. `node`: (instance, socket) of the kvguard node beside it."""
+    """A fake vLLM. `node`: (instance, socket) of the kvguard node beside it. `port`: of a former one that is started again."""
 
-    def __init__(self, directory: Path, node: tuple[str, str] = ()) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as bound:
+    def __init__(self, directory: Path, node: tuple[str, str] = (), port: int = 0) -> None:
+        self.node = node
+        with socket.create_server(("127.0.0.1", port)) as bound:
             self.port = bound.getsockname()[1]
             self.url = f"http://127.0.0.1:{self.port}"
             with open(directory / "backends.log", "ab") as log:
@@ -223,6 +224,13 @@ class World:
 
     def _dial(self, instance: str) -> FakeEmitter:
         return self.emitters.setdefault(instance, FakeEmitter(instance))
+
+    def start_again(self, name: str) -> None:
+        """A dead backend, at the same address and beside the same node."""
+        dead = self.backends[name]
+        assert dead.popen.poll() is not None, "it lives"
+        self.backends[name] = Backend(self.directory, dead.node, dead.port)
+        self.backends[name].wait()
 
     def until_active(self, count: int) -> None:
         until(f"{count} active instances", lambda: self.get("/ready").json()["active_instances"] == count)

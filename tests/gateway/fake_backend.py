@@ -1,8 +1,9 @@
 """A server that behaves like vLLM's, as far as the gateway can see, around the toy model. `python fake_backend.py PORT_FD [INSTANCE SOCKET]`: serves on that
 descriptor, and keeps its KV beside the kvguard node at SOCKET.
 
-POST /control changes it: delay_ms a token, garbage (how its answers are wrong), stall (after so many ids nothing comes), garbage_after (it says [DONE] instead), chunk (ids at once), healthy,
-restores (whether KV comes where it is asked for), tells (usage says how much of the prompt wasn't computed, as vLLM with --enable-prompt-tokens-details); reset.
+POST /control changes it: delay_ms a token, garbage (how its answers are wrong), stall (after so many ids nothing comes), garbage_after (it says [DONE] instead),
+chunk (ids at once), healthy, restores (whether KV comes where it is asked for), tells (usage says how much of the prompt wasn't computed, as vLLM with
+--enable-prompt-tokens-details); reset.
 GET /control: the bodies and headers that came, how many streams were broken off.
 """
 

@@ -25,12 +25,12 @@ def cluster(tmp_path):
         made.stop()
 
 
-def begin(world, cluster) -> None:
+def begin(world, cluster, **settings) -> None:
     """A backend beside each node, the gateway in front, every rank with a holder."""
     sockets = {f"toy-{name}": str(cluster.directory / name / "kvguard.sock") for name in cluster.addresses}
     cluster.until("nodes", lambda: len([one for one in cluster.ask("coordinator", "status")["nodes"] if one["state"] == "alive"]) == len(sockets))
     dial = process.dialler(GatewayConfig(instances=(), tokenizer="", coordinator=cluster.coordinator_address))
-    world.start(*sockets, sockets=sockets, dial=dial, coordinator=cluster.coordinator_address)
+    world.start(*sockets, sockets=sockets, dial=dial, coordinator=cluster.coordinator_address, **settings)
 
     def protected() -> bool:
         return [one["state"] for one in cluster.ask("coordinator", "status")["ranks"]] == ["protected"] * len(sockets)
@@ -76,3 +76,27 @@ def test_without_a_coordinator_the_ids_go_on(world, cluster):
     clients.join()
     assert clients.errors == [None] and clients.text(0) == expected(clients.prompt(0), 120, False)
     assert world.metric("kvguard_gateway_resumed_total", rung="tokens") == 1
+
+
+def test_an_engine_started_again_goes_on_with_its_own_pool(world, cluster):
+    """Only a is active: what its dead process left is still mapped by its node's daemon, and the engine that is started beside it fetches it there."""
+    begin(world, cluster, resume_ms=30_000)
+    world.backends["toy-b"].kill()  # first, so that nobody can host what a leaves
+    cluster.until("b to be given up", lambda: _rank_state(cluster, "toy-b") != "protected")
+    until("one to be active", lambda: world.get("/ready").json()["active_instances"] == 1)
+    world.backends["toy-a"].set(stall=40)
+    clients = Clients(world, 4)
+    until("all to have begun", lambda: all(len(chunks) > 5 for chunks in clients.chunks))
+    world.backends["toy-a"].kill()
+    world.start_again("toy-a")
+    clients.join()
+    assert clients.errors == [None] * 4
+    for number in range(4):
+        assert clients.text(number) == expected(clients.prompt(number), 120, False)
+    outcomes = world.backends["toy-a"].seen["outcomes"]
+    assert len(outcomes) == 4 and all(same is True and position > 20 for position, same in outcomes), outcomes
+    assert world.metric("kvguard_gateway_resumed_total", rung="pool") == 4
+
+
+def _rank_state(cluster, instance: str) -> str:
+    return next((one["state"] for one in cluster.ask("coordinator", "status")["ranks"] if one["instance"] == instance), "gone")

@@ -6,52 +6,21 @@ what is asserted is that no id is lost, doubled or changed once it was given out
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import urllib.request
 
 import httpx
 import openai
 import pytest
-from world import MODEL, ROOT, World, model_directory
-
-from kvguard import config
-from kvguard.pipeline.ports import free_ports
+from front import Gateway
+from world import MODEL, World
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 QUESTION = [{"role": "user", "content": "Explain in a few sentences how a lighthouse works."}]
 
 
-class Gateway:
-    """`kvguard gateway` in front of a world's servers."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.url = world, f"http://127.0.0.1:{free_ports(1)[0]}"
-        lines = tuple(f"{name} {server.url} {name.removeprefix('smol-')}" for name, server in world.servers.items())
-        values = {"listen": self.url, "instances": lines, "tokenizer": model_directory(), "coordinator": world.coordinator, "resume_ms": 60_000}
-        file = world.directory / "gateway.toml"
-        file.write_text(config.template(config.GatewayConfig, values))
-        with open(world.directory / "gateway.log", "ab") as log:
-            self.popen = subprocess.Popen([sys.executable, "-m", "kvguard.cli", "gateway", "--config", str(file)], stdout=log, stderr=log, cwd=ROOT)
-        world.until("the gateway with its instances", lambda: self.active() == len(lines), 120)
-
-    def active(self) -> int:
-        try:
-            return httpx.get(f"{self.url}/ready", timeout=5, trust_env=False).json()["active_instances"]
-        except httpx.HTTPError:
-            return 0
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300, http_client=httpx.Client(trust_env=False))
-
-    def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics", timeout=10, trust_env=False).text
-        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
-
-    def stop(self) -> None:
-        self.popen.terminate()
-        assert self.popen.wait(30) == 0
+def client_of(gateway: Gateway) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=300, http_client=httpx.Client(trust_env=False))
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +36,9 @@ def pair(tmp_path_factory):
         gateway = Gateway(world)
         yield world, gateway
     finally:
-        if gateway is not None:
-            gateway.popen.terminate()
-            gateway.popen.wait(30)
+        code = 0 if gateway is None else gateway.stop()
         world.stop()
+        assert code == 0
 
 
 def restored(server) -> float:
@@ -87,7 +55,7 @@ def test_the_gateway_says_what_vllm_says(pair):
     """Undisturbed, text, usage and end are those of the server itself, in completions and in chats."""
     world, gateway = pair
     direct = world.servers["smol-b"]
-    with gateway.client() as client, openai.OpenAI(base_url=f"{direct.url}/v1", api_key="none", http_client=httpx.Client(trust_env=False)) as own:
+    with client_of(gateway) as client, openai.OpenAI(base_url=f"{direct.url}/v1", api_key="none", http_client=httpx.Client(trust_env=False)) as own:
         for stop in (None, ["light"]):
             asked = {"model": MODEL, "messages": QUESTION, "max_tokens": 60, "temperature": 0, "stop": stop}
             through, straight = client.chat.completions.create(**asked), own.chat.completions.create(**asked)
@@ -102,7 +70,7 @@ def test_the_gateway_says_what_vllm_says(pair):
 def test_a_killed_server_is_not_noticed(pair):
     world, gateway = pair
     asked = {"model": MODEL, "messages": QUESTION, "max_tokens": 120, "temperature": 0, "extra_body": {"ignore_eos": True}}
-    with gateway.client() as client:
+    with client_of(gateway) as client:
         wanted = client.chat.completions.create(**asked)
         before, chunks = restored(world.servers["smol-b"]), []
         for chunk in client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
@@ -112,7 +80,7 @@ def test_a_killed_server_is_not_noticed(pair):
     text = "".join(choice.delta.content for chunk in chunks for choice in chunk.choices)
     assert text == wanted.choices[0].message.content
     assert chunks[-1].usage == wanted.usage and len({chunk.id for chunk in chunks}) == 1
-    assert gateway.metric('kvguard_gateway_resumed_total{rung="replica"}') + gateway.metric('kvguard_gateway_resumed_total{rung="pool"}') == 1
+    assert gateway.rungs() == {"replica": 1}
     assert restored(world.servers["smol-b"]) - before > 50, "the KV came, and was not computed"
 
 
@@ -127,7 +95,7 @@ def test_sixteen_streams_and_a_server_that_comes_back(pair):
     errors: list[Exception] = []
 
     def talk(number: int) -> None:
-        with gateway.client() as client:
+        with client_of(gateway) as client:
             try:
                 body = {"ignore_eos": True, "return_token_ids": True}
                 for chunk in client.completions.create(
@@ -152,3 +120,23 @@ def test_sixteen_streams_and_a_server_that_comes_back(pair):
         ids = [token for chunk in chunks for token in chunk.choices[0].token_ids or []]
         assert len(ids) == 48 and chunks[-1].choices[0].finish_reason == "length"
     assert gateway.metric("kvguard_gateway_resumed_total") >= 1 and gateway.metric("kvguard_gateway_unresumed_total") == 0
+
+
+def test_a_server_that_is_started_again_goes_on_with_its_own_pool(pair):
+    """Nobody else is active: a dies, is started again, and goes on with what its dead process left in its node's daemon, byte by byte the same."""
+    world, gateway = pair
+    if world.servers["smol-b"].popen.poll() is None:
+        world.servers["smol-b"].kill()
+    world.until("a alone", lambda: gateway.active() == 1, 60)
+    asked = {"model": MODEL, "messages": QUESTION, "max_tokens": 100, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    before, pieces = gateway.rungs(), []
+    with client_of(gateway) as client:
+        wanted = client.chat.completions.create(**asked)
+        for chunk in client.chat.completions.create(**asked, stream=True):
+            pieces.append(chunk.choices[0].delta.content)
+            if len(pieces) == 40:
+                world.servers["smol-a"].kill()
+                world.start_server("a", wait=False)
+    assert "".join(pieces) == wanted.choices[0].message.content
+    assert restored(world.servers["smol-a"]) > 50
+    assert gateway.rungs() == {**before, "pool": before.get("pool", 0) + 1}

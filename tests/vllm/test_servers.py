@@ -1,6 +1,6 @@
 """Two real vLLM servers with SmolLM2 and their daemons: what is committed in A is in B's node, and requests of a killed A go on in B at the next token.
 
-The caches are small (56 blocks of 32 tokens), so that prompts come in chunks and sequences are preempted.
+The caches are small (48 blocks of 32 tokens), so that prompts come in chunks and sequences are preempted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvguard.emitter import moves
 from kvguard.transport.ask import ask
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
-SMALL = ("--num-gpu-blocks-override", "56", "--max-num-batched-tokens", "256", "--max-model-len", "1024")
+SMALL = ("--num-gpu-blocks-override", "48", "--max-num-batched-tokens", "256", "--max-model-len", "1024")
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,8 @@ def test_killed_requests_go_on_in_another_server(small, glass):
 
 def test_an_engine_restarted_in_place_begins_empty_and_is_protected(small):
     """After the one before: a is dead, its sequences have moved."""
-    small.until("nothing of its former life to be held", lambda: not replicas(small, "b", "smol-a"))  # a look must not take a page of it for one of the new life
+    # A look must not take a page of its former life for one of the new.
+    small.until("nothing of its former life to be held", lambda: not replicas(small, "b", "smol-a"))
     a = small.start_server("a", *SMALL)
     streams = Streams()
     streams.start(a, "again", prompt_of(30, 40), 60)
