@@ -5,8 +5,8 @@ Invariants: a file is replaced whole or not at all, with its owner, its group an
 too; a step that makes no sense now changes nothing and says why.
 
 1. `begun`, where the key is: a new pair beside the old one, which stays in use. 2. `allowing`, at everybody else: the new public key beside the old one; then
-they reload. 3. `switched`, where the key is: the new pair in the place of the old one, then reload. 4. `finished`, everywhere: of each name the newest key alone,
-then reload: whoever has an older one is out.
+they reload. 3. `switched`, where the key is: the new pair in the place of the old one, then reload. 4. `finished`, everywhere: of each name the newest key
+alone, then reload: whoever has an older one is out.
 """
 
 from __future__ import annotations
