@@ -13,6 +13,7 @@ from kvguard.format import local
 from kvguard.format.layout import Layout
 from kvguard.format.lineage import forked
 from kvguard.format.messages import PlanOrder
+from kvguard.format.rows import EPOCH_AT
 from kvguard.engine.table import TableWriter
 from kvguard.errors import Fenced
 from kvguard.pipeline import replies
@@ -22,6 +23,8 @@ from kvguard.pipeline.stage import carry_out, view_of
 from kvguard.pipeline.steps import STEP, Message
 from kvguard.types import Epoch, Rank
 from tests.pipeline.toy_ranks import ToyInstance, ToyModel
+
+EPOCH_WORD = EPOCH_AT // 8
 
 
 class GuardedInstance(ToyInstance):
@@ -56,7 +59,7 @@ class GuardedInstance(ToyInstance):
         for rank in self.ranks[:number]:
             rank.run(message, memoryview(b""))
         rank = self.ranks[number]
-        rank.guard.pulse = lambda: rank.guard._epoch_word.__setitem__(0, self._counter + 1)
+        rank.guard.pulse = lambda: rank.guard.table.header.__setitem__(EPOCH_WORD, self._counter + 1)
         try:
             rank.run(message, memoryview(b""))
         except Fenced:
@@ -87,7 +90,7 @@ class GuardedInstance(ToyInstance):
             tuple(len(token.ids) for token in restored), ("node",) * len(names), (self.ranks[0].guard.stream,) * len(names), (), (), (),
         )  # fmt: skip
         for number, rank in enumerate(self.ranks):
-            rank.guard._epoch_word[0] = epoch.counter
+            rank.guard.table.header[EPOCH_WORD] = epoch.counter
             if number == lost:
                 self._replace(number, plan)
             else:
