@@ -61,7 +61,7 @@ class NodeConfig:
     ids_retention_s: int = setting(300, "int", "how long token ids are kept after delivery", 0, 86_400)
     keys: str = setting("", "path", "file with this process's key and the peers that are allowed (`kvguard keys generate`); empty: no encryption")
     insecure: bool = setting(False, "bool", "true allows addresses off loopback without keys")
-    device: str = setting("host", "word", "where pools live: shared memory, NVIDIA GPUs, or GPUs played by host memory", choices=("host", "cuda", "rehearsal"))
+    device: str = setting("host", "word", "where pools live: shared memory, GPUs, or host memory that plays them", choices=("host", "cuda", "rehearsal"))
     capture: str = setting("engine", "word", "on a GPU: who packs a step's new slots, the engine into our ring or this daemon", choices=("engine", "daemon"))
     ring_bytes: int = setting(64 * MIB, "bytes", "on a GPU: device memory of each rank's ring; a step that doesn't fit is fetched later", MIB, 1 << 34)
     capture_bytes_per_s: int = setting(0, "bytes", "on a GPU: copies to host memory are held below this, for each rank; 0: as fast as they go", 0, 1 << 40)
