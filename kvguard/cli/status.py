@@ -64,8 +64,11 @@ def display(found: dict, output: str) -> None:
         if one["state"] in ("copying", "moving"):
             click.echo(f"Handoff of {one['instance']} {one['rank']} from {one['from']} to {one['to']}, {one['state']}: {one['reason']}")
     columns = WIDE if output == "wide" else RANKS
+    ways = [[node["node"], peer, carrier] for node in found["nodes"] for peer, carrier in node.get("carriers", {}).items()]
     show.table("Nodes", NODES, [[node.get(key) for key in NODES] for node in found["nodes"]], "none has said hello")
     show.table("Instances", ["instance", "epoch", "issuer"], [[one[key] for key in ("instance", "epoch", "issuer")] for one in found["instances"]], "none")
     show.table("Ranks", columns, [[rank.get(key) for key in columns] for rank in found["ranks"]], "none is attached")
+    if output == "wide" or any(carrier != "tcp" for _, _, carrier in ways):  # the usual needs no telling
+        show.table("Payloads", ["from", "to", "over"], ways, "no node has a holder")
     if found.get("schedulers"):
         show.table("Schedulers", SCHEDULERS, [[one.get(key) for key in SCHEDULERS] for one in found["schedulers"]], "none")

@@ -25,10 +25,11 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class LinkUp(Event, frozen=True):
-    """Frames can be sent. `node`: the peer's name where the transport's keys prove it, else what it says of itself, else ""."""
+    """Frames can be sent. `node`: the peer's name where the transport's keys prove it, else what it says of itself, else "". `carrier`: see base.Up."""
 
     link: str
     node: NodeId = ""
+    carrier: str = ""
 
 
 class LinkDown(Event, frozen=True):

@@ -50,7 +50,7 @@ class Node:
     """One node as heard. Times `_ns` are fair, except `beat_ns` (real: what a verdict's age is counted from)."""
 
     __slots__ = (
-        "address", "arena_bytes", "arena_bytes_max", "beat_ns", "incarnation", "link", "node", "promises", "reason", "replicas", "schedulers", "seen_ns",
+        "address", "arena_bytes", "arena_bytes_max", "beat_ns", "carriers", "incarnation", "link", "node", "promises", "reason", "replicas", "schedulers", "seen_ns",
         "standbys", "state", "version",
     )  # fmt: skip
 
@@ -62,6 +62,7 @@ class Node:
         self.standbys: tuple[StandbyBeat, ...] = ()
         self.replicas: tuple = ()
         self.schedulers: tuple[SchedulerBeat, ...] = ()
+        self.carriers: tuple[tuple[NodeId, str], ...] = ()
         self.arena_bytes = self.arena_bytes_max = 0
 
 
@@ -126,7 +127,7 @@ class Membership:
         if node is None:
             node = self.nodes[message.node] = Node(message.node, fair_ns, now_ns)
         if reborn:
-            node.standbys, node.replicas, node.schedulers = (), (), ()
+            node.standbys, node.replicas, node.schedulers, node.carriers = (), (), (), ()
             for _, _, member in self._on(message.node):
                 member.absent_ns = fair_ns
         node.link, node.address, node.version, node.incarnation, node.promises = link, message.address, message.version, message.incarnation, message.promises
@@ -140,7 +141,7 @@ class Membership:
             return [], []
         self._heard(node, fair_ns, now_ns, "heartbeats")
         node.standbys, node.replicas, node.arena_bytes, node.arena_bytes_max = message.standbys, message.replicas, message.arena_bytes, message.arena_bytes_max
-        node.schedulers = message.schedulers
+        node.schedulers, node.carriers = message.schedulers, message.carriers
         new, strange, listed = [], [], {}
         for rank_beat in message.ranks:
             if rank_beat.state == "standby":

@@ -179,7 +179,7 @@ class Node:
             COORDINATOR,
             messages.Beat(
                 settings.node, settings.incarnation, self._beats, ranks, tuple(self.standbys.values()), seen.replicas, seen.arena_bytes, seen.arena_bytes_max,
-                schedulers.beats(self.outbound, now, self.promises),
+                schedulers.beats(self.outbound, now, self.promises), self.outbound.carriers(),
             ),
         )
 

@@ -18,6 +18,9 @@ from kvguard.types import NodeId, Rank, SequenceId, StreamId, is_scheduler, sche
 Effects = tuple[Effect, ...]
 
 
+PEER = "peer:"
+
+
 class Outbound:
     """`streams`: local ranks' pools and schedulers' tables, living and dead. `pushes`: replicas held here that go to another node for a plan."""
 
@@ -27,7 +30,7 @@ class Outbound:
         self.pushes: dict[StreamId, LocalStream] = {}
         self._wanted: dict[tuple[str, Rank], Assign] = {}
         self._dialled: dict[str, str] = {}
-        self._up: dict[str, None] = {}
+        self._up: dict[str, str] = {}  # what their payloads travel over
         self._sessions, self._captures = count(1), count(1)
 
     def all(self) -> list[LocalStream]:
@@ -36,6 +39,10 @@ class Outbound:
     def of(self, instance: str) -> list[LocalStream]:
         """Local ranks' streams of one instance."""
         return [local for local in self.streams.values() if local.stream.instance == instance]
+
+    def carriers(self) -> tuple[tuple[NodeId, str], ...]:
+        """What payloads to each node that was dialled travel over, where the transport says so."""
+        return tuple((link.removeprefix(PEER), carrier) for link, carrier in sorted(self._up.items()) if carrier and link.startswith(PEER))
 
     def next_deadline(self) -> int | None:
         due = [sender.next_deadline() for local in self.all() for sender in local.senders.values()]
@@ -171,7 +178,7 @@ class Outbound:
 
     def link(self, now: int, event: Event, up: bool) -> Effects:
         if up:
-            self._up[event.link] = None
+            self._up[event.link] = event.carrier
         else:
             self._up.pop(event.link, None)
         senders = [sender for local in self.all() for sender in local.senders.values() if sender.link == event.link]

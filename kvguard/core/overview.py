@@ -20,7 +20,8 @@ def status(known: Known) -> dict:
     nodes = [
         {"node": node.node, "state": node.state, "reason": _node_reason(known, node), "drain": _drain(known, node.node),
          "heartbeat_age_ms": (known.now_ns - node.beat_ns) / MS, "version": node.version,
-         "address": node.address, "arena_bytes": node.arena_bytes, "arena_bytes_max": node.arena_bytes_max, "standbys": len(node.standbys)}
+         "address": node.address, "arena_bytes": node.arena_bytes, "arena_bytes_max": node.arena_bytes_max, "standbys": len(node.standbys),
+         "carriers": dict(node.carriers) if node.state != DEAD else {}}
         for node in sorted(known.membership.nodes.values(), key=lambda node: node.node)
     ]  # fmt: skip
     ranks = [_rank(known, instance, rank, place) for instance, places in sorted(known.membership.members.items()) for rank, place in sorted(places.items())]

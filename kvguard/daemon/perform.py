@@ -65,6 +65,7 @@ class Shell:
     buffers: Buffers = field(default_factory=Buffers)
     counters: Counter = field(default_factory=Counter)
     up: dict[str, str] = field(default_factory=dict)  # links that are up, and the node that is proved to be behind each
+    carriers: dict[str, str] = field(default_factory=dict)  # what their payloads travel over
 
 
 Deed = Callable[[Shell, effects.Effect], Events]
@@ -88,10 +89,11 @@ def arrived(shell: Shell, incoming: base.Incoming) -> events.Event:
         shell.counters["frames_in"] += 1
         return events.Arrived(incoming.link, message, shell.buffers.keep(incoming.payload) if payload_bytes else 0)
     if type(incoming) is base.Up:
-        shell.up[incoming.link] = incoming.node
-        return events.LinkUp(incoming.link, incoming.node)
+        shell.up[incoming.link], shell.carriers[incoming.link] = incoming.node, incoming.carrier
+        return events.LinkUp(incoming.link, incoming.node, incoming.carrier)
     if type(incoming) is base.Down:
         shell.up.pop(incoming.link, None)
+        shell.carriers.pop(incoming.link, None)
         shell.counters["links_lost"] += 1
         return events.LinkDown(incoming.link, incoming.reason)
     shell.counters["frames_broken"] += 1
@@ -118,6 +120,7 @@ def dial(shell: Shell, effect: effects.Dial) -> Events:
 
 def hang_up(shell: Shell, effect: effects.HangUp) -> Events:
     shell.up.pop(effect.link, None)
+    shell.carriers.pop(effect.link, None)
     shell.transport.hang_up(effect.link)
     return ()
 
@@ -149,7 +152,7 @@ def send_numbered(shell: Shell, link: str, message: messages.Message, payload: m
     shell.counters["sends_dropped"] += 1
     if link not in shell.up:
         return ()
-    return (events.LinkDown(link, "the link takes no more: the peer doesn't read"), events.LinkUp(link, shell.up[link]))
+    return (events.LinkDown(link, "the link takes no more: the peer doesn't read"), events.LinkUp(link, shell.up[link], shell.carriers[link]))
 
 
 SHARED: dict[type, Deed] = {

@@ -80,7 +80,10 @@ class NodeWelcome(Message, frozen=True):
 
 
 class Beat(Message, frozen=True):
-    """Every heartbeat_ms. `replicas`: (stream, sequences, bytes) held here for others. `schedulers`: living and dead ones whose tables are mapped here."""
+    """Every heartbeat_ms. `replicas`: (stream, sequences, bytes) held here for others. `schedulers`: living and dead ones whose tables are mapped here.
+
+    `carriers`: (node, what payloads to it travel over: "tcp", "control", or "nixl" and the transport that UCX chose).
+    """
 
     node: NodeId
     incarnation: int
@@ -91,6 +94,7 @@ class Beat(Message, frozen=True):
     arena_bytes: int
     arena_bytes_max: int
     schedulers: tuple[SchedulerBeat, ...] = ()
+    carriers: tuple[tuple[NodeId, str], ...] = ()
 
 
 class Fault(Message, frozen=True):

@@ -15,10 +15,11 @@ from typing import NamedTuple, Protocol
 
 
 class Up(NamedTuple):
-    """`node`: the peer's name as its key proves it, "" where keys are not configured."""
+    """`node`: the peer's name as its key proves it, "" where keys are not configured. `carrier`: what payloads travel over, "" where there is one way only."""
 
     link: str
     node: str
+    carrier: str = ""
 
 
 class Down(NamedTuple):

@@ -307,9 +307,9 @@ class Link:
 
     def come_up(self, node: str) -> None:
         self.state, self.deadline_ns = UP, 0
-        self._shared.tell(Up(self.name, node))
         if self.channel is not None:
             self.channel.start()
+        self._shared.tell(Up(self.name, node, self.carrier()))
 
     def fail(self, reason: str) -> None:
         if self.state != DOWN:
