@@ -1,8 +1,9 @@
 """Holdings side by side: the same sequences in the same order, one tuple per fact.
 
-Knows: reports' columns and lineage arithmetic. Must not know: ranks' roles, standbys, plans.
+Knows: reports' columns, lineage and births. Must not know: ranks' roles, standbys, plans.
 Invariants: a column has one entry per sequence of the table; what a holding doesn't list is (position 0, no lineage, no ids); a position that is handed out
-is never beyond the fork that parts its copy from the authoritative lineage. Work is per column, in C where columns agree: 10,000 sequences times 16 ranks.
+is never beyond the fork that parts its copy from the authoritative lineage, and 0 for a copy of another sequence that bore the name. Work is per column, in C
+where columns agree: 10,000 sequences times 16 ranks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from operator import itemgetter
 
 from msgspec import structs
 
-from kvguard.format.lineage import agreed
+from kvguard.format.lineage import agreed, is_other
 from kvguard.format.messages import Holding
 from kvguard.types import Lineage, NodeId, SequenceId, StreamId
 
@@ -43,18 +44,22 @@ def _of_lives(holding: Holding, newest: dict[SequenceId, int]) -> Holding:
     kept = [i for i, (sequence, generation) in enumerate(zip(holding.sequences, holding.generations, strict=True)) if generation >= newest[sequence]]
     if len(kept) == len(holding.sequences):
         return holding
-    columns = ("sequences", "generations", "lineages", "positions", "ids")
+    columns = ("sequences", "generations", "lineages", "positions", "ids", *(("births",) if holding.births else ()))
     return structs.replace(holding, **{name: tuple([getattr(holding, name)[i] for i in kept]) for name in columns})
 
 
 class Copy:
-    """One holding, aligned. `positions` and `ids` are what was reported; `valid()` cuts them to what agrees with the authoritative lineage."""
+    """One holding, aligned. `positions` and `ids` are what was reported; `valid()` cuts them to what agrees with the authoritative lineage and birth.
 
-    __slots__ = ("agrees_with", "alive", "fingerprint", "ids", "kind", "lineages", "node", "positions", "stream")
+    `births` is empty where nobody says; `strange`: indices of what is of another sequence than the plan is about.
+    """
 
-    def __init__(self, node: NodeId, holding: Holding, positions: Ints, ids: Ints, lineages: tuple[Lineage | None, ...]):
+    __slots__ = ("agrees_with", "alive", "births", "fingerprint", "ids", "kind", "lineages", "node", "positions", "strange", "stream")
+
+    def __init__(self, node: NodeId, holding: Holding, positions: Ints, ids: Ints, lineages: tuple[Lineage | None, ...], births: Ints):
         self.node, self.kind, self.alive, self.stream, self.fingerprint = node, holding.kind, holding.alive, holding.stream, holding.fingerprint
-        self.positions, self.ids, self.lineages = positions, ids, lineages
+        self.positions, self.ids, self.lineages, self.births = positions, ids, lineages, births
+        self.strange: Ints = ()
         self.agrees_with: tuple | None = None  # the authoritative column that this one was found equal to: spares the second comparison
 
 
@@ -82,17 +87,20 @@ def align(base: tuple[SequenceId, ...], node: NodeId, holding: Holding) -> Copy:
 
 def _aligned(base: tuple[SequenceId, ...], node: NodeId, holding: Holding, at: dict[SequenceId, int] | None) -> Copy:
     if holding.sequences == base:
-        return Copy(node, holding, holding.positions, holding.ids, holding.lineages)
+        return Copy(node, holding, holding.positions, holding.ids, holding.lineages, holding.births)
     at = dict(zip(holding.sequences, range(len(holding.sequences)), strict=True)) if at is None else at
     if len(at) >= len(base) > 1:
         try:
             pick = itemgetter(*itemgetter(*base)(at))  # in C: this is where the time of a large plan goes
-            return Copy(node, holding, pick(holding.positions), pick(holding.ids), pick(holding.lineages))
+            births = pick(holding.births) if holding.births else ()
+            return Copy(node, holding, pick(holding.positions), pick(holding.ids), pick(holding.lineages), births)
         except KeyError:
             pass  # a sequence of the table that this holding hasn't: the slower way below fills it in
     where = [at.get(sequence, -1) for sequence in base]
     positions, ids, lineages = (*holding.positions, 0), (*holding.ids, 0), (*holding.lineages, None)  # index -1 finds the default
-    return Copy(node, holding, tuple([positions[i] for i in where]), tuple([ids[i] for i in where]), tuple([lineages[i] for i in where]))
+    births = (*holding.births, 0) if holding.births else ()
+    columns = [tuple([column[i] for i in where]) if column else () for column in (positions, ids, lineages, births)]
+    return Copy(node, holding, *columns)
 
 
 def _newer(a: Lineage | None, b: Lineage | None) -> Lineage | None:
@@ -124,14 +132,51 @@ def authoritative(base: tuple[SequenceId, ...], copies: list[Copy], forks: dict[
     return tuple([lineage or () for lineage in column]) if None in column else column
 
 
+def births(copies: list[Copy], lineages: tuple[Lineage, ...], former: Ints = ()) -> Ints:
+    """By sequence, of which birth it is: of the copies whose lineage is the newest, the first that says; () where none does.
+
+    `former`: what former plans decided, where they are newer than every copy (their lineage is the authoritative one).
+    """
+    column, disputed = former, {}
+    for copy in copies:
+        if not copy.births or copy.births == column:
+            continue
+        if not column:
+            column = copy.births
+            continue
+        disputed.update(dict.fromkeys([i for i, (a, b) in enumerate(zip(column, copy.births, strict=True)) if is_other(a, b)]))
+        if 0 in column:
+            column = tuple([a or b for a, b in zip(column, copy.births, strict=True)])
+    if not disputed:
+        return column
+    decided = list(column)
+    for i in disputed:
+        last = lineages[i][-1].epoch if lineages[i] else -1
+        newest = [copy.births[i] for copy in copies if copy.births and copy.births[i] and copy.lineages[i] and copy.lineages[i][-1].epoch == last]
+        decided[i] = newest[0] if newest else column[i]
+    return tuple(decided)
+
+
+def estrange(copies: list[Copy], births_: Ints) -> None:
+    """Mark what is of another birth than the authoritative one: nothing of it counts."""
+    for copy in copies:
+        if copy.births and births_ and copy.births != births_:
+            copy.strange = tuple([i for i, (a, b) in enumerate(zip(copy.births, births_, strict=True)) if is_other(a, b)])
+
+
 def valid(values: Ints, copy: Copy, lineages: tuple[Lineage, ...]) -> Ints:
-    """Positions (or counts of ids) of `copy`, cut at the fork where its lineage leaves the authoritative one."""
-    if copy.agrees_with is lineages or copy.lineages == lineages:
+    """Positions (or counts of ids) of `copy`, cut at the fork where its lineage leaves the authoritative one; 0 where it is of another sequence."""
+    if copy.agrees_with is not lineages and copy.lineages != lineages:
+        values = tuple([
+            value if a == b else 0 if a is None else min(value, agreed(a, b))
+            for value, a, b in zip(values, copy.lineages, lineages, strict=True)
+        ])  # fmt: skip
+    if not copy.strange:
         return values
-    return tuple([
-        value if a == b else 0 if a is None else min(value, agreed(a, b))
-        for value, a, b in zip(values, copy.lineages, lineages, strict=True)
-    ])  # fmt: skip
+    cut = list(values)
+    for i in copy.strange:
+        cut[i] = 0
+    return tuple(cut)
 
 
 def lowest(columns: list[Ints]) -> Ints:

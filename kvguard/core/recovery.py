@@ -3,9 +3,9 @@
 Knows: holdings with lineage, who is lost, which standbys are there, forks that former plans decided.
 Must not know: messages' way, time, how a plan is carried out.
 Invariants (I1): a sequence's position is never beyond what each survivor's live pool and each lost rank's chosen source has of the authoritative lineage,
-and leaves an id that somebody knows to compute; a sequence whose ids nobody knows is lost and named; every sequence planned has an explanation; the same
-reports in the same order give the same plan. A rank that is called a survivor but reports no live pool is lost. Where ranks can't be rebuilt and the emitter
-moves, every rank of their dp ends, and its sequences go on elsewhere (moving.py).
+and leaves an id that somebody knows to compute; of copies of another sequence that bore the name (births) nothing counts; a sequence whose ids nobody knows is
+lost and named; every sequence planned has an explanation; the same reports in the same order give the same plan. A rank that is called a survivor but reports
+no live pool is lost. Where ranks can't be rebuilt and the emitter moves, every rank of their dp ends, and its sequences go on elsewhere (moving.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from kvguard.core import ladder, moving
-from kvguard.core.columns import Copy, Longest, align, authoritative, highest, lowest, newest_lives, table, valid
+from kvguard.core.columns import Copy, Longest, align, authoritative, births, estrange, highest, lowest, newest_lives, table, valid
 from kvguard.format.lineage import forked
 from kvguard.format.messages import Holding, PlanOrder, Rebuild, Report, StandbyBeat
 from kvguard.limits import FORKS_MAX
@@ -28,7 +28,7 @@ class Situation(NamedTuple):
     """All that a plan depends on.
 
     `members`: every rank of the instance and its node. `lost`: which of them. `reports`: one per node that answered.
-    `standbys`: not yet claimed, fitting or not. `forks`: lineages that former plans decided, by sequence.
+    `standbys`: not yet claimed, fitting or not. `forks`, `births`: lineages that former plans decided, and of which life of the name, by sequence.
     `excluded`: nodes whose copies don't count. `over`: sequences known to be delivered. `emitter_lives`: the emitter knows ids that were never replicated.
     `moves`: it can submit sequences elsewhere, and needn't wait for a standby; `hosts`: to whom. `wishes`: which seats operators want.
     """
@@ -47,18 +47,21 @@ class Situation(NamedTuple):
     moves: bool = False
     hosts: tuple[moving.Host, ...] = ()
     wishes: ladder.Wishes = ladder.Wishes()
+    births: dict[SequenceId, int] = {}
 
 
 class Plan(NamedTuple):
     """`lost`: sequences that can't go on, with the reason.
 
     `former`: streams of lost ranks that the plan leaves behind, pinned until the new ones are protected.
+    `strange`: copies that bear a planned sequence's name and are another's: holders drop them, survivors release them.
     """
 
     order: PlanOrder
     lost_ranks: tuple[Rank, ...]
     lost: tuple[tuple[SequenceId, str], ...]
     former: tuple[StreamId, ...]
+    strange: tuple[tuple[NodeId, StreamId, SequenceId], ...] = ()
 
 
 class Unplannable(NamedTuple):
@@ -78,6 +81,8 @@ class _Group(NamedTuple):
     ids: Longest
     needs: list[ladder.Need]
     reaches: list[Ints]
+    births: Ints
+    strange: tuple[tuple[NodeId, StreamId, SequenceId], ...]
 
 
 def plan(situation: Situation) -> Plan | Unplannable:
@@ -128,9 +133,10 @@ def _group(situation: Situation, dp: int, held: list, live: dict, lost: tuple[Ra
     lineages = authoritative(base, survivors + copies, situation.forks)
     if leads and () in lineages:  # what no rank has begun, its scheduler knows
         lineages = tuple([known or own for known, own in zip(lineages, authoritative(base, leads, {}), strict=True)])
+    born = _births(situation, base, lineages, survivors + copies, leads)
     solid = [valid(copy.positions, copy, lineages) for copy in survivors]
     fragile = [valid(copy.positions, copy, lineages) for copy in copies]
-    ids = _known_ids(base, lineages, [*survivors, *_replicas_first(copies), *_replicas_first(leads)], held, live, dp)
+    ids = _known_ids(base, lineages, born, [*survivors, *_replicas_first(copies), *_replicas_first(leads)], held, live, dp)
     # The input that comes next must be known: by the emitter, or it is the last of the ids, whose position is then computed once more.
     inputs = tuple(ids.counts) if situation.emitter_lives else tuple([count - 1 if count else 0 for count in ids.counts])
     caps = lowest([*solid, inputs])
@@ -147,14 +153,26 @@ def _group(situation: Situation, dp: int, held: list, live: dict, lost: tuple[Ra
                 capped = lowest([positions, within])
                 offers.append(ladder.Offer(copy, capped, sum(capped)))
         needs.append(ladder.Need(rank, situation.members[rank], tuple(offers)))
-    return _Group(base, lineages, survivors, caps, [*solid, *fragile], ids, needs, reaches)
+    strange = tuple((copy.node, copy.stream, base[i]) for copy in aligned for i in copy.strange)
+    return _Group(base, lineages, survivors, caps, [*solid, *fragile], ids, needs, reaches, born, strange)
+
+
+def _births(situation: Situation, base: tuple[SequenceId, ...], lineages: tuple[Lineage, ...], copies: list[Copy], leads: list[Copy]) -> Ints:
+    """The authoritative births; every copy is marked. A scheduler counts where no rank says: its lineages are its own."""
+    forks, known = situation.forks, situation.births
+    decided = [known.get(name, 0) if name in forks and lineage is forks[name] else 0 for name, lineage in zip(base, lineages, strict=True)] if known else []
+    born = births(copies, lineages, tuple(decided))
+    for lead in leads:
+        born = tuple([a or b for a, b in zip(born, lead.births, strict=True)]) if born and lead.births else born or lead.births
+    estrange([*copies, *leads], born)
+    return born
 
 
 def _replicas_first(copies: list[Copy]) -> list[Copy]:
     return [*(copy for copy in copies if copy.kind == "replica"), *(copy for copy in copies if copy.kind == "pool")]
 
 
-def _known_ids(base, lineages, copies: list[Copy], held: list, live: dict, dp: int) -> Longest:
+def _known_ids(base, lineages, born: Ints, copies: list[Copy], held: list, live: dict, dp: int) -> Longest:
     """Where the longest valid ids are: live pools first, replicas before dead pools, schedulers' last; replicas of survivors only where nothing else knows any.
 
     A scheduler's stream counts ids that it accepted before any rank had them.
@@ -166,6 +184,7 @@ def _known_ids(base, lineages, copies: list[Copy], held: list, live: dict, dp: i
         for node, holding in held:
             if holding.kind == "replica" and holding.stream.rank in live and holding.stream.rank.dp == dp:
                 copy = align(base, node, holding)
+                estrange([copy], born)
                 longest.offer(valid(copy.ids, copy, lineages), node, holding.stream)
     return longest
 
@@ -192,11 +211,11 @@ def _compose(situation: Situation, groups: list[_Group], seats: dict, lost: tupl
             address = situation.addresses.get(choice.node, "")
             transfers += [(node, choice.node, address, stream) for node, stream in choice.transfers if (node, stream) in pushes]
         offset += len(kept)
-    columns = [tuple(entry for part in parts for entry in part[k]) for k in range(8)] if len(parts) != 1 else parts[0]
-    order = PlanOrder(situation.instance, situation.epoch, *columns[:7], tuple(rebuilds), tuple(transfers), columns[7], survivors)
+    columns = [tuple(entry for part in parts for entry in part[k]) for k in range(9)] if len(parts) != 1 else parts[0]
+    order = PlanOrder(situation.instance, situation.epoch, *columns[:7], tuple(rebuilds), tuple(transfers), columns[7], survivors, births=columns[8])
     adopted = {source.stream for rebuild in rebuilds for source in rebuild.sources if source.kind == "pool"}
     former = dict.fromkeys(holding.stream for _, holding in held if holding.stream.rank in lost and holding.stream not in adopted)
-    return Plan(order, lost, tuple(gone), tuple(former))
+    return Plan(order, lost, tuple(gone), tuple(former), tuple(one for group in groups for one in group.strange))
 
 
 def _kept(situation: Situation, group: _Group, seen: dict, gone: list[tuple[SequenceId, str]]) -> list[int]:
@@ -221,11 +240,12 @@ def _moved(situation: Situation, held: list[tuple[NodeId, Holding]], lost: tuple
     ]
     situation = situation._replace(lost=ending)
     live = _live_pools(situation, held)
-    parts, gone, seen, transfers = [], [], {}, []
+    parts, gone, seen, transfers, strange = [], [], {}, [], []
     places: tuple[Places, ...] = ()
     for dp in sorted({rank.dp for rank in situation.members}):
         group = _group(situation, dp, held, live, ending)
         kept = _kept(situation, group, seen, gone)
+        strange += group.strange
         if not group.needs:
             parts.append(_columns(situation.epoch, group, [], group.caps, kept))
             places += ((),) * len(kept)
@@ -234,17 +254,17 @@ def _moved(situation: Situation, held: list[tuple[NodeId, Holding]], lost: tuple
         parts.append(_rows(situation.epoch, group, spread.positions, spread.rungs, [spread.explanations[i] for i in kept], kept))
         places += tuple([spread.places[i] for i in kept])
         transfers += [(holder, target, situation.addresses.get(target, ""), stream) for holder, target, stream in spread.transfers]
-    columns = [tuple(entry for part in parts for entry in part[k]) for k in range(8)]
+    columns = [tuple(entry for part in parts for entry in part[k]) for k in range(9)]
     survivors = tuple(live[rank][1].stream for rank in sorted(live))
     order = PlanOrder(
-        situation.instance, situation.epoch, *columns[:7], (), tuple(dict.fromkeys(transfers)), columns[7], survivors, ending, places,
+        situation.instance, situation.epoch, *columns[:7], (), tuple(dict.fromkeys(transfers)), columns[7], survivors, ending, places, births=columns[8],
     )  # fmt: skip
     former = dict.fromkeys(holding.stream for _, holding in held if holding.stream.rank in ending)
-    return Plan(order, ending, tuple(gone), tuple(former))
+    return Plan(order, ending, tuple(gone), tuple(former), tuple(strange))
 
 
 def _columns(epoch: Epoch, group: _Group, choices: list[ladder.Choice], positions: Ints, kept: list[int]) -> tuple:
-    """sequences, positions, rungs, lineages, ids, ids_node, ids_stream, explanations of the sequences at indices `kept`."""
+    """sequences, positions, rungs, lineages, ids, ids_node, ids_stream, explanations, births of the sequences at indices `kept`."""
     moved = Rung.worst([Rung.POOL if choice.kind == "pool" else Rung.REPLICA for choice in choices])
     rungs = [moved] * len(positions)
     if 0 in positions:
@@ -257,10 +277,13 @@ def _columns(epoch: Epoch, group: _Group, choices: list[ladder.Choice], position
 def _rows(epoch: Epoch, group: _Group, positions: Ints, rungs, explanations, kept: list[int]) -> tuple:
     lineages = [_fork(group.lineages[i], epoch.counter, positions[i]) for i in kept]
     where = [group.ids.where[i] for i in kept]
+    if group.strange:
+        others = {sequence: f"; of another sequence that bore this name is what {node} has of {stream.rank}" for node, stream, sequence in group.strange}
+        explanations = [text + others.get(group.base[i], "") for text, i in zip(explanations, kept, strict=True)]
     return (
         tuple([group.base[i] for i in kept]), tuple([positions[i] for i in kept]), tuple([rungs[i] for i in kept]), tuple(lineages),
         tuple([group.ids.counts[i] for i in kept]), tuple([place[0] for place in where]), tuple([place[1] for place in where]),
-        tuple(explanations),
+        tuple(explanations), tuple([group.births[i] for i in kept]) if group.births else (0,) * len(kept),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Knows: plans whose sequences moved, replicas, dead pools, which rank is behind a connection. Must not know: sockets beyond `tell`, how an engine copies.
 Invariants: nothing is given without the recovery's own proof, in the epoch that is promised here, to a rank whose bytes are interchangeable; a descriptor is
-opened for reading alone; what is given is whole up to the position, of the plan's lineage, in blocks whose generations are said.
+opened for reading alone; what is given is whole up to the position, of the plan's lineage and birth, in blocks whose generations are said.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kvguard.daemon.ranks import LocalRank, Ranks, Tells
 from kvguard.errors import Refused
 from kvguard.format import local, moves
 from kvguard.format.layout import Layout
-from kvguard.format.lineage import agreed
+from kvguard.format.lineage import agreed, is_other
 from kvguard.format.messages import PlanOrder, StreamShape
 from kvguard.types import NO_EPOCH, Lineage, MovedToken, StreamId
 
@@ -59,13 +59,13 @@ class Fetching:
         asks = next((rank for rank in self._ranks.ranks.values() if rank.connection == connection and rank.layout is not None and rank.stream.alive), None)
         if asks is None:
             raise Refused("only a rank that is attached here may fetch")
-        lineage = self._checked(token)
+        lineage, birth = self._checked(token)
         place = asks.stream.id.rank
         streams = [*self._ranks.ranks, *self._shell.store.streams()]
         streams = [stream for stream in dict.fromkeys(streams) if self._is_of(stream, token.instance, (place.pp, place.tp))]
         other = False
         for stream in streams:
-            found = self._in_replica(stream, token, lineage) or self._in_pool(stream, token, lineage)
+            found = self._in_replica(stream, token, lineage, birth) or self._in_pool(stream, token, lineage, birth)
             if found is not None and found.shape.fingerprint == asks.stream.shape.fingerprint:
                 return found
             if found is not None:
@@ -75,15 +75,15 @@ class Fetching:
             raise Refused(f"what is here of {token.instance!r} is of another model, dtype or shard than this rank")
         raise Refused(f"{token.position} positions for stage {place.pp}, shard {place.tp} are not on this node")
 
-    def _checked(self, token: MovedToken) -> Lineage:
-        """The planned lineage of a token that is genuine and not over. Raises Refused."""
+    def _checked(self, token: MovedToken) -> tuple[Lineage, int]:
+        """The planned lineage and birth of a token that is genuine and not over. Raises Refused."""
         plan = self._plan(token)
         if not moves.proves(plan.secret, token):
             raise Refused("its proof doesn't hold: the token was not made by this recovery, or changed since")
         at = plan.sequences.index(token.sequence) if token.sequence in plan.sequences else -1
         if at < 0 or not token.position or plan.positions[at] != token.position:
             raise Refused("the plan of its recovery names nothing to fetch for it")
-        return plan.lineages[at]
+        return plan.lineages[at], plan.births[at] if plan.births else 0
 
     def _plan(self, token: MovedToken) -> PlanOrder:
         promised = self._shell.epochs.get(token.instance, NO_EPOCH)
@@ -97,18 +97,20 @@ class Fetching:
 
     # ---- what is here ---------------------------------------------------------------------------------------------------------------
 
-    def _in_replica(self, stream: StreamId, token: MovedToken, lineage: Lineage) -> _Found | None:
+    def _in_replica(self, stream: StreamId, token: MovedToken, lineage: Lineage, birth: int) -> _Found | None:
         if stream not in self._shell.store.streams():
             return None
         replica = self._shell.store.replica(stream)
         sequence = replica.sequences.get(token.sequence)
-        if sequence is None or sequence.released or min(sequence.position, agreed(sequence.lineage, lineage)) < token.position:
+        if sequence is None or sequence.released or is_other(sequence.birth, birth):
+            return None
+        if min(sequence.position, agreed(sequence.lineage, lineage)) < token.position:
             return None
         blocks = tuple(sequence.blocks[: -(-token.position // replica.shape.block_tokens)])
         generations = tuple(replica.arena.generation(block) for block in blocks)
         return _Found(_for_reading([replica.arena.export()]), blocks, generations, replica.shape, None)
 
-    def _in_pool(self, stream: StreamId, token: MovedToken, lineage: Lineage) -> _Found | None:
+    def _in_pool(self, stream: StreamId, token: MovedToken, lineage: Lineage, birth: int) -> _Found | None:
         rank = self._ranks.ranks.get(stream)
         if rank is None or rank.layout is None:
             return None
@@ -116,17 +118,17 @@ class Fetching:
             if rank.killed:
                 raise _Ending("its process is being ended")
             return None
-        blocks = _committed(rank, token, lineage)
+        blocks = _committed(rank, token, lineage, birth)
         if blocks is None:
             return None
         of_blocks = rank.reader.generations([], blocks)[1]
         return _Found(_for_reading(rank.pool.export()), blocks, tuple(of_blocks.tolist()), rank.stream.shape, rank.layout)
 
 
-def _committed(rank: LocalRank, token: MovedToken, lineage: Lineage) -> tuple[int, ...] | None:
+def _committed(rank: LocalRank, token: MovedToken, lineage: Lineage, birth: int) -> tuple[int, ...] | None:
     """The blocks of [0, position) in a dead process's pool; None where the row is not whole, or was given up before it died."""
     known = rank.facts.find(token.sequence)
-    if known is None or min(known[2], agreed(known[1], lineage)) < token.position:
+    if known is None or is_other(known[3], birth) or min(known[2], agreed(known[1], lineage)) < token.position:
         return None
     row = rank.reader.read_row(known[0])
     if row is None or row.meta is None or row.meta.name != token.sequence or rank.reader.row_generation(known[0]) != row.head.generation:

@@ -4,7 +4,8 @@ Knows: a plan's columns, replica pages, the table. Must not know: how the plan w
 
 Invariants
 - Nothing is pulled without its checksum: a page that doesn't match fails the restore, loudly; it is never used.
-- A sequence ends at the plan's position with ids [0, position) and the plan's lineage, whatever it had before; one that the plan doesn't name is released.
+- A sequence ends at the plan's position with ids [0, position) and the plan's lineage, whatever it had before; one that the plan doesn't name is released,
+  and so is another one that bears the name of one that it names: nothing of its KV or ids is taken for that one's.
 - A row is published only when all of its KV is in the pool.
 """
 
@@ -19,6 +20,7 @@ import numpy as np
 from kvguard.engine.pull import pull_pages, token_counts
 from kvguard.errors import BadFrame, Refused, Stale
 from kvguard.format import local
+from kvguard.format.lineage import birth_of, is_other
 from kvguard.format.messages import PlanOrder
 from kvguard.format.pages import PageReader
 from kvguard.types import Epoch, Lineage, Rung
@@ -71,7 +73,7 @@ class Restored:
 
     def _cut(self) -> None:
         plan, table = self._plan, self._guard.table
-        live = table.sequences()
+        live = self._live_of_the_plan()
         if self._guard.pool is None:
             self._cut_ids(live)
             return
@@ -91,6 +93,14 @@ class Restored:
                 table.truncate(live[name], position, lineage, keep_ids=ids)  # beyond what the plan knows, whoever goes on may choose others
                 found.append(RestoredSequence(name, position, lineage, tuple(table.blocks(live[name]))))
         self.sequences = tuple(found)
+
+    def _live_of_the_plan(self) -> dict[str, int]:
+        """Names and rows, when those that are of another birth than the plan says have been released: the scheduler had given their names away again."""
+        plan, table = self._plan, self._guard.table
+        live, births = table.sequences(), plan.births_by_name()
+        for name in [name for name, row in live.items() if is_other(birth_of(table.meta(row).request), births.get(name, 0))]:
+            table.release(live.pop(name))
+        return live
 
     def _cut_ids(self, live: dict[str, int]) -> None:
         """A scheduler, without KV: what it has accepted is cut to the plan, what it hasn't it need not have."""
@@ -142,7 +152,7 @@ class Restored:
         if pull is None:
             raise Refused(f"sequence {name!r}: its source {source.stream} did not come with the claim")
         position, lineage = plan.positions[n], plan.lineages[n]
-        blocks, column = pull.sequence(name, position)
+        blocks, column = pull.sequence(name, position, plan.births[n] if plan.births else 0)
         moved = pull.bytes
         ids = np.frombuffer(pull.pages.ids[column], "<u4")[: max(position, plan.ids[n])]
         table.step = max(table.step, 0)
@@ -192,9 +202,11 @@ class _Pull:
     def close(self) -> None:
         self._reader.close()
 
-    def sequence(self, name: str, position: int) -> tuple[list[int], int]:
-        """Copy [0, position); returns the block ids here, and the sequence's column."""
+    def sequence(self, name: str, position: int, birth: int) -> tuple[list[int], int]:
+        """Copy [0, position) of the sequence of this birth (0: unknown); returns the block ids here, and the sequence's column."""
         column = self._columns.get(name, -1)
+        if column >= 0 and is_other(birth_of(self.pages.requests[column]), birth):
+            raise Refused(f"sequence {name!r}: the replica of {self.pages.stream} is of another sequence that bore this name")
         if column < 0 or self.pages.positions[column] < position:
             held = self.pages.positions[column] if column >= 0 else 0
             raise Refused(f"sequence {name!r}: the replica of {self.pages.stream} holds {held} of {position} positions")

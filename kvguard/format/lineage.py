@@ -1,10 +1,12 @@
-"""Lineage: which positions of two copies of a sequence may be compared (house rule "Lineage").
+"""Lineage: which positions of two copies of a sequence may be compared (house rule "Lineage"), and whether two copies of one name are of one sequence at all.
 
-Knows: lists of (epoch, start). Must not know: where copies are kept.
+Knows: lists of (epoch, start), births. Must not know: where copies are kept.
 Invariant: agreed(a, b) is symmetric, and never larger than the truth: when in doubt it is smaller, because dropping costs time and keeping costs correctness.
 """
 
 from __future__ import annotations
+
+import xxhash
 
 from kvguard.limits import FORKS_MAX
 from kvguard.types import Fork, Lineage, Position
@@ -34,3 +36,17 @@ def forked(lineage: Lineage, epoch: int, position: Position) -> Lineage:
 def newest(lineages) -> Lineage:
     """The one that names the latest epoch: epochs of one instance are totally ordered and only a plan opens one."""
     return max(lineages, key=lambda lineage: lineage[-1].epoch if lineage else -1, default=())
+
+
+def birth_of(request: bytes) -> int:
+    """Which sequence bears a name, told from what every rank, scheduler and holder has of it since its first commit; 0 where its request says nothing.
+
+    A name that is given away again within one epoch has the lineage of its former life: only this parts the two. Whoever gives names away again makes requests
+    differ (the adapters put a random number into them).
+    """
+    return (xxhash.xxh3_64_intdigest(request) or 1) if request else 0
+
+
+def is_other(a: int, b: int) -> bool:
+    """Whether two births are of two sequences, as far as they were told."""
+    return a != b and a != 0 and b != 0

@@ -85,7 +85,16 @@ def check_columns(message: Message) -> None:
         lengths = {len(message.nos), len(message.starts), len(message.counts), len(message.blocks), len(message.generations), len(message.flags)}
     elif type(message) is IdsFrame:
         lengths = {len(message.nos), len(message.starts), len(message.counts), len(message.sampler_bytes)}
+    elif type(message) is PlanOrder:
+        lengths = {len(message.sequences), len(message.births) or len(message.sequences)}
+    elif type(message) is Report:
+        lengths = next((found for found in map(_lengths, message.holdings) if len(found) > 1), set())
     else:
         return
     if len(lengths) > 1:
         raise BadFrame(f"{type(message).__name__}: columns of unequal length {sorted(lengths)}")
+
+
+def _lengths(holding: Holding) -> set[int]:
+    columns = (holding.generations, holding.lineages, holding.positions, holding.ids, holding.births or holding.ids)
+    return {len(holding.sequences), *map(len, columns)}

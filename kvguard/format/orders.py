@@ -169,6 +169,7 @@ class PlanOrder(Message, frozen=True):
 
     `moved`: ranks that nobody rebuilds: whoever lives as one ends, its sequences go on in other instances. `places`: then, by sequence, every (rank, node) that
     keeps [0, position) for them until it is delivered. `secret`: what moved tokens are proved with; daemons keep it from engines.
+    `births`: of which life of each name this is (lineage.birth_of, 0 unknown); what bears the name and is of another life goes. Empty: all unknown.
     """
 
     instance: str
@@ -187,6 +188,10 @@ class PlanOrder(Message, frozen=True):
     moved: tuple[Rank, ...] = ()
     places: tuple[Places, ...] = ()
     secret: bytes = b""
+    births: Ints = ()
+
+    def births_by_name(self) -> dict[SequenceId, int]:
+        return dict(zip(self.sequences, self.births, strict=True)) if self.births else {}
 
 
 class RebuildOrder(Message, frozen=True):

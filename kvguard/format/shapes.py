@@ -41,6 +41,7 @@ class Holding(msgspec.Struct, frozen=True, array_like=True):
 
     `kind`: "pool" | "replica". `alive`: the pool's process lives. `positions`: committed (pool) or complete and verified on arrival (replica).
     `ids`: how many token ids are known. `fingerprint`: of the stream's shape, 0 where it isn't known (then it is checked at the claim).
+    `births`: lineage.birth_of each sequence; empty where nobody says.
     """
 
     stream: StreamId
@@ -52,3 +53,4 @@ class Holding(msgspec.Struct, frozen=True, array_like=True):
     positions: Ints
     ids: Ints
     fingerprint: int = 0
+    births: Ints = ()

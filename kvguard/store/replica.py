@@ -31,8 +31,8 @@ class Sequence:
     """One sequence of a replica. `promised`: pages reserved beyond `blocks`. `expires_ns`: 0 until delivered. `number`, `logged_*`: store/changes.py's."""
 
     __slots__ = (
-        "blocks", "expires_ns", "generation", "ids", "lineage", "logged_blocks", "logged_ids", "name", "number", "position", "promised", "released", "request",
-        "sampler",
+        "birth", "blocks", "expires_ns", "generation", "ids", "lineage", "logged_blocks", "logged_ids", "name", "number", "position", "promised", "released",
+        "request", "sampler",
     )  # fmt: skip
 
     def __init__(self, name: SequenceId, generation: int, lineage: Lineage, request: bytes) -> None:
@@ -40,6 +40,7 @@ class Sequence:
         self.generation = generation
         self.lineage = lineage
         self.request = request
+        self.birth = lineages.birth_of(request)
         self.sampler = b""
         self.ids = bytearray()
         self.blocks = array("I")
@@ -307,7 +308,7 @@ class Replica:
         live = self.live()
         return Holding(
             self.stream, "replica", False, tuple(s.name for s in live), tuple(s.generation for s in live), tuple(s.lineage for s in live),
-            tuple(map(self.stated, live)), tuple(s.known for s in live),
+            tuple(map(self.stated, live)), tuple(s.known for s in live), births=tuple(s.birth for s in live),
         )  # fmt: skip
 
     def pages(self) -> ReplicaPages:
@@ -348,12 +349,6 @@ class Replica:
             return count if pages.sums_of(arena.block(block), shape.block_bytes) == arena.sums(block, 0, 1) else 0
         found, kept = pages.sums_of(arena.tokens(block, 0, count), shape.token_bytes), arena.sums(block, 0, count)
         return count if found == kept else next(n for n, (a, b) in enumerate(zip(found, kept, strict=True)) if a != b)
-
-    def scrub(self) -> int:
-        """Read everything that is held; what lies beyond the first damaged position of a sequence goes, its ids stay. Returns how many positions went."""
-        gone = sum(self.cut_damaged(sequence, self.verify(sequence.name)) for sequence in self.live())
-        self.unchecked.clear()
-        return gone
 
     def cut_damaged(self, sequence: Sequence, sound: int) -> int:
         """Only the first `sound` positions match their sums: what lies beyond goes. Returns how many positions went."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import xxhash
@@ -68,6 +68,8 @@ class ReplicaStore:
         self._promises: dict[str, Epoch] = {}
         self._carried: dict[str, Epoch] = {}
         self._released: dict[tuple[StreamId, SequenceId], None] = {}
+        self._found_damaged: set[StreamId] = set()
+        self.doubted: Callable[[], None] = lambda: None  # replicas are to be verified again: whoever does it begins
 
     # ---- a former life ------------------------------------------------------------------------------------------------------------------
 
@@ -102,8 +104,9 @@ class ReplicaStore:
             replica = self._replicas.get(stream)
             if replica is not None and replica.unchecked and cost_bytes > 0:
                 cost_bytes, cut = adoption.check(replica, cost_bytes)
-                self.counters["positions_unsound"] += cut
+                self.counters["positions_damaged" if stream in self._found_damaged else "positions_unsound"] += cut
                 if not replica.unchecked:
+                    self._found_damaged.discard(stream)
                     done.append(stream)
         return tuple(done)
 
@@ -306,7 +309,7 @@ class ReplicaStore:
             raise Fenced(f"plan of {plan.instance}: {stale}")
         for stream, replica in self._replicas.items():
             if stream.instance == plan.instance and (replica.carried is None or replica.carried.counter < plan.epoch.counter):
-                cut_to_plan(replica, plan)
+                self.counters["other_lives_dropped"] += cut_to_plan(replica, plan)
                 replica.carried = replica.changes.carried = plan.epoch
                 self._record(replica)
         self._carried[plan.instance] = max(plan.epoch, self._carried.get(plan.instance, plan.epoch))
@@ -353,21 +356,32 @@ class ReplicaStore:
         held = self._replicas.items()
         return tuple((stream, len(one.live()) - len(one.unchecked), one.arena.pages_live() * one.arena.page_bytes) for stream, one in held)
 
-    def scrub(self, stream: StreamId) -> int:
-        """Somebody found damage: a replica is read whole and cut to what its sums vouch for, so that the next report is true. How many positions went."""
-        replica = self._replicas.get(stream)
-        gone = replica.scrub() if replica is not None else 0
-        if replica is not None:
-            self._record(replica)
-        self.counters["positions_damaged"] += gone
-        return gone
+    def scrub(self, stream: StreamId) -> Iterator[int]:
+        """A replica is read whole and cut to what its sums vouch for, a page at every step of the iterator, which gives the step's cost in bytes. Ends early
+        where the replica goes. Raises Refused for a stream that isn't held here."""
+        replica = self.replica(stream)
+        for cost, cut in adoption.scrubbing(replica):
+            self.counters["positions_damaged"] += cut
+            yield cost
+            if self._replicas.get(stream) is not replica:
+                return
+
+    def damaged(self, stream: StreamId) -> None:
+        """Somebody read bytes of this replica that don't match their sums: it is doubted, so that the next report is true. Unknown streams are gone already."""
+        if stream in self._replicas:
+            self._found_damaged.add(stream)
+            self._doubt((stream,))
+
+    def _doubt(self, streams: Iterable[StreamId]) -> None:
+        for stream in streams:
+            self._sessions.pop(self._current.pop(stream, 0), None)
+            adoption.doubt(self._replicas[stream])
+        self.doubted()
 
     def recheck(self, instance: str, rank: Rank | None) -> tuple[StreamId, ...]:
         """Doubted: nothing of them is stated, and no session writes to them, until `check_some` has been over them. Which streams' replicas these are."""
         doubted = tuple(stream for stream in self._replicas if stream.instance == instance and rank in (None, stream.rank))
-        for stream in doubted:
-            self._sessions.pop(self._current.pop(stream, 0), None)
-            adoption.doubt(self._replicas[stream])
+        self._doubt(doubted)
         return doubted
 
     def damage(self, stream: StreamId, sequence: SequenceId, position: int, bytes_only: bool = False) -> None:

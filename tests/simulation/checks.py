@@ -246,13 +246,10 @@ class Checks:
     def is_open(self, driver, name: str) -> bool:
         return any(name in guard.table.sequences() for guard in map(self._guard, driver.members.values()) if guard is not None)
 
-    def is_left(self, driver, name: str) -> bool:
-        """Whether any table or replica still has a life of this name. What a daemon that is down will read back, nobody knows: then every name may be left."""
+    def is_left(self, name: str) -> bool:
+        """Whether some replica may still have a former life of this name: it has, or a daemon that will read its replicas back is down."""
         lives = [host.life for host in self.world.nodes.values()]
-        if None in lives:
-            return True
-        held = any(one.name == name for life in lives for replica in life.shell.store._replicas.values() for one in replica.live())
-        return held or self.is_open(driver, name)
+        return None in lives or any(one.name == name for life in lives for replica in life.shell.store._replicas.values() for one in replica.live())
 
     def blocks_of(self, driver, name: str) -> tuple[list[int], list[int]]:
         """The blocks that all ranks agree on, from the first, and all that any rank has in its list: a fence may fall between two ranks' share of a step."""

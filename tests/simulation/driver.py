@@ -312,8 +312,10 @@ class Driver:
         world, random = self.world, self.world.random
         world.names += 1
         name = f"q{random.randrange(4)}" if random.random() < world.reuses else f"s{world.names}"
-        if name in self.sequences or name in self.over or world.checks.is_left(self, name):
-            return  # a plan can't tell two lives of one name apart: a name is free when nothing of its former life is left anywhere
+        if name in self.sequences or name in self.over or world.checks.is_open(self, name):
+            return
+        if world.checks.is_left(name):
+            world.count("names_reused_while_left")
         prompt = random.randrange(2, 20)
         family = random.randrange(3)
         ids = [token_of(f"family{family}", n, 0) for n in range(min(prompt, 12))]
