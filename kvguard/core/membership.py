@@ -25,7 +25,12 @@ class Patience(NamedTuple):
     silence_ns: int = 1000 * MS  # of a node; with the heartbeat before and the beat that reports the last progress: verdict within 1.5 s
     reattach_ns: int = 2000 * MS  # of a rank whose daemon restarted
     start_ns: int = 2000 * MS  # extra, for those known from the store alone after this coordinator started
-    emitter_ns: int = 1000 * MS
+    emitter_ns: int = 1000 * MS  # of an emitter that doesn't promise to be silent for longer
+    emitter_most_ns: int = 60_000 * MS  # the longest promise that counts
+
+    def of_emitter(self, promised_ms: int) -> int:
+        """ns of silence after which an emitter that promised this is dead."""
+        return max(self.emitter_ns, min(promised_ms * MS, self.emitter_most_ns))
 
 
 class FairClock:
@@ -88,12 +93,15 @@ class Member:
 
 
 class Session:
-    """The emitter of an instance. `fenced`: the highest epoch counter that it is known to have adopted or been stopped in."""
+    """The emitter of an instance. `fenced`: the highest epoch counter that it is known to have adopted or been stopped in.
 
-    __slots__ = ("busy_ns", "ended", "fenced", "incarnation", "link", "progress", "rose_ns", "scheduled", "seen_ns")
+    `silence_ns`: so long it may be silent.
+    """
 
-    def __init__(self, incarnation: int, link: str, seen_ns: int):
-        self.incarnation, self.link, self.seen_ns = incarnation, link, seen_ns
+    __slots__ = ("busy_ns", "ended", "fenced", "incarnation", "link", "progress", "rose_ns", "scheduled", "seen_ns", "silence_ns")
+
+    def __init__(self, incarnation: int, link: str, seen_ns: int, silence_ns: int):
+        self.incarnation, self.link, self.seen_ns, self.silence_ns = incarnation, link, seen_ns, silence_ns
         self.scheduled, self.progress, self.rose_ns, self.busy_ns = 0, -1, -1, seen_ns
         self.ended, self.fenced = False, 0
 
@@ -224,7 +232,7 @@ class Membership:
                 told.append(Verdict("state", node.node, node.reason, node.beat_ns))
             told += self._judge_absent(node, fair_ns)
         for instance, session in self.sessions.items():
-            if not session.ended and fair_ns - session.seen_ns >= self.patience.emitter_ns:
+            if not session.ended and fair_ns - session.seen_ns >= session.silence_ns:
                 session.ended = True
                 told.append(Verdict("emitter", instance, f"the emitter has been silent for {(fair_ns - session.seen_ns) // MS} ms", session.seen_ns))
         return told
@@ -284,7 +292,7 @@ class Membership:
             return None
         due = [fair_ns + self.patience.heartbeat_ns]
         due += [node.seen_ns + self.patience.silence_ns for node in self.nodes.values() if node.state != DEAD]
-        due += [session.seen_ns + self.patience.emitter_ns for session in self.sessions.values() if not session.ended]
+        due += [session.seen_ns + session.silence_ns for session in self.sessions.values() if not session.ended]
         return max(fair_ns + MS, min(due))
 
     def check(self) -> None:

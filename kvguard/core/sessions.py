@@ -32,7 +32,7 @@ def on_hello(known: Known, link: str, message: EmitterHello, start) -> None:
         replaced.append(before)
     if old is not None and old.link and old.link != link and not again:
         known.tell_emitter(instance, Fenced(instance, known.epoch(instance), "another emitter took over"))
-    session = Session(message.incarnation, link, known.fair_ns)
+    session = Session(message.incarnation, link, known.fair_ns, known.settings.patience.of_emitter(message.silence_ms))
     session.fenced = message.epoch.counter
     if again and old is not None:
         session.progress, session.rose_ns, session.scheduled, session.busy_ns = old.progress, old.rose_ns, old.scheduled, old.busy_ns

@@ -28,6 +28,7 @@ from kvguard.types import NO_EPOCH, Epoch, Position, ResumeToken, SequenceId
 
 COORDINATOR = "coordinator"
 BEAT_MS = 100
+BEATS_PER_SILENCE = 3  # one lost, one late: no sign of death
 DELIVERED_MAX = 4096  # said again on every new session: the coordinator answers them with nothing, and a link may have lost them
 DELIVERED_PER_MESSAGE = 512
 QUESTIONS_MAX = 1024
@@ -43,15 +44,21 @@ def connect(
     beat_ms: int = BEAT_MS,
     epoch: Epoch = NO_EPOCH,
     moves: bool = False,
+    silence_ms: int = 0,
 ) -> Emitter:
     """The one emitter of `instance`; a later one anywhere ends this one's session. `coordinator`: its address. `epoch`: what an earlier life had adopted.
     `moves`: sequences can be submitted to other instances of the same model: then no recovery waits for a standby (Resumption.moved).
+    `silence_ms`: what this process promises the coordinator: an emitter that is silent for longer is dead. 0: as the coordinator is set (`emitter_ms`), which
+    is also the least that counts; `emitter_ms_max` is the most.
 
-    Returns at once, whether or not the coordinator is there. Raises BadConfig for an address that can't be dialled without keys.
+    Returns at once, whether or not the coordinator is there. Raises BadConfig for an address that can't be dialled without keys, or a promise that beats each
+    `beat_ms` can't keep.
     """
     if not instance or len(instance.encode()) > NAME_BYTES_MAX:
         raise BadConfig(f"instance {instance!r} isn't 1 to {NAME_BYTES_MAX} bytes. Try: the name in the daemons' configuration")
-    return Emitter(instance, coordinator, keys, insecure, name or own_name(keys).replace("ask-", "emitter-"), beat_ms, epoch, moves)
+    if silence_ms < 0 or 0 < silence_ms < BEATS_PER_SILENCE * beat_ms:
+        raise BadConfig(f"silence_ms = {silence_ms} is too short for a beat each {beat_ms} ms. Try: {BEATS_PER_SILENCE * beat_ms} or more, or 0")
+    return Emitter(instance, coordinator, keys, insecure, name or own_name(keys).replace("ask-", "emitter-"), beat_ms, epoch, moves, silence_ms)
 
 
 class _Question:
@@ -70,10 +77,10 @@ class _Question:
 class Emitter:
     """Made by connect(). All methods may be called from any thread."""
 
-    def __init__(self, instance: str, coordinator: str, keys: Keys | None, insecure: bool, name: str, beat_ms: int, epoch: Epoch, moves: bool = False):
+    def __init__(self, instance: str, coordinator: str, keys: Keys | None, insecure: bool, name: str, beat_ms: int, epoch: Epoch, moves: bool, silence_ms: int):
         self.instance, self.incarnation = instance, int.from_bytes(os.urandom(8), "little") >> 1 or 1
         self._link = f"{COORDINATOR}/{instance}"  # one process may be the emitter of several instances, with one key
-        self._coordinator, self._beat_s, self._moves = coordinator, beat_ms / 1000, moves
+        self._coordinator, self._beat_s, self._moves, self._silence_ms = coordinator, beat_ms / 1000, moves, silence_ms
         self._changed = threading.Condition()
         self._adopted, self._announced = epoch, messages.Fenced(instance, epoch, "")
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -257,7 +264,7 @@ class Emitter:
             self._session = True
             self._undelivered = len(self._delivered)
             self._adopt_unsaid = self._adopted != NO_EPOCH
-            self._say(messages.EmitterHello(self.instance, self.incarnation, self._adopted, self._moves))
+            self._say(messages.EmitterHello(self.instance, self.incarnation, self._adopted, self._moves, self._silence_ms))
         elif isinstance(event, Down):
             if event.link == self._link:
                 self._session = False

@@ -23,12 +23,16 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EmitterHello(Message, frozen=True):
-    """A session of the one emitter of an instance; a new incarnation ends the old one. `moves`: it can go on with sequences in other instances."""
+    """A session of the one emitter of an instance; a new incarnation ends the old one. `moves`: it can go on with sequences in other instances.
+
+    `silence_ms`: what it promises: longer than that it is silent only when it is dead. 0: it promises nothing, and is borne with as the coordinator is set.
+    """
 
     instance: str
     incarnation: int
     epoch: Epoch
     moves: bool = False
+    silence_ms: int = 0
 
 
 class Welcome(Message, frozen=True):

@@ -69,7 +69,7 @@ class Guarded:
 
         self._stages = settings.stages
         keys = keyring.load(settings.keys) if settings.keys else None
-        self._emitter = emitter.connect(settings.instance, settings.coordinator, keys)
+        self._emitter = emitter.connect(settings.instance, settings.coordinator, keys, silence_ms=settings.silence_ms)
 
     def welcome(self, timeout_s: float) -> Joined:
         """Waits until every stage is a member, unless a recovery is going on (then its resumption says who is). Raises TimedOut."""

@@ -50,6 +50,7 @@ class DriverSettings:
     sequences_max: int = 16
     resume_timeout_s: float = 60.0
     keys: str = ""  # the emitter's key file (`kvguard keys generate`), for its session with the coordinator; off loopback there must be one
+    silence_ms: int = 0  # a driver that the coordinator hears nothing of for so long is dead; 0: the coordinator's emitter_ms
 
 
 def read(path: str | Path, kind: type):

@@ -16,13 +16,13 @@ def rank_beat(pp: int, progress: int, sequences: int = 1, dp: int = 0, life: int
 class World:
     """Nodes with one rank each; time in ms."""
 
-    def __init__(self, *nodes: str, emitter: bool = False):
+    def __init__(self, *nodes: str, emitter: bool = False, silence_ms: int = 0):
         self.membership, self.ms = Membership(Patience()), 0
         for pp, node in enumerate(nodes):
             self.membership.hello(0, 0, f"in:{node}", NodeHello(node, 1, f"tcp://{node}", (), "1"))
             self.beat(node, pp, 1)
         if emitter:
-            self.membership.sessions[I] = Session(1, "in:e", 0)
+            self.membership.sessions[I] = Session(1, "in:e", 0, Patience().of_emitter(silence_ms))
 
     def beat(self, node: str, pp: int | None, progress: int = 0, sequences: int = 1, dp: int = 0, incarnation: int = 1):
         ranks = () if pp is None else (rank_beat(pp, progress, sequences, dp),)
@@ -166,6 +166,14 @@ def test_during_a_recovery_silence_is_enough():
 def test_a_silent_emitter_is_told_once():
     world = World("a", emitter=True)
     assert ("emitter", I) not in world.judge(999) and ("emitter", I) in world.judge(1000) and ("emitter", I) not in world.judge(1100)
+
+
+def test_an_emitter_s_silence_is_its_own_promise_within_the_coordinators_bounds():
+    for promised_ms, borne_ms in ((0, 1000), (200, 1000), (5000, 5000), (1 << 60, 60_000), (-5, 1000)):
+        world = World("a", emitter=True, silence_ms=promised_ms)
+        world.beat("a", 0, 1, sequences=0)
+        assert ("emitter", I) not in world.judge(borne_ms - 1) and world.membership.next_deadline((borne_ms - 1) * MS) <= borne_ms * MS
+        assert ("emitter", I) in world.judge(borne_ms), promised_ms
 
 
 def test_the_clock_takes_out_its_own_sleep():

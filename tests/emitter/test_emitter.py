@@ -106,6 +106,17 @@ def resume_of(epoch: Epoch, position: int = 3, ids=(1, 2, 3, 4, 5), error: str =
     return messages.Resume("llama", epoch, (member,), (messages.ResumeSequence("s", position, "replica", known),), {"fence": 1.5}, {"replica": 99}, error)
 
 
+def test_it_says_how_long_its_silence_may_be_and_promises_nothing_that_its_beats_cannot_keep(coordinator, client):
+    (hello,) = within(lambda: coordinator.heard_of(messages.EmitterHello), "a hello")
+    assert hello.silence_ms == 0, "nothing said: as the coordinator is set"
+    with emitters.connect("llama", coordinator.address, beat_ms=20, silence_ms=5000) as patient:
+        said = within(lambda: [one for one in coordinator.heard_of(messages.EmitterHello) if one.incarnation == patient.incarnation], "its hello")
+        assert said[0].silence_ms == 5000
+    for wrong in (59, -1):
+        with pytest.raises(errors.BadConfig, match="Try: 60 or more"):
+            emitters.connect("llama", coordinator.address, beat_ms=20, silence_ms=wrong)
+
+
 def test_hello_beats_and_welcome(coordinator, client):
     welcome = client.welcome(DEADLINE_S)
     assert welcome == coordinator.welcome
