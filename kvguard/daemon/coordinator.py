@@ -151,7 +151,7 @@ def settings_of(config: CoordinatorConfig) -> Settings:
     """The core's settings in ns."""
     patience = Patience(
         heartbeat_ns=config.heartbeat_ms * MS, suspect_ns=config.suspect_ms * MS, silence_ns=config.dead_ms * MS, reattach_ns=config.reattach_ms * MS,
-        emitter_ns=config.emitter_ms * MS,
+        emitter_ns=config.emitter_ms * MS, emitter_most_ns=config.emitter_ms_max * MS,
     )  # fmt: skip
     return Settings(
         patience=patience, exclude_ns=config.exclude_ms * MS, seal_ns=config.seal_ms * MS, standby_ns=config.standby_ms * MS, restore_ns=config.restore_ms * MS,
