@@ -73,6 +73,9 @@ class NodeConfig:
     metrics: str = setting("", "address", "where Prometheus reads this process's metrics, such as tcp://127.0.0.1:9464; empty: nowhere")
     bulk_port: int = setting(0, "int", "where peers bring payloads, on the host of `listen`; 0 takes a free one. Say it where a firewall has to know", 0, 65535)
 
+    transport: str = setting("zeromq", "word", "what payloads between nodes travel over: TCP beside ZeroMQ, or NIXL (extra rdma)", choices=("zeromq", "nixl"))
+    nixl_devices: str = setting("", "text", 'the network devices that NIXL may use, as UCX names them: "mlx5_0:1"; it has no authentication of its own')
+    nixl_tls: str = setting("rc,dc,ud", "text", "UCX's transports to choose from; tcp lets whoever reaches the device write into this daemon")
     keep_replicas: str = setting(
         "auto", "word", "where replicas stay while this daemon is away: with the service manager, in files of a runtime_dir on a tmpfs, or nowhere (no); "
         "auto: the first of these that there is", choices=("auto", "service", "files", "no"),
@@ -406,6 +409,10 @@ def relations(cls: type[Config], values: dict[str, object], where) -> list[Fault
                 (key, *secured), lambda a, k, i: not on_loopback(a) and not k and not i, "leaves this machine without keys",
                 lambda *_: 'keys = "/etc/kvguard/key" (`kvguard keys generate`), or insecure = true on a network that you trust',
             )  # fmt: skip
+    judge(
+        ("transport", "nixl_devices"), lambda t, d: t == "nixl" and not d, "needs nixl_devices: UCX would listen at every interface",
+        lambda *_: 'nixl_devices = "mlx5_0:1"',
+    )  # fmt: skip
     anywhere = ("tcp://0.0.0.0:", "tcp://[::]:")
     judge(
         ("advertise", "listen"), lambda a, b: (a or b).startswith(anywhere), "others can't reach this node at a wildcard address",

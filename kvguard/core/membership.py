@@ -55,8 +55,8 @@ class Node:
     """One node as heard. Times `_ns` are fair, except `beat_ns` (real: what a verdict's age is counted from)."""
 
     __slots__ = (
-        "address", "arena_bytes", "arena_bytes_max", "beat_ns", "carriers", "incarnation", "link", "node", "promises", "reason", "replicas", "schedulers", "seen_ns",
-        "standbys", "state", "version",
+        "address", "arena_bytes", "arena_bytes_max", "beat_ns", "carriers", "incarnation", "link", "node", "promises", "reason", "replicas", "schedulers",
+        "seen_ns", "standbys", "state", "version",
     )  # fmt: skip
 
     def __init__(self, node: NodeId, seen_ns: int, now_ns: int):

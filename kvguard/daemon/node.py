@@ -43,6 +43,7 @@ from kvguard.format.layout import Layout
 from kvguard.format.messages import Delivered, Held, Hello, NodeWelcome
 from kvguard.store.store import ReplicaStore
 from kvguard.transport import keys as keyring
+from kvguard.transport.nixl_agent import NixlSettings
 from kvguard.transport.zeromq import ZeromqTransport
 from kvguard.types import Epoch
 
@@ -52,6 +53,10 @@ EXPIRE_NS = 1_000_000_000
 FIGURES_NS = 500_000_000  # how old the store's figures in a beat may be: waking for each beat costs half of what an idle daemon costs
 MS = 1_000_000
 FIRSTS = {NodeWelcome: "coordinator", Hello: "hello", Held: "held"}  # moments of a start
+
+
+def nixl_of(config: NodeConfig) -> NixlSettings | None:
+    return NixlSettings(config.nixl_devices, config.nixl_tls) if config.transport == "nixl" else None
 
 
 class NodeDaemon:
@@ -69,7 +74,7 @@ class NodeDaemon:
         promises = promises_of(self.journal)
         keys = keyring.load(config.keys) if config.keys else None
         self.control = ControlServer(config.socket_path, config.uids)
-        self.transport = ZeromqTransport(config.name, keys, config.insecure, incarnation=self.incarnation, bulk_port=config.bulk_port)
+        self.transport = ZeromqTransport(config.name, keys, config.insecure, incarnation=self.incarnation, bulk_port=config.bulk_port, nixl=nixl_of(config))
         listening = self.transport.listen(config.listen)
         self.transport.expect(COORDINATOR)
         self.transport.dial(COORDINATOR, config.coordinator)  # connects while replicas are read back; what arrives waits for the loop
