@@ -29,6 +29,7 @@ class Has:
     life: int = 1
     fingerprint: int = 0
     generation: int = 1
+    birth: int = 0
 
 
 def stream(rank: Rank, life: int = 1) -> StreamId:
@@ -40,7 +41,7 @@ def reports(*held: Has) -> tuple[Report, ...]:
     for has in held:
         rows = [(name, *row, OLD)[:4] for name, row in has.rows.items()]
         columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
-        holding = Holding(stream(has.rank, has.life), has.kind, has.alive, columns[0], (has.generation,) * len(rows), columns[3], columns[1], columns[2], has.fingerprint)
+        holding = Holding(stream(has.rank, has.life), has.kind, has.alive, columns[0], (has.generation,) * len(rows), columns[3], columns[1], columns[2], has.fingerprint, (has.birth,) * len(rows))
         by_node.setdefault(has.node, []).append(holding)
     return tuple(Report(I, E8, node, tuple(holdings)) for node, holdings in by_node.items())
 
@@ -71,6 +72,59 @@ def test_a_holder_that_was_cut_off_does_not_offer_an_older_life_of_the_name():
     assert [source.node for source in answer.order.rebuilds[0].sources] == ["a"]
     alone = ask([*survivors({"s": (48, 49)}), longer])
     assert column(alone, "positions") == {"s": 48}, "the only copy is the newest life that is known"
+
+
+def test_a_longer_copy_of_another_sequence_of_the_name_is_not_restored():
+    """The name was given away again within one epoch, while this holder was down: one lineage, and no other copy of its stream whose generation would tell."""
+    answer = ask([*(has_born(2, has) for has in survivors({"s": (48, 49), "t": (7, 8)})), Has("c", R1, {"s": (50, 51), "t": (7, 8)}, "replica", birth=1)])
+    assert column(answer, "positions") == {"s": 0, "t": 0} and column(answer, "ids") == {"s": 49, "t": 8} and answer.order.births == (2, 2)
+    assert answer.order.rebuilds[0].source == (-1, -1) and answer.order.rungs == ("tokens", "tokens")
+    assert answer.strange == (("c", stream(R1), "s"), ("c", stream(R1), "t"))
+    assert all("another sequence that bore this name is what c has of 0.1.0" in text for text in answer.order.explanations)
+    same = ask([*(has_born(2, has) for has in survivors({"s": (48, 49)})), Has("c", R1, {"s": (47, 51)}, "replica", birth=2)])
+    assert column(same, "positions") == {"s": 47} and same.strange == () and same.order.births == (2,)
+
+
+def has_born(birth: int, has: Has) -> Has:
+    has.birth = birth
+    return has
+
+
+def test_ids_of_another_sequence_of_the_name_are_nobodys():
+    stale = Has("d", R0, {"s": (60, 61)}, "replica", life=9, birth=1)
+    answer = ask([*(has_born(2, has) for has in survivors({"s": (9, 11)})), Has("c", R1, {"s": (8, 10)}, "replica", birth=2), stale])
+    assert (answer.order.ids, answer.order.ids_node, column(answer, "positions")) == ((11,), ("a",), {"s": 8})
+    alone = ask([has_born(2, has) for has in survivors({"s": (0, 0)})] + [Has("b", R0, {"s": (60, 61)}, "replica", life=9, birth=1)])
+    assert alone.order.sequences == () and [name for name, _ in alone.lost] == ["s"], "ids of the former life are not the new one's"
+
+
+def test_survivors_of_two_lives_start_over():
+    """A fence between two ranks' shares of the step in which the name changed hands: the first stage has the new life, the last one still the old."""
+    answer = ask([Has("a", R0, {"s": (4, 9)}, birth=2), Has("c", R2, {"s": (30, 31)}, birth=1), Has("b", R1, {"s": (4, 9)}, alive=False, birth=2)])
+    assert column(answer, "positions") == {"s": 0} and answer.order.births == (2,) and answer.order.ids == (9,)
+    assert answer.strange == (("c", stream(R2), "s"),)
+
+
+def test_what_a_former_plan_decided_is_not_found_in_an_older_sequence_of_the_name():
+    forks = {"s": (Fork(0, 0), Fork(7, 5))}
+    stale = Has("c", R1, {"s": (50, 51)}, "replica", birth=1)
+    answer = ask([*survivors({}), stale], forks=forks, births={"s": 2})
+    assert answer.order.sequences == () and [name for name, _ in answer.lost] == ["s"]
+    assert column(ask([*survivors({}), stale], forks=forks, births={"s": 1}), "births") == {"s": 1}
+    newer = Has("c", R1, {"s": (6, 9, (Fork(7, 0),))}, "replica", birth=3)
+    assert column(ask([*survivors({}), newer], forks=forks, births={"s": 2}), "births") == {"s": 3}, "begun after that plan"
+
+
+def test_the_newest_lineage_says_which_life_it_is():
+    old, new = Has("a", R1, {"s": (50, 51)}, "replica", birth=1), Has("c", R1, {"s": (6, 9, (Fork(7, 0),))}, "replica", life=2, birth=2)
+    for held in ([old, new], [new, old]):
+        answer = ask([*survivors({}), *held])
+        assert answer.order.births == (2,) and answer.order.ids == (9,) and [node for node, _, _ in answer.strange] == ["a"]
+
+
+def test_a_copy_that_does_not_say_its_birth_is_judged_by_lineage_alone():
+    answer = ask([*(has_born(2, has) for has in survivors({"s": (9, 11)})), Has("c", R1, {"s": (8, 10)}, "replica", birth=0)])
+    assert column(answer, "positions") == {"s": 8} and answer.order.births == (2,) and answer.strange == ()
 
 
 def test_dead_process_is_adopted_where_its_pool_is():
@@ -254,3 +308,27 @@ def test_never_better_by_dropping_a_source(held, data):
     drop = data.draw(st.integers(2, len(held))) if len(held) > 2 else len(held)
     fewer = ask([*held[:drop], *held[drop + 1 :], ids], forks=forks)
     assert sum(whole.order.positions) >= sum(fewer.order.positions)
+
+
+@settings(max_examples=200, deadline=None)
+@given(worlds(), st.data())
+def test_nothing_comes_from_a_copy_of_another_birth(held, data):
+    for has in held:
+        has.birth = data.draw(st.integers(0, 2))
+    answer = ask(held, forks=truth(held, {}))
+    assert isinstance(answer, Plan)
+    births = dict(zip(answer.order.sequences, answer.order.births, strict=True))
+
+    def is_strange(has: Has, name: str) -> bool:
+        return bool(has.birth and births[name]) and has.birth != births[name]
+
+    by_place = {(has.node, stream(has.rank, has.life)): has for has in held}
+    for i, name in enumerate(answer.order.sequences):
+        for rebuild in answer.order.rebuilds:
+            if rebuild.source[i] >= 0:
+                source = rebuild.sources[rebuild.source[i]]
+                assert not is_strange(by_place[source.node, source.stream], name)
+        assert not is_strange(by_place[answer.order.ids_node[i], answer.order.ids_stream[i]], name)
+        assert not answer.order.positions[i] or not any(is_strange(has, name) for has in held[:2] if name in has.rows)
+        told = {(node, life) for node, life, sequence in answer.strange if sequence == name}
+        assert told == {(has.node, stream(has.rank, has.life)) for has in held if name in has.rows and is_strange(has, name)}

@@ -14,6 +14,7 @@ from kvguard import engine
 from kvguard.errors import Fenced, Refused, TimedOut
 from kvguard.format import local
 from kvguard.format.layout import Layout
+from kvguard.format.lineage import birth_of
 from kvguard.format.messages import PlanOrder, Rebuild, Source
 from kvguard.format.pages import pack_sums, page_bytes, sums_of
 from kvguard.types import Epoch, Fork, Rank, StreamId
@@ -177,6 +178,22 @@ def test_a_survivor_is_fenced_restores_and_goes_on(daemon, guard) -> None:
     daemon.server.send(connection, local.RestoreOrder(plan_of(FIVE, a=5)))  # asked again: answered again, nothing cut
     daemon.until(lambda: len(daemon.messages) == 2)
     assert daemon.messages[1] == daemon.messages[0] and guard.table.accepted(0) == 6
+
+
+def test_a_survivor_gives_up_what_bears_a_planned_name_and_is_another_sequence(daemon, guard) -> None:
+    open_two(guard)
+    connection = attached(daemon)
+    daemon.turn()
+    reader = daemon.readers[connection]
+    reader.set_epoch(5)
+    order = msgspec.structs.replace(plan_of(FIVE, a=0, b=3), births=(birth_of(b"another request"), birth_of(b"b said nothing")))
+    daemon.server.send(connection, local.RestoreOrder(order))
+    restored = guard.restore(10.0)
+    assert [(s.name, s.position) for s in restored.sequences] == [("b", 3)]
+    restored.done()
+    with guard.step(1) as step:
+        step.commit("a", 2, blocks=[4], tokens=[1, 2, 3], request=b"another request")
+    assert guard.table.meta(guard.row("a")).request == b"another request"
 
 
 def test_a_plan_that_wants_more_than_is_here_is_refused_loudly(daemon, guard) -> None:

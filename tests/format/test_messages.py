@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from kvguard.errors import BadFrame
 from kvguard.format import messages
+from kvguard.format.lineage import birth_of, is_other
 from kvguard.limits import EPOCH_MAX
-from kvguard.types import Epoch
+from kvguard.types import Epoch, Fork, Rank, StreamId
+
+EPOCH = Epoch(1, "c")
 
 
 @pytest.mark.parametrize("counter", [EPOCH_MAX + 1, 2**64 - 1, -1])
@@ -29,3 +33,20 @@ def test_columns_of_unequal_length_are_refused():
     frame = messages.KvFrame(1, Epoch(1, "c"), 1, 0, (1, 2), (0,), (1,), (0,), (1,), (0,), b"")
     with pytest.raises(BadFrame):
         messages.unpack(messages.pack(frame))
+
+
+def test_columns_of_a_report_or_a_plan_are_of_one_length():
+    stream = StreamId("i", Rank(0, 0, 0), 7)
+    good = messages.Holding(stream, "pool", True, ("a",), (1,), ((Fork(0, 0),),), (3,), (4,), 0, (5,))
+    assert messages.unpack(messages.pack(messages.Report("i", EPOCH, "n", (good,)))).holdings == (good,)
+    for more in ({"births": (5, 6)}, {"positions": ()}, {"lineages": ()}):
+        report = messages.Report("i", EPOCH, "n", (msgspec.structs.replace(good, **more),))
+        with pytest.raises(BadFrame):
+            messages.unpack(messages.pack(report))
+    with pytest.raises(BadFrame):
+        messages.unpack(messages.pack(messages.PlanOrder("i", EPOCH, (), (), (), (), (), (), (), (), (), (), births=(1,))))
+
+
+def test_a_birth_is_told_from_the_request_and_unknown_without_one():
+    assert birth_of(b"") == 0 and birth_of(b"a") == birth_of(b"a") != birth_of(b"b")
+    assert is_other(birth_of(b"a"), birth_of(b"b")) and not is_other(0, birth_of(b"a")) and not is_other(birth_of(b"a"), 0) and not is_other(3, 3)

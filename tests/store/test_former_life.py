@@ -13,6 +13,7 @@ import pytest
 from streams import EPOCH, LINEAGE, SHAPE, STREAM, WHOLE, Kept, Sent, token
 
 from kvguard.format import pages
+from kvguard.format.lineage import birth_of
 from kvguard.format.messages import PIECE_REFERENCE, CutOp, Hello, OpenOp, PlanOrder
 from kvguard.store.adoption import ARENA, INDEX
 from kvguard.store.index import REGION_BYTES, Head, Index, Loaded, Record, Unreadable
@@ -119,6 +120,16 @@ def test_a_plan_counts_once_whatever_life_carries_it_out(life):
     store.promise("i", Epoch(2, "c"))
     store.carry_plan(order, "n")
     assert {name: one[2] for name, one in state(store).items()} == {"a": 7}
+
+
+def test_a_life_of_the_daemon_knows_which_sequences_bear_the_names(life):
+    former = life()
+    sent = filled(former)
+    sent.ids(OpenOp(4, "d", 1, LINEAGE, b"another request"))
+    births = former.holding(STREAM).births
+    assert births == (*(birth_of(b"r"),) * 3, birth_of(b"another request"))
+    former.close()
+    assert life().holding(STREAM).births == births
 
 
 def test_released_ids_go_after_delivery_also_in_another_life(life):
