@@ -19,7 +19,7 @@ from kvguard.daemon import schedulers
 from kvguard.daemon.capture import Stream, as_event
 from kvguard.daemon.descriptors import is_eventfd, process_of, readable, same_file, stopped
 from kvguard.daemon.lifelines import Lifelines, Watches
-from kvguard.daemon.salvage import salvaged
+from kvguard.daemon.salvage import goes_on_in, is_elsewhere, salvaged
 from kvguard.daemon.seats import LocalRank, Spare
 from kvguard.device.base import Device
 from kvguard.errors import BadConfig, Refused
@@ -153,6 +153,9 @@ class Ranks:
         told: list[events.Event] = []
         if known.stream.incarnation != message.incarnation:
             told += self._leave(known, "its process ended") if known.stream.alive else ()
+            if is_elsewhere(known, descriptors[POOL:]):
+                taken += descriptors[POOL:]
+                goes_on_in(known, self._device.open(known.layout, descriptors[POOL:], writable=False))
             self._unwatch(known)
             os.close(known.pidfd)
             os.close(known.bell)
@@ -378,9 +381,8 @@ class Ranks:
         """A pull failed: whatever the replicas hold that their sums don't vouch for goes before anybody plans with it again."""
         for spare in self.spares.values():
             for stream in spare.sources if spare.connection == connection else ():
-                gone = self._store.scrub(stream)
-                if gone:
-                    log.warning("the replica of %s was damaged: %d positions of it are gone", stream, gone)
+                log.warning("a pull from the replica of %s failed: it is verified", stream)
+                self._store.damaged(stream)
 
     def kill(self, incarnation: int) -> None:
         """SIGKILL through the pidfd: never through a number that may be another's by now."""

@@ -8,10 +8,13 @@ free; it takes no longer than it may, during which this thread does nothing else
 from __future__ import annotations
 
 import logging
+import os
 import time
 
+from kvguard.daemon.descriptors import same_file
 from kvguard.daemon.seats import LocalRank
-from kvguard.errors import KvguardError
+from kvguard.device.base import Pool
+from kvguard.errors import KvguardError, Refused
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,27 @@ def salvaged(rank: LocalRank, salvage_ms_max: int) -> bool:
     rank.pool = rank.stream.pool = pool
     log.warning("%s: %d of %d sequences salvaged in %.0f ms", rank.stream.id, whole, len(found), 1000 * (time.monotonic() - began))
     return True
+
+
+def is_elsewhere(rank: LocalRank, descriptors: list[int]) -> bool:
+    """Whether a successor brings another memory than the pool known here: a GPU's pool dies with its process, what was salvaged is in one of its own."""
+    if rank.layout is None:
+        return False
+    try:
+        former = rank.pool.export()
+    except Refused:  # nothing could be salvaged
+        return True
+    try:
+        return len(former) != len(descriptors) or not all(map(same_file, former, descriptors))
+    finally:
+        for descriptor in former:
+            os.close(descriptor)
+
+
+def goes_on_in(rank: LocalRank, pool: Pool) -> None:
+    """The same blocks, in the successor's memory: what it says from now on counts."""
+    rank.pool.close()
+    rank.pool = rank.stream.pool = pool
 
 
 def _blocks(rank: LocalRank, row: int, committed: int) -> list[int] | None:

@@ -71,7 +71,8 @@ class Staging:
 
 
 class GpuPool:
-    """See device/base.py. `address`: of the pool's first byte. `current`: the stream on which the engine launches; anything before it is waited for, on the GPU.
+    """See device/base.py. `address`: of the pool's first byte. `current`: the stream on which the engine launches; what it launched before
+    is waited for, on the GPU.
 
     Raises Refused (pieces outside, a layout the kernels can't take), DeviceLost, TimedOut.
     """

@@ -167,7 +167,9 @@ class OpenedPool:
             return 0
         try:
             if self._kernels is not None:
-                return self._kernels.capture(blocks, within, np.ones_like(blocks), out) if self.layout.addressable else self._kernels.capture_blocks(blocks, out)
+                if self.layout.addressable:
+                    return self._kernels.capture(blocks, within, np.ones_like(blocks), out)
+                return self._kernels.capture_blocks(blocks, out)
             target = np.frombuffer(out, np.uint8, total).reshape(blocks.size, unit)
             rows = self._ring.find(self.plan.slots(blocks, within))
             staged = rows >= 0

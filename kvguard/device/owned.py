@@ -89,6 +89,11 @@ class OwnedPool(GpuPool):
         self.packed = 0
 
     @property
+    def joined(self) -> bool:
+        """Whether there is a ring to pack into: its daemon has answered, and none of it failed."""
+        return self._joined is not None and not self.lost
+
+    @property
     def skipped(self) -> int:
         joined = self._joined
         return joined.packer.skipped + joined.packer.gaps if joined else 0

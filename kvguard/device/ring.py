@@ -5,8 +5,8 @@ Knows: rows, slots, records, the order of their stores. Must not know: layouts (
 Invariants
 - The engine never waits: without room it says which slots it did not pack (a record without rows) or, where not even that fits, that there is a gap.
 - A slot is looked up in the latest record that names it or not at all: every record, finished or not, first makes what older ones said of its slots void.
-- Rows count from the beginning of time; row n lies at n modulo the ring's rows. What the engine may reuse is below the word `tail`, which the daemon writes after
-  its copies are complete; what the daemon may read is up to the word `done`, which the device writes behind each gather.
+- Rows count from the beginning of time; row n lies at n modulo the ring's rows. What the engine may reuse is below the tail's words, which the daemon
+  writes after its copies are complete; what the daemon may read is up to the word `done`, which the device writes behind each gather.
 - Nobody's words are believed: a record that lies outside the ring is a gap.
 """
 

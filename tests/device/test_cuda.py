@@ -326,7 +326,8 @@ def test_two_pools_in_one_allocation_are_one_mapping(other):
 def test_a_daemon_s_view_writes_nothing(other):
     layout = LAYOUTS["usual"]
     view = device_of("rehearsal").open(layout, other.pool("rehearsal", layout), writable=False)
-    for forbidden in (lambda: view.scatter([0], [0], [1], b""), lambda: view.scatter_blocks([0], b""), lambda: view.publish(memoryview(bytearray(8)), 1), view.export):
+    word = memoryview(bytearray(8))
+    for forbidden in (lambda: view.scatter([0], [0], [1], b""), lambda: view.scatter_blocks([0], b""), lambda: view.publish(word, 1), view.export):
         with pytest.raises(Refused, match="Try:"):
             forbidden()
     view.close()

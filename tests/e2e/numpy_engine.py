@@ -19,6 +19,7 @@ from kvguard.errors import Fenced, KvguardError
 from kvguard.format.moves import decode
 
 BLOCKS, TOKENS = 256, 16
+DEVICE = os.environ.get("ENGINE_DEVICE", "host")
 
 
 def layout_of(rank: str, model: str = "numpy") -> Layout:
@@ -37,13 +38,17 @@ class Engine:
         self.lengths: dict[str, int] = {}
         self.blocks: dict[str, list[int]] = {}
         self.free = list(range(BLOCKS))
+        self.written: list[tuple[int, int, int]] = []  # pieces of this step: block, start, count
 
     def step(self, commits: list) -> dict:
         """[[sequence, new positions], ...] in one step."""
         try:
             with self.guard.step(sum(count for _, count in commits)) as step:
+                self.written = []
                 for sequence, count in commits:
                     self._write(step, sequence, count)
+                if self.written:
+                    step.wrote(*map(list, zip(*self.written, strict=True)))
         except Fenced as error:
             return {"fenced": str(error)}
         return {"lengths": self.lengths}
@@ -58,6 +63,10 @@ class Engine:
         for position in range(start, start + count):
             data = memoryview(slot_bytes(sequence, position, self.rank, width))
             self.pool.scatter([blocks[position // TOKENS]], [position % TOKENS], [1], data)
+        first, last = start // TOKENS, (start + count - 1) // TOKENS
+        ends = [min(TOKENS, start + count - index * TOKENS) for index in range(first, last + 1)]
+        starts = [max(0, start - index * TOKENS) for index in range(first, last + 1)]
+        self.written += [(blocks[first + n], starts[n], ends[n] - starts[n]) for n in range(len(ends))]
         known = 0 if fresh else start + 1  # ids run one ahead: the next step's input is known
         step.commit(sequence, start + count, blocks=new, tokens=list(range(known, start + count + 1)), request=b"request" if fresh else None)
         self.lengths[sequence] = start + count
@@ -135,6 +144,10 @@ class Engine:
         self.weights = np.ones(mib << 20, np.uint8)
         return {"held": mib}
 
+    def counts(self) -> dict:
+        """Of a pool on a GPU: whether it has a ring, steps packed into it and skipped."""
+        return {"joined": self.pool.joined, "packed": self.pool.packed, "skipped": self.pool.skipped, "lost": self.pool.lost}
+
     def end_client_thread(self) -> dict:
         """The thread that talks to the daemon ends as no program ends one; everything else goes on."""
 
@@ -194,20 +207,20 @@ def main(role: str, instance: str, rank: str, socket: str, model: str = "numpy")
         engine = Lead(attach_scheduler(instance, BLOCKS, TOKENS, dp=Rank.parse(rank).dp, socket=socket))
         say({"attached": True})
     elif role == "standby":
-        spare = attach_standby(instance, {rank: layout_of(rank)}, endpoint=f"spare of {rank}", socket=socket)
+        spare = attach_standby(instance, {rank: layout_of(rank)}, endpoint=f"spare of {rank}", socket=socket, device=DEVICE)
         say({"standby": True})
         claim = None
         while claim is None:
             claim = spare.wait(1.0)
-        pool = claim.adopt[1] if claim.adopt is not None else allocate(layout_of(rank))
+        pool = claim.adopt[1] if claim.adopt is not None else allocate(layout_of(rank), DEVICE)
         guard = attach(instance, Rank.parse(rank), pool, claim=claim, endpoint=f"engine of {rank}")
         engine = Engine(rank, guard, pool)
         adopted = claim.adopt is not None
         engine.take(guard.restore(10.0))
         say({"claimed": True, "adopted": adopted, "lengths": engine.lengths})
     else:
-        pool = allocate(layout_of(rank, model))
-        np.frombuffer(pool.memory, np.uint8)[:] = 0xA5  # what nobody wrote is no zero
+        pool = allocate(layout_of(rank, model), DEVICE)
+        pool.scatter_blocks(range(BLOCKS), memoryview(b"\xa5" * pool.layout.pool_bytes))  # what nobody wrote is no zero
         guard = attach(instance, Rank.parse(rank), pool, endpoint=f"engine of {rank}", socket=socket, positions_max=1024)
         engine = Engine(rank, guard, pool)
         say({"attached": True})

@@ -1,0 +1,95 @@
+"""Pools on a GPU under real daemons: packed by the engine, salvaged at its death, adopted or pulled by a standby. Without a GPU, rehearsed in host memory."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+RANK = "0.0.0"
+
+
+@pytest.fixture(params=["rehearsal", pytest.param("cuda", marks=pytest.mark.gpu)])
+def on_gpu(request, cluster, monkeypatch):
+    """A cluster whose pools live there. `node`: more lines of its [node] sections."""
+    monkeypatch.setenv("ENGINE_DEVICE", request.param)
+
+    def started(**node):
+        (cluster.directory / "conf.d").mkdir()
+        lines = "".join(f"{key} = {value!r}\n".replace("'", '"') for key, value in {"device": request.param, "ring_bytes": 1 << 20, **node}.items())
+        (cluster.directory / "conf.d" / "gpu.toml").write_text(f"[node]\n{lines}")
+        cluster.start()
+        return cluster
+
+    return started
+
+
+def spare_is_known(cluster) -> None:
+    cluster.until("the standby known", lambda: any(one["state"] == "standby" for one in cluster.ask("coordinator", "status")["ranks"]))
+
+
+@pytest.mark.parametrize("capture", ["engine", "daemon"])
+def test_every_step_reaches_the_holder(on_gpu, capture):
+    cluster = on_gpu(capture=capture)
+    engine = cluster.engine("rank", "a", RANK)
+    if capture == "engine":
+        cluster.until("the ring", lambda: engine.tell("counts")["joined"])
+    engine.tell("step", commits=[["one", 40], ["two", 5]])
+    for _ in range(20):
+        engine.tell("step", commits=[["one", 1], ["two", 1]])
+    engine.tell("truncate", sequence="two", position=9)
+    engine.tell("step", commits=[["two", 3]])
+    engine.tell("release", sequence="one")
+    engine.tell("step", commits=[["three", 50]])
+    cluster.protected(RANK, 62)
+    assert engine.tell("intact")["wrong"] == []
+    assert engine.tell("sums")["sums"] == cluster.ask("b", "sums", instance="llama", rank=RANK)["sums"]
+    counts = engine.tell("counts")
+    assert not counts["lost"] and (counts["packed"] > 0) == (capture == "engine")
+
+
+def test_a_killed_engine_s_gpu_memory_is_salvaged_and_adopted(on_gpu):
+    cluster = on_gpu()
+    engine = cluster.engine("rank", "a", RANK)
+    standby = cluster.engine("standby", "a", RANK)
+    engine.tell("step", commits=[["one", 40], ["two", 5]])
+    cluster.protected(RANK, 45)
+    spare_is_known(cluster)
+    engine.kill()
+    said = standby.hear(30.0)
+    assert said == {"claimed": True, "adopted": True, "lengths": {"one": 40, "two": 5}}
+    assert standby.tell("intact")["wrong"] == []
+    standby.tell("step", commits=[["one", 10]])
+    cluster.protected(RANK, 55)
+    assert standby.tell("sums")["sums"] == cluster.ask("b", "sums", instance="llama", rank=RANK)["sums"]
+    assert "2 of 2 sequences salvaged" in (cluster.directory / "a.log").read_text()
+
+
+def test_a_lost_node_s_replica_is_pulled_into_a_gpu(on_gpu):
+    cluster = on_gpu()
+    engine = cluster.engine("rank", "a", RANK)
+    standby = cluster.engine("standby", "b", RANK)
+    engine.tell("step", commits=[["one", 40], ["two", 5]])
+    cluster.protected(RANK, 45)
+    spare_is_known(cluster)
+    cluster.kill("a")
+    engine.kill()
+    assert standby.hear(30.0) == {"claimed": True, "adopted": False, "lengths": {"one": 40, "two": 5}}
+    assert standby.tell("intact")["wrong"] == []
+
+
+def test_a_daemon_that_comes_again_gives_another_ring(on_gpu, cluster):
+    cluster.configure_coordinator(suspect_ms=10_000, dead_ms=30_000)
+    on_gpu()
+    engine = cluster.engine("rank", "a", RANK)
+    engine.tell("step", commits=[["one", 20]])
+    cluster.protected(RANK, 20)
+    cluster.kill("a")
+    engine.tell("step", commits=[["one", 5]])  # nobody reads it; nobody waits
+    cluster.start("a")
+    cluster.protected(RANK, 25)
+    cluster.until("another ring", lambda: engine.tell("counts")["joined"])
+    before = engine.tell("counts")["packed"]
+    engine.tell("step", commits=[["one", 1]])
+    cluster.protected(RANK, 26)
+    assert engine.tell("counts")["packed"] == before + 1
+    assert engine.tell("sums")["sums"] == cluster.ask("b", "sums", instance="llama", rank=RANK)["sums"]
