@@ -1,4 +1,5 @@
-"""Replicas of a former life, and those that an operator doubts, are verified in slices of the loop, the ones that somebody waits for first.
+"""Replicas of a former life, those that are doubted, and those that are about to be pushed on are verified in slices of the loop, the ones that somebody waits
+for first.
 
 Knows: the store's unchecked replicas, who waits. Must not know: how pages are verified, what the core makes of the answers.
 Invariants: nothing of an unchecked replica is promised: a sender's Hello waits for its verification, a Report for REPORT_WAIT_NS at most, and then it states
@@ -11,11 +12,10 @@ import logging
 from collections.abc import Callable, Iterable
 
 from kvguard.core import events
-from kvguard.daemon.perform_node import NodeShell, probe, send_report
+from kvguard.daemon.perform_node import NodeShell, go_on, probe, send_report
 
 log = logging.getLogger(__name__)
 
-SLICE_COST_BYTES = 16 << 20  # 3 to 5 ms of hashing
 REPORT_WAIT_NS = 1_000_000_000  # below the coordinator's `exclude_ms`
 
 
@@ -24,38 +24,41 @@ class Checking:
     `ended`: called whenever all is verified."""
 
     def __init__(
-        self, shell: NodeShell, after: Callable[[int, Callable[[], Iterable[events.Event]]], None], cost_bytes: int = SLICE_COST_BYTES, pause_ns: int = 0,
-        ended: Callable[[], None] = lambda: None,
+        self, shell: NodeShell, after: Callable[[int, Callable[[], Iterable[events.Event]]], None], pause_ns: int = 0, ended: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._shell = shell
         self._after = after
-        self._cost_bytes, self._pause_ns, self._ended = cost_bytes, pause_ns, ended
+        self._pause_ns, self._ended = pause_ns, ended
         self._began_ns = shell.clock()
         self.ended_ns = self._began_ns  # when the last page was verified
-        self._busy = False
-        shell.doubted = self.begin
+        self._busy = self._unverified = False
+        shell.store.doubted = self.begin
         if shell.store.unchecked():
             self.begin()
 
     def begin(self) -> None:
-        """Something is unchecked (or was an instant ago)."""
+        """Something is unchecked (or was an instant ago), or waits to be pushed on."""
         if not self._busy:
             self._busy, self._began_ns = True, self._shell.clock()
             self._after(0, self._slice)
 
     def _slice(self) -> Iterable[events.Event]:
         shell = self._shell
-        for stream in shell.store.check_some(self._cost_bytes, shell.probes):
+        self._unverified = self._unverified or shell.store.unchecked() > 0
+        for stream in shell.store.check_some(shell.slice_bytes, shell.probes):
             log.info("replica of %s: verified", stream)
         told = self._answered()
-        if shell.store.unchecked():
-            self._after(self._pause_ns, self._slice)
-        else:
-            self._busy, self.ended_ns = False, shell.clock()
+        for push in list(shell.pushes.values())[:1]:  # a recovery waits for it
+            told += go_on(shell, push) or ()
+        if self._unverified and not shell.store.unchecked():
+            self._unverified, self.ended_ns = False, shell.clock()
             self._ended()
             unsound = shell.store.counters["positions_unsound"]
             level = logging.WARNING if unsound else logging.INFO
             log.log(level, "all replicas are verified after %d ms: %d positions did not hold", (self.ended_ns - self._began_ns) // 1_000_000, unsound)
+        self._busy = self._unverified or bool(shell.pushes)
+        if self._busy:
+            self._after(self._pause_ns, self._slice)
         return told
 
     def _answered(self) -> list[events.Event]:

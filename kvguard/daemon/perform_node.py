@@ -7,9 +7,9 @@ Invariants: every deed that completes its effect does so exactly once, also wher
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvguard.core import effects, events
 from kvguard.core.promises import decode_epoch
@@ -19,6 +19,7 @@ from kvguard.daemon.capture import Stream
 from kvguard.daemon.perform import SHARED, Deed, Events, Shell, performer, send_numbered
 from kvguard.errors import Refused
 from kvguard.format.messages import Held, Holding, IdsFrame, PlanOrder, Rebuild, Report
+from kvguard.store.replica import Replica
 from kvguard.store.store import ReplicaStore
 from kvguard.types import NO_EPOCH, Epoch, NodeId, StreamId
 
@@ -49,6 +50,15 @@ class Engines(Protocol):
     def forget(self, stream: StreamId) -> None: ...
 
 
+class Push(NamedTuple):
+    """A replica that is read before it is pushed on. `epoch`: of the plan that wants it, as promised here."""
+
+    effect: effects.PushReplica
+    replica: Replica
+    epoch: Epoch
+    scrub: Iterator[int]
+
+
 @dataclass(kw_only=True)
 class NodeShell(Shell):
     """`streams`: all that can be captured from, by id; local ones (also in `local`, in order of attachment) and replicas that are pushed on.
@@ -65,7 +75,8 @@ class NodeShell(Shell):
     probes: dict[StreamId, effects.Probe] = field(default_factory=dict)
     reports: dict[str, tuple[int, effects.SendReport]] = field(default_factory=dict)
     moved: dict[str, PlanOrder] = field(default_factory=dict)  # by dead instance: what other instances' engines may fetch, and the secret that proves it
-    doubted: Callable[[], None] = lambda: None  # replicas are to be verified again: whoever does it begins
+    pushes: dict[StreamId, Push] = field(default_factory=dict)  # replicas to be pushed on that are still being read (daemon/checking.py)
+    slice_bytes: int = 16 << 20  # of replicas, verified in one go: 3 to 5 ms of hashing
     corrupt_frames: int = 0  # drills: how many of the next KV frames leave with one byte changed
 
 
@@ -143,8 +154,7 @@ def apply_failed(effect: effects.Apply, why: str) -> Events:
 
 
 def recheck(shell: NodeShell, effect: effects.Recheck) -> Events:
-    if shell.store.recheck(effect.instance, effect.rank):
-        shell.doubted()
+    shell.store.recheck(effect.instance, effect.rank)
     return ()
 
 
@@ -152,6 +162,7 @@ def drop_replica(shell: NodeShell, effect: effects.DropReplica) -> Events:
     if effect.stream not in shell.local:
         shell.streams.pop(effect.stream, None)  # it was pushed on
     shell.probes.pop(effect.stream, None)
+    shell.pushes.pop(effect.stream, None)
     shell.store.drop(effect.stream)
     return ()
 
@@ -234,9 +245,27 @@ def push_replica(shell: NodeShell, effect: effects.PushReplica) -> Events:
     replica = shell.store.replica(effect.stream)
     if effect.stream in shell.local:
         raise Refused(f"{effect.stream} lives here: it is not a replica")
-    shell.store.scrub(effect.stream)  # sums are taken anew from what is pushed: damage would arrive as truth
-    stream, told = pushing.source(replica, effect.node, shell.epochs.get(effect.stream.instance, NO_EPOCH))
-    shell.streams[effect.stream] = stream
+    # Sums are taken anew from what is pushed: damage would arrive as truth.
+    push = shell.pushes[effect.stream] = Push(effect, replica, shell.epochs.get(effect.stream.instance, NO_EPOCH), shell.store.scrub(effect.stream))
+    told = go_on(shell, push)
+    if told is None:
+        shell.store.doubted()
+    return told or ()
+
+
+def go_on(shell: NodeShell, push: Push) -> Events | None:
+    """Read one slice more of a replica that is to be pushed on. What to tell the core once all is read; None until then."""
+    cost_bytes, store = shell.slice_bytes, shell.store
+    for cost in push.scrub:
+        cost_bytes -= cost
+        if cost_bytes <= 0:
+            return None
+    name = push.effect.stream
+    del shell.pushes[name]
+    if name not in store.streams() or store.replica(name) is not push.replica or shell.epochs.get(name.instance, NO_EPOCH) != push.epoch:
+        return ()  # dropped, or of a plan that is over
+    stream, told = pushing.source(push.replica, push.effect.node, push.epoch)
+    shell.streams[name] = stream
     return told
 
 

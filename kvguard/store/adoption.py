@@ -125,10 +125,25 @@ def check(replica: Replica, cost_bytes: int) -> tuple[int, int]:
     return cost_bytes, cut
 
 
+def scrubbing(replica: Replica) -> Iterator[tuple[int, int]]:
+    """Verify everything that is held, which stays stated meanwhile, a page a step; what doesn't hold is cut. Yields (cost in bytes, positions cut)."""
+    shape = replica.shape
+    for sequence in replica.live():
+        done = 0
+        while replica.sequences.get(sequence.name) is sequence and done < sequence.position:
+            count = min(shape.block_tokens, sequence.position - done)
+            held = replica.sound(sequence.blocks[done // shape.block_tokens], count)
+            done += count
+            cut = replica.cut_damaged(sequence, done - count + held) if held < count else 0
+            if cut:
+                replica.record()
+            yield count * (shape.token_bytes + TOKEN_COST_BYTES), cut
+
+
 def doubt(replica: Replica) -> None:
     """All that is held is unchecked again."""
     replica.unsound = 0
     replica.unchecked = {sequence.name: 0 for sequence in replica.live() if sequence.position}
 
 
-__all__ = ["ARENA", "INDEX", "Dropped", "adopt", "check", "doubt", "pairs", "read_back"]
+__all__ = ["ARENA", "INDEX", "Dropped", "adopt", "check", "doubt", "pairs", "read_back", "scrubbing"]

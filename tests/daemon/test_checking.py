@@ -34,9 +34,9 @@ class Life:
         first.close()
         self.store = ReplicaStore(self.shelf, 1 << 20, 0)
         assert self.store.read_back() == ()
-        self.shell = NodeShell(transport=self, journal=None, clock=lambda: self.now, node="b", store=self.store, engines=None)
+        self.shell = NodeShell(transport=self, journal=None, clock=lambda: self.now, node="b", store=self.store, engines=None, slice_bytes=ONE_PAGE)
         self.perform = node_performer(self.shell)
-        self.checking = Checking(self.shell, lambda delay, ready: self.timers.append(ready), cost_bytes=ONE_PAGE)
+        self.checking = Checking(self.shell, lambda delay, ready: self.timers.append(ready))
 
     def send(self, link, head, payload=None) -> bool:
         self.sent.append(wire.decode(head)[0])
@@ -110,3 +110,37 @@ def test_a_report_does_not_wait_for_ever(life):
 def test_another_instances_report_does_not_wait(life):
     life.perform(effects.SendReport("coordinator", "other", EPOCH))
     assert [report.holdings for report in life.sent] == [()]
+
+
+def pushed(life, epoch: Epoch = EPOCH) -> list:
+    life.rest()
+    life.shell.epochs[STREAM.instance] = epoch
+    return list(life.perform(effects.PushReplica(STREAM, "c", "peer:c")))
+
+
+def test_a_replica_is_read_in_slices_before_it_is_pushed_on_and_stays_stated_meanwhile(life):
+    assert pushed(life) == [] and STREAM not in life.shell.streams
+    assert life.store.holding(STREAM).positions == (8, 8) and life.slice() == []
+    life.store.damage(STREAM, "b", 6, bytes_only=True)
+    attached, looked = life.rest()
+    assert (attached.pushing, attached.epoch, looked.committed) == ("c", EPOCH, (8, 6)) and life.store.counters["positions_damaged"] == 2
+    assert STREAM in life.shell.streams and not life.shell.pushes and life.timers == []
+
+
+def test_a_push_of_a_plan_that_is_over_or_of_a_replica_that_has_gone_does_not_begin(life):
+    pushed(life)
+    life.shell.epochs[STREAM.instance] = Epoch(EPOCH.counter + 1, "c")
+    assert life.rest() == [] and not life.shell.streams
+    pushed(life)
+    life.perform(effects.DropReplica(STREAM, "unpinned"))
+    assert life.rest() == [] and not life.shell.streams and not life.shell.pushes
+
+
+def test_a_report_waits_until_a_replica_that_was_found_damaged_is_verified(life):
+    life.rest()
+    life.store.damage(STREAM, "a", 2, bytes_only=True)
+    life.store.damaged(STREAM)
+    assert list(life.perform(effects.SendReport("coordinator", STREAM.instance, EPOCH))) == [] and life.sent == []
+    life.rest()
+    [said] = life.sent
+    assert said.holdings[0].positions == (2, 8) and life.store.counters["positions_damaged"] == 6 and not life.store.counters["positions_unsound"]

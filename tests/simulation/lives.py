@@ -209,8 +209,9 @@ class NodeLife(Life):
         assert store.read_back() == (), "I11: what a life of this daemon left can't be read"
         world.count("sequences_read_back", store.unchecked())
         shell = NodeShell(
-            transport=transport, journal=disk, clock=lambda: world.now, noted=lambda note: world.noted(name, note), node=name, store=store, engines=None
-        )
+            transport=transport, journal=disk, clock=lambda: world.now, noted=lambda note: world.noted(name, note), node=name, store=store, engines=None,
+            slice_bytes=30_000,
+        )  # fmt: skip
         deeds = {**perform_node.DEEDS, effects.Capture: capture_racing}
         super().__init__(world, name, Node(settings, promises), shell, deeds, perform_node.FAILURES)
         self.ranks = SimulatedRanks(world, HostDevice(), store, self.loop, self._tell, shell.streams, shell.local, shell.epochs)
@@ -218,7 +219,7 @@ class NodeLife(Life):
         self.fetching = Fetching(shell, self.ranks, self._tell)
         for instance, epoch in promises.items():
             promised(shell, instance, epoch)
-        Checking(shell, self.loop.after, cost_bytes=30_000, pause_ns=MS)
+        Checking(shell, self.loop.after, pause_ns=MS)
         self._lines: dict[int, object] = {}
         self._ways: dict[object, int] = {}
         self._unheard: deque = deque()  # said while this process was stopped
