@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from kvguard import config
-from kvguard.errors import BadConfig, KvguardError
+from kvguard.errors import BadConfig, KvguardError, NotAuthorised
 
 PLACES = ("/etc/kvguard/node.toml", "/etc/kvguard/coordinator.toml")
 
@@ -38,6 +38,24 @@ class Reach:
 
         loaded = keyring.load(self.keys) if self.keys else None
         return ask(address, verb, arguments or {}, self.timeout_s, loaded, node=name, insecure=self.insecure)
+
+
+    def stranger(self, name: str, address: str) -> str | None:
+        """What becomes of somebody with a fresh key at `address` ("": the coordinator's): answered, refused, or why neither is known; None without keys."""
+        from kvguard.transport import keys as keyring
+        from kvguard.transport.ask import ask
+
+        if not self.keys:
+            return None
+        known, unlisted = keyring.load(self.keys), keyring.generate()
+        pair = keyring.Keys(unlisted.secret, unlisted.public, known.allowed, known.beside)
+        try:
+            ask(address or self.address, "status", {}, self.timeout_s, pair, node=name, insecure=self.insecure)
+        except NotAuthorised:
+            return "refused"
+        except KvguardError as error:
+            return str(error)
+        return "answered"
 
 
 def found(file: str | None, address: str | None, keys: str | None, insecure: bool) -> tuple[str, str, bool]:

@@ -18,7 +18,7 @@ from kvguard.core import effects, events
 from kvguard.core.coordinator import Coordinator
 from kvguard.core.known import Settings
 from kvguard.core.membership import Patience
-from kvguard.daemon import drilled
+from kvguard.daemon import drilled, whereabouts
 from kvguard.daemon.hooks import Hooks
 from kvguard.daemon.journal import Journal
 from kvguard.daemon.loop import Loop
@@ -115,6 +115,7 @@ class CoordinatorDaemon:
 
     def _stats(self, arguments: dict) -> dict:
         return {
+            "process": {**whereabouts.here(), **whereabouts.process(os.getpid())},
             "counters": dict(sorted(self.shell.counters.items())), "transport": dict(self.transport.counters),
             "hooks": {**self.occasions.hooks.counters, "ranks_watched": self.occasions.watched},
         }  # fmt: skip

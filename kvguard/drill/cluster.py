@@ -1,37 +1,32 @@
 """An operator's own cluster under a drill: whether it may be struck, what would happen, the strike, and what came of it.
 
-Knows: the coordinator's status and history, the processes that daemons on this machine name, pidfds. Must not know: the reference engine, key files.
-Invariants: nothing is struck while redundancy isn't whole, nor after it has ceased to be since it was looked at; a process is signalled through a pidfd only
-after its number, its beginning, its boot and its namespace are those that its own daemon names; what was stopped is always woken.
+Knows: the coordinator's status and history, the processes that daemons on this machine name. Must not know: the reference engine, key files, signals
+(blows.py). Invariants: nothing is struck while redundancy isn't whole, nor after it has ceased to be since it was looked at; only a process whose boot and
+namespace are this machine's is chosen; a stranger who is sent to knock has a key that nobody ever listed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
-import select
-import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
 from kvguard.daemon import whereabouts
+from kvguard.drill import blows
+from kvguard.drill.blows import COORDINATOR, Target
 from kvguard.drill.scenarios import Scenario
 from kvguard.errors import KvguardError, Refused, TimedOut
 
 POLL_S = 0.1
 WHOLE_TIMEOUT_S = 120.0
 FRESH_MS = 2000.0
-PAUSE_SHARE, PAUSE_S_MAX = 0.2, 1.0  # of the hang threshold
+DAEMONS = ("kill-daemon", "restart-daemon")
 REFUSED = {
     "kill-node": "it would take whatever else runs in that host's process groups with it. Try: pull the plug of a test host",
-    "pause-rank": "the rank would be killed by its daemon after the whole hang threshold. Try: kill-rank, or the bench",
+    "pause-node": "whatever else runs in that host's process groups would be stopped with it",
     "ids-only": "every node would have to die at once",
-    "restart-daemon": "the service's supervisor restarts daemons. Try: systemctl restart kvguard-node, or kill-daemon",
-    "kill-coordinator": "its process is not named by any daemon. Try: systemctl kill -s KILL kvguard-coordinator",
     "kill-driver": "an emitter belongs to its users",
 }
 
@@ -43,22 +38,8 @@ class Reaches(Protocol):
 
     def node(self, name: str, address: str, verb: str, arguments: dict | None = None) -> dict: ...
 
-
-@dataclass(frozen=True)
-class Target:
-    """One process of the cluster, on this machine."""
-
-    instance: str
-    rank: str  # "" for a daemon
-    node: str
-    address: str
-    pid: int
-    began: int
-    hang_ms: int
-
-    def __str__(self) -> str:
-        what = f"rank {self.rank} of {self.instance}" if self.rank else "the daemon"
-        return f"{what} on {self.node} (process {self.pid})"
+    def stranger(self, name: str, address: str) -> str | None:
+        """What becomes of somebody with a fresh key there: answered, refused, or why neither is known; None where no keys are in use."""
 
 
 def not_whole(status: dict) -> list[str]:
@@ -93,18 +74,26 @@ def choose(reach: Reaches, scenario: Scenario, seed: int, status: dict) -> Targe
         why = REFUSED.get(scenario.name, "it needs the bench's own cables, memory or damaged bytes")
         raise Refused(f"{scenario.name} is not tried against a live cluster: {why}. Try: kvguard drill run {scenario.name}, without --config")
     here, targets = whereabouts.here(), []
-    for node in status["nodes"]:
+    if scenario.name == "kill-coordinator":
+        said = reach.coordinator("stats")["process"]
+        if {key: said[key] for key in here} == here:
+            targets.append(Target("", "", COORDINATOR, "", said["pid"], said["began"], hang_ms=0))
+    for node in status["nodes"] if scenario.name != "kill-coordinator" else ():
         said = reach.node(node["node"], node["address"], "status")
         known = said["processes"]
         if {key: known[key] for key in here} != here:
             continue
-        if scenario.name == "kill-daemon":
+        if scenario.name in DAEMONS:
             targets.append(Target("", "", node["node"], node["address"], **known["daemon"], hang_ms=said["hang_ms"]))
             continue
         for rank in said["ranks"]:
             if rank["stream"] in known["ranks"] and not rank["rank"].endswith("scheduler"):
                 place = known["ranks"][rank["stream"]]
                 targets.append(Target(rank["instance"], rank["rank"], node["node"], node["address"], **place, hang_ms=said["hang_ms"]))
+    if scenario.name == "restart-daemon" and targets:
+        targets = [target for target in targets if blows.service_of(target.pid)]
+        if not targets:
+            raise Refused("no daemon here is a service of systemd's, so nobody would start it again. Try: kill-daemon, and start it again yourself")
     if not targets:
         raise Refused("no process of this cluster is on this machine. Try: on the host of a node that is to be struck")
     return random.Random(f"{scenario.name}/{seed}").choice(sorted(targets, key=lambda one: (one.node, one.rank)))
@@ -112,41 +101,29 @@ def choose(reach: Reaches, scenario: Scenario, seed: int, status: dict) -> Targe
 
 def consequence(scenario: Scenario, target: Target, status: dict) -> str:
     """What would happen, for --dry-run and for the question before the strike."""
-    if scenario.name == "kill-daemon":
-        return f"{target} gets SIGKILL; its ranks are unprotected until its supervisor has started it again (nobody else does)"
+    if scenario.name in DAEMONS:
+        what = "gets SIGKILL" if scenario.name == "kill-daemon" else "is restarted"
+        return f"{target} {what}; its ranks are unprotected until it is back: {blows.supervisor(target)}"
+    if scenario.name == "kill-coordinator":
+        return f"{target} gets SIGKILL; nothing recovers until it is back, everything else goes on: {blows.supervisor(target)}"
     if scenario.name == "pause-briefly":
-        return f"{target} is stopped for {pause_s(target):.2f} s, its instance with it, and woken; nobody should fail over"
+        return f"{target} is stopped for {target.pause_s:.2f} s, its instance with it, and woken; nobody should fail over"
     standbys = sum(rank["state"] == "standby" and rank["instance"] == target.instance for rank in status["ranks"])
+    if scenario.name == "pause-rank":
+        stands = f"{target.instance} stands still for {target.hang_ms / 1e3:.0f} s until its daemon kills the rank"
+        return f"{target} is stopped; {stands}, and then until one of {standbys} standbys is that rank, and has one standby less"
     return f"{target} gets SIGKILL; {target.instance} stands still until one of {standbys} standbys is that rank, and has one standby less"
-
-
-def pause_s(target: Target) -> float:
-    return min(PAUSE_S_MAX, PAUSE_SHARE * target.hang_ms / 1e3)
-
-
-@contextlib.contextmanager
-def held(target: Target):
-    """A pidfd of exactly this process. Raises Refused where the number is another's by now."""
-    try:
-        pidfd = os.pidfd_open(target.pid)
-    except OSError as error:
-        raise Refused(f"{target} can't be reached: {error.strerror}. Try: as the user whose process it is, while it runs") from error
-    try:
-        if whereabouts.began(target.pid) != target.began:  # looked at after the pidfd was opened: it is this process or none
-            raise Refused(f"process {target.pid} is not {target} any more. Try: again")
-        yield pidfd
-    finally:
-        os.close(pidfd)
 
 
 def strike(reach: Reaches, scenario: Scenario, seed: int, target: Target, wait_s: float = WHOLE_TIMEOUT_S) -> dict:
     """The drill: conditions once more, the strike, the recovery. The evidence, in the form of a bench's. Raises Refused when one doesn't hold any more."""
-    with held(target) as pidfd:
+    with blows.held(target) as pidfd:
         before = demand_whole(reach)
         history = reach.coordinator("history")["history"]
         epochs = {one["instance"]: one["epoch"] for one in before["instances"]}
         struck_ns = time.monotonic_ns()
-        evidence = _pause(reach, target, pidfd, epochs) if scenario.name == "pause-briefly" else _kill(target, pidfd)
+        killed = _processes_killed(reach, target) if scenario.name == "pause-rank" else 0
+        evidence = _blow(reach, scenario, target, pidfd, epochs)
     after, samples = _until_whole(reach, epochs, lambda status: _missing(reach, scenario, target, epochs, status), wait_s)
     whole_ms = (time.monotonic_ns() - struck_ns) / 1e6
     entries = reach.coordinator("history")["history"][len(history) :]
@@ -154,6 +131,7 @@ def strike(reach: Reaches, scenario: Scenario, seed: int, target: Target, wait_s
     rose = {one["instance"]: one["epoch"] for one in after["instances"]}
     watched = target.instance or next(iter(epochs))
     promises, silent = _promises(reach, after, watched)
+    counters = {"processes_killed": _processes_killed(reach, target) - killed} if scenario.name == "pause-rank" else {}
     outage = {"kind": scenario.name, "down_ms": whole_ms, "tokens_meanwhile": None, "acked_before": _acked(before), "acked_after": _acked(after),
               "epoch_before": epochs.get(watched, 0), "epoch_after": rose.get(watched, 0)}  # fmt: skip
     return {
@@ -162,39 +140,46 @@ def strike(reach: Reaches, scenario: Scenario, seed: int, target: Target, wait_s
         "observed": {
             "epoch_before": epochs.get(watched, 0), "epoch_after": rose.get(watched, 0), "history": [one for one in entries if one["instance"] == watched],
             "promises": promises, "silent": silent, "conflicts": [], "watch": samples.document(), "whole_ms": whole_ms, "waves": 0,
-            "counters": {}, "replicas_equal_pools": None,
+            "counters": counters, "replicas_equal_pools": None, "strangers": _strangers(reach, after),
         },
     }  # fmt: skip
+
+
+def _processes_killed(reach: Reaches, target: Target) -> int:
+    """By the target's own daemon, so far."""
+    return reach.node(target.node, target.address, "stats")["counters"].get("processes_killed", 0)
+
+
+def _strangers(reach: Reaches, status: dict) -> dict[str, str] | None:
+    """What the coordinator and each daemon say to somebody whose key nobody has listed; None where no keys are in use."""
+    told = {COORDINATOR: reach.stranger(COORDINATOR, "")}
+    told |= {node["node"]: reach.stranger(node["node"], node["address"]) for node in status["nodes"]}
+    return None if None in told.values() else told
 
 
 def _acked(status: dict) -> int:
     return sum(rank["acked"] for rank in status["ranks"])
 
 
-def _kill(target: Target, pidfd: int) -> dict:
-    """Evidence: the kernel says that the process is gone."""
-    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return {"died": bool(poll.poll(10_000))}
+def _blow(reach: Reaches, scenario: Scenario, target: Target, pidfd: int, epochs: dict[str, int]) -> dict:
+    """The strike; evidence that it fired."""
+    if scenario.name == "pause-briefly":
 
-
-def _pause(reach: Reaches, target: Target, pidfd: int, epochs: dict[str, int]) -> dict:
-    """Evidence: the kernel says that it is stopped. Woken at the end, or at once when the cluster doesn't bear it."""
-    signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
-    seen = False
-    try:
-        until_s = time.monotonic() + pause_s(target)
-        while time.monotonic() < until_s:
-            with open(f"/proc/{target.pid}/stat", "rb") as stat:
-                seen = seen or stat.read().rpartition(b") ")[2][:1] == b"T"
+        def unmoved() -> str:
             now = {one["instance"]: one["epoch"] for one in reach.coordinator("status")["instances"]}
-            if now != epochs:
-                raise Refused(f"aborted, and the process woken: the epochs went from {epochs} to {now} while it was stopped. Try: kvguard history")
-            time.sleep(POLL_S / 5)  # between two looks at a condition with a deadline
-    finally:
-        signal.pidfd_send_signal(pidfd, signal.SIGCONT)
-    return {"stopped": seen}
+            return "" if now == epochs else f"the epochs went from {epochs} to {now} while it was stopped"
+
+        return blows.pause(target, pidfd, unmoved)
+    if scenario.name == "pause-rank":
+        own = f"{target.instance} is ", f" of {target.instance} is "
+
+        def borne() -> str:
+            """What the pause itself brings about is said of its instance or a rank of it; anything else, and the loss of the standby, is a reason to end it."""
+            faults = not_whole(reach.coordinator("status"))
+            return "; ".join(fault for fault in faults if not fault.startswith(own[0]) and own[1] not in fault.partition(":")[0])
+
+        return blows.stop_until_killed(target, pidfd, borne)
+    return blows.restart(target, pidfd) if scenario.name == "restart-daemon" else blows.kill(target, pidfd)
 
 
 class _Samples:
@@ -228,10 +213,13 @@ def _promises(reach: Reaches, status: dict, instance: str) -> tuple[dict[str, in
 
 def _missing(reach: Reaches, scenario: Scenario, target: Target, epochs: dict[str, int], status: dict) -> str:
     """What has not come about yet, "" when all has: a status may be older than the strike."""
-    if scenario.name == "kill-rank":
+    if scenario.name in ("kill-rank", "pause-rank"):
         epoch = next((one["epoch"] for one in status["instances"] if one["instance"] == target.instance), 0)
         return "" if epoch > epochs.get(target.instance, 0) else f"no recovery of {target.instance} yet"
-    if scenario.name == "kill-daemon":
+    if scenario.name == "kill-coordinator":
+        now = reach.coordinator("stats")["process"]
+        return "" if (now["pid"], now["began"]) != (target.pid, target.began) else "the old coordinator still answers"
+    if scenario.name in DAEMONS:
         try:
             now = reach.node(target.node, target.address, "status")["processes"]["daemon"]
         except KvguardError as error:

@@ -106,10 +106,9 @@ def resume_safety(scenario: Scenario, run: dict) -> Finding:
     recovered, observed = run["recovery"], run["observed"]
     if not recovered:
         return Finding(NOT_CHECKED, "nothing was resumed")
-    # All of it where a death took only the logits of the newest position: its KV is there, and it is computed once more.
-    within = all(position <= prompt + emitted for _, _, position, prompt, emitted in observed["resumed"])
+    within = all(position < prompt + emitted for _, _, position, prompt, emitted in observed["resumed"])
     return _all([
-        (within, "no resume position is beyond the ids known"),
+        (within, "every resume position leaves one to compute"),
         (run["kv_identical"], "bytes below the resume positions are the undisturbed run's" if run["kv_identical"] is not None else "nothing was restored"),
         (not observed["disagreed"], "no rank disagreed with the plan"),
         (run["logits_identical"], "logits of recomputed positions are those of the first time"),
@@ -125,7 +124,8 @@ def bounded_loss(scenario: Scenario, run: dict) -> Finding:
     if entry is None:
         return Finding(VIOLATED, f"the history has no entry of epoch {recovered['epoch']}")
     told = entry["positions"]
-    same = all(told.get(f"{name}-{number}", 0) == position for name, number, position, _, _ in observed["resumed"])
+    # KV may be there for every known id, where a death took only the newest position's logits: that one is computed once more.
+    same = all(min(told.get(f"{name}-{number}", 0), prompt + emitted - 1) == position for name, number, position, prompt, emitted in observed["resumed"])
     return _all([
         (len(entry["lost"]) == recovered["lost_sequences"] == 0, "no sequence is lost, by the coordinator's history"),
         (same, "the history states the positions from which the run went on"),
@@ -215,7 +215,12 @@ def equivalence(scenario: Scenario, run: dict) -> Finding:
 
 
 def authentication(scenario: Scenario, run: dict) -> Finding:
-    return Finding(NOT_CHECKED, "no drill plays a peer without a key")
+    strangers = run["observed"].get("strangers")
+    if strangers is None:
+        return Finding(NOT_CHECKED, "no keys are in use here: whoever reaches an address is let in")
+    told = {"refused": True, "answered": False}
+    return _all([(told.get(what), f"a stranger whose key is not listed is refused by {name}{'' if what in told else f': {what}'}")
+                 for name, what in strangers.items()])  # fmt: skip
 
 
 @_bench_only

@@ -47,7 +47,7 @@ SCENARIOS: dict[str, Scenario] = {one.name: one for one in (
     Scenario("kill-node", "SIGKILL to a node's whole process group, its memory gone", "The rank is rebuilt from its replica on another node; what was not yet "
              "acknowledged is recomputed.", RECOVERY, FAILOVER, (Rung.REPLICA,)),
     Scenario("pause-rank", "SIGSTOP to a rank for longer than the hang threshold", "The daemon finds the hang, kills the rank through its pidfd and only then "
-             "is it replaced.", RECOVERY, FAILOVER, (Rung.POOL,), 0),
+             "is it replaced.", RECOVERY, FAILOVER, (Rung.POOL,), 0, live=True),
     Scenario("pause-node", "SIGSTOP to a node's whole group for longer than the threshold, then SIGCONT", "Another node takes over; the woken ranks find "
              "themselves fenced, emit nothing and end.", RECOVERY, FAILOVER, (Rung.REPLICA,)),
     Scenario("pause-briefly", "SIGSTOP to a rank for less than the threshold, then SIGCONT", "Nobody fails over: the epoch stays, the run goes on.", OUTAGE,
@@ -57,9 +57,9 @@ SCENARIOS: dict[str, Scenario] = {one.name: one for one in (
     Scenario("kill-daemon", "SIGKILL to a node daemon, restarted after some tokens", "The engine doesn't notice; it is said to be unprotected meanwhile and "
              "protected again after; no epoch is raised.", OUTAGE, (*BYSTANDER, "I11"), live=True),
     Scenario("restart-daemon", "SIGTERM to a node daemon and a new life of it, as in an upgrade", "The engine doesn't notice; everything is protected again; "
-             "no epoch is raised.", OUTAGE, (*BYSTANDER, "I11")),
+             "no epoch is raised.", OUTAGE, (*BYSTANDER, "I11"), live=True),
     Scenario("kill-coordinator", "SIGKILL to the coordinator, restarted after some tokens", "Serving and replication go on without it; it comes back with its "
-             "epochs and its history.", OUTAGE, (*BYSTANDER, "I11")),
+             "epochs and its history.", OUTAGE, (*BYSTANDER, "I11"), live=True),
     Scenario("kill-driver", "SIGKILL to the driver, the only emitter", "Ids, sampler state and requests come from the holders; the KV never left the pools.",
              RECOVERY, FAILOVER, (Rung.POOL,), 0),
     Scenario("cut-link", "The cable to a holder is cut, and joined again", "It is said to be unprotected, nobody fails over, and the replica catches up.",

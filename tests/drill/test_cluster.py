@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import sys
 import pytest
 
 from kvguard.daemon import whereabouts
-from kvguard.drill import cluster
+from kvguard.drill import blows, cluster, documents
 from kvguard.drill.scenarios import SCENARIOS
-from kvguard.errors import Refused
+from kvguard.errors import KvguardError, Refused
 
 
 def status(**changes) -> dict:
@@ -31,13 +32,20 @@ class Cluster:
         self.processes = {**whereabouts.here(), "daemon": whereabouts.process(child.pid), "ranks": {"s": whereabouts.process(child.pid)}}
 
     def coordinator(self, verb: str, arguments: dict | None = None) -> dict:
+        if verb == "stats":
+            return {"process": {**whereabouts.here(), **self.processes["daemon"]}}
         queue = self.statuses if verb == "status" else self.histories
         found = queue.pop(0) if len(queue) > 1 else queue[0]
         return found if verb == "status" else {"history": found}
 
     def node(self, name: str, address: str, verb: str, arguments: dict | None = None) -> dict:
         place = self.processes if name == "n1" else {**self.processes, "boot_id": "another machine"}
-        return {"processes": place, "hang_ms": 1000, "ranks": [{"instance": "llama", "rank": "0.1.0", "stream": "s"}], "epochs": {"llama": 4}}
+        killed = 1 if self.child.poll() is not None else 0
+        return {"processes": place, "hang_ms": 1000, "ranks": [{"instance": "llama", "rank": "0.1.0", "stream": "s"}], "epochs": {"llama": 4},
+                "counters": {"processes_killed": killed}}  # fmt: skip
+
+    def stranger(self, name: str, address: str) -> str | None:
+        return "refused"
 
 
 @pytest.fixture
@@ -113,6 +121,7 @@ def test_a_rank_is_killed_and_the_new_epoch_waited_for(child) -> None:
     ((seed, seen),) = cluster.run(reach, SCENARIOS["kill-rank"], 8, 1, lambda consequence: None)
     assert child.wait(5) == -signal.SIGKILL and seed == 8
     assert seen["fault"]["fired"] and seen["fault"]["evidence"] == {"died": True} and seen["recovery"]["epoch"] == 4 and seen["recovery"]["rung"] == "pool"
+    assert seen["observed"]["strangers"] == {"coordinator": "refused", "n0": "refused", "n1": "refused"}
     assert seen["observed"]["promises"] == {"n0": 4, "n1": 4} and (seen["observed"]["epoch_before"], seen["observed"]["epoch_after"]) == (3, 4)
 
 
@@ -138,5 +147,78 @@ def test_what_was_stopped_is_woken_also_when_the_drill_is_aborted(child) -> None
 
 
 def stopped(pid: int) -> bool:
-    with open(f"/proc/{pid}/stat", "rb") as stat:
-        return stat.read().rpartition(b") ")[2][:1] == b"T"
+    return blows.state(pid) == "T"
+
+
+RISEN = status(instances=[{"instance": "llama", "epoch": 4, "state": "running", "reason": ""}])
+TOLD = {"instance": "llama", "epoch": 4, "reason": "hung", "error": "", "lost": {}, "positions": {"a": 7}, "rungs": {"a": "pool"},
+        "timing_ms": {"detect": 1.0, "fence": 2.0, "plan": 3.0, "restore": 4.0, "total": 10.0}, "bytes_by_rung": {"pool": 0}}  # fmt: skip
+
+
+class Killing(Cluster):
+    """Its daemon kills what stands still, once it was seen so; what it brings about meanwhile names the instance."""
+
+    def coordinator(self, verb: str, arguments: dict | None = None) -> dict:
+        if verb == "status" and stopped(self.child.pid):
+            self.child.kill()
+            self.child.wait()
+            return status(instances=[{"instance": "llama", "epoch": 3, "state": "recovering", "reason": "hung"}])
+        return super().coordinator(verb, arguments)
+
+
+def test_a_rank_that_stands_still_is_killed_by_its_daemon_and_by_nobody_else(child) -> None:
+    reach = Killing(child, [status(), status(), RISEN], [[], [TOLD]])
+    ((_, seen),) = cluster.run(reach, SCENARIOS["pause-rank"], 1, 1, lambda consequence: None)
+    assert child.returncode == -signal.SIGKILL and seen["fault"]["evidence"] == {"stopped": True, "died": True} and seen["fault"]["fired"]
+    run = documents.judged(SCENARIOS["pause-rank"], 1, "cluster", seen)
+    assert run["passed"] and run["invariants"]["I10"] == "held" and seen["observed"]["counters"] == {"processes_killed": 1}
+
+
+def test_a_long_pause_ends_when_the_cluster_loses_what_it_needs(child) -> None:
+    alone = status(ranks=status()["ranks"][:2])
+    with pytest.raises(Refused, match="aborted, and the process woken: llama has no standby"):
+        cluster.run(Cluster(child, [status(), status(), alone]), SCENARIOS["pause-rank"], 1, 1, lambda consequence: None)
+    assert child.poll() is None and not stopped(child.pid)
+
+
+def test_the_coordinator_is_killed_and_another_process_waited_for(child) -> None:
+    class Restarted(Cluster):
+        def coordinator(self, verb: str, arguments: dict | None = None) -> dict:
+            if verb == "stats" and self.child.poll() is not None:
+                return {"process": {**whereabouts.here(), **whereabouts.process(os.getpid())}}
+            return super().coordinator(verb, arguments)
+
+    asked = []
+    ((_, seen),) = cluster.run(Restarted(child, [status()]), SCENARIOS["kill-coordinator"], 1, 1, asked.append)
+    assert "the coordinator (process" in asked[0] and "start it again yourself" in asked[0]
+    assert child.wait(5) == -signal.SIGKILL and seen["fault"]["evidence"] == {"died": True} and seen["recovery"] is None
+    assert documents.judged(SCENARIOS["kill-coordinator"], 1, "cluster", seen)["passed"]
+
+
+def test_a_daemon_is_restarted_by_its_service_manager_or_not_at_all(child, monkeypatch, tmp_path) -> None:
+    reach = Cluster(child, [status()])
+    with pytest.raises(Refused, match="no daemon here is a service of systemd's"):
+        cluster.choose(reach, SCENARIOS["restart-daemon"], 1, status())
+
+    class Renewed(Cluster):
+        def node(self, name: str, address: str, verb: str, arguments: dict | None = None) -> dict:
+            if self.child.poll() is not None:
+                self.processes["daemon"] = whereabouts.process(os.getpid())
+            return super().node(name, address, verb, arguments)
+
+    called = tmp_path / "systemctl"
+    called.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\nkill {child.pid}\n")
+    called.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(blows, "service_of", lambda pid: ("--user", "kvguard-node.service"))
+    ((_, seen),) = cluster.run(Renewed(child, [status()]), SCENARIOS["restart-daemon"], 1, 1, lambda consequence: None)
+    assert (tmp_path / "asked").read_text() == "--user restart kvguard-node.service\n"
+    assert child.wait(5) == -signal.SIGTERM and seen["fault"]["fired"] and documents.judged(SCENARIOS["restart-daemon"], 1, "cluster", seen)["passed"]
+    called.write_text("#!/bin/sh\necho not permitted >&2\nexit 4\n")
+    with pytest.raises(KvguardError, match="ended with 4: not permitted"):
+        blows.restart(blows.Target("", "", "n1", "", child.pid, 1, 1000), -1)
+
+
+def test_only_the_main_process_of_a_unit_is_a_service(child, monkeypatch, tmp_path) -> None:
+    """Whoever runs these tests is in some unit, or in none; in neither is this child the main process."""
+    assert blows.service_of(child.pid) == () and blows.service_of(2**22 + 1) == ()

@@ -34,7 +34,7 @@ def spoil(run: dict, path: str, value) -> dict:
         ("kill-rank", "logits_identical", False, "logits_identical is false", "I9"),
         ("kill-node", "kv_identical", False, "kv_identical is false", "I1"),
         ("kill-node", "observed/disagreed", ["{}"], "no rank disagreed", "I1"),
-        ("kill-node", "observed/resumed", [["drill-1.0", 0, 45, 24, 20]], "I1 is violated", "I1"),
+        ("kill-node", "observed/resumed", [["drill-1.0", 0, 44, 24, 20]], "I1 is violated", "I1"),
         ("kill-node", "observed/resumed", [["drill-1.0", 0, 39, 24, 20]], "I2 is violated", "I2"),
         ("kill-node", "observed/conflicts", ["logits of sequence 0"], "I2 is violated", "I2"),
         ("kill-node", "recovery/lost_sequences", 1, "sequences are lost", "I2"),
@@ -76,6 +76,20 @@ def test_one_fact_decides(name, path, value, said, violated) -> None:
 def test_a_drill_that_could_not_be_carried_out_proves_nothing() -> None:
     verdict = judge(SCENARIOS["kill-rank"], {"error": "the bench ended"})
     assert verdict.failures == ("the bench ended",) and {finding.state for finding in verdict.invariants.values()} == {NOT_CHECKED}
+
+
+@pytest.mark.parametrize(
+    ("strangers", "state"),
+    [
+        (None, NOT_CHECKED), ({"coordinator": "refused", "a": "refused"}, HELD), ({"coordinator": "refused", "a": "answered"}, VIOLATED),
+        ({"a": "away"}, NOT_CHECKED),
+    ],
+)
+def test_who_lets_a_stranger_in_violates_authentication(strangers, state) -> None:
+    run = evidence("kill-rank") | {"target": "cluster"}
+    run["observed"]["strangers"] = strangers
+    verdict = judge(SCENARIOS["kill-rank"], run)
+    assert verdict.invariants["I10"].state == state and verdict.passed == (state != VIOLATED)
 
 
 def test_what_a_live_cluster_cannot_show_is_not_called_held() -> None:

@@ -115,7 +115,23 @@ def test_a_live_cluster_is_struck_where_it_is_whole_and_refused_where_it_is_not(
     assert code == 0, out + err
     assert json.loads(out)["runs"][0]["recovery"] is None
 
+    def supervise_coordinator() -> None:
+        world.coordinator.popen.wait(120)
+        world.start_coordinator()
+
+    world.wait_ready(300.0)
+    code, out, err = kvguard(tmp_path, "run", "kill-coordinator", *there, "--yes", "-o", "json", meanwhile=supervise_coordinator)
+    assert code == 0 and json.loads(out)["runs"][0]["recovery"] is None, out + err
+    code, out, err = kvguard(tmp_path, "run", "restart-daemon", *there, "--dry-run")
+    assert code == 4 and "no daemon here is a service of systemd's" in err
+
     before = world.wait_ready(300.0)["instances"][0]["epoch"]
+    code, out, err = kvguard(tmp_path, "run", "pause-rank", *there, "--yes", "-o", "json")
+    run = json.loads(out)["runs"][0]
+    assert code == 0 and run["recovery"]["epoch"] == before + 1 and run["fault"]["evidence"] == {"stopped": True, "died": True}, out + err
+    assert run["recovery"]["rung"] == "pool" and run["observed"]["counters"] == {"processes_killed": 1} and run["invariants"]["I10"] == "not_checked"
+
+    before += 1
     code, out, err = kvguard(tmp_path, "run", "kill-rank", *there, "--yes", "-o", "json")
     run = json.loads(out)["runs"][0]
     assert code == 0 and run["recovery"]["epoch"] == before + 1 and run["fault"]["evidence"] == {"died": True}, out + err

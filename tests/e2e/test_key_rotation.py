@@ -9,6 +9,7 @@ import pytest
 from test_keys import with_keys
 
 from kvguard.cli import main
+from kvguard.cli.asking import Reach
 from kvguard.errors import KvguardError, NotAuthorised, TimedOut, Unreachable
 from kvguard.transport import keys as keyring
 from kvguard.transport.ask import ask
@@ -108,6 +109,16 @@ def test_a_key_is_rotated_under_load(cluster, whose):
     with pytest.raises((NotAuthorised, Unreachable, TimedOut)):
         rotated.ask(whose, "status", asked)
     assert rotated.ask("b", "stats")["transport"]["key_refused"] > 0
+
+
+def test_a_stranger_as_drills_send_one(cluster):
+    """What I10 is judged by, on a cluster with keys."""
+    rotated = Rotated(cluster)
+    cluster.start()
+    cluster.until("all nodes are known", lambda: len(rotated.ask("coordinator", "status")["nodes"]) == 2)
+    reach = Reach(cluster.coordinator_address, str(rotated.file("b")), False, 5.0)
+    assert reach.stranger("coordinator", "") == reach.stranger("a", cluster.addresses["a"]) == "refused"
+    assert Reach(cluster.coordinator_address, "", False, 5.0).stranger("coordinator", "") is None
 
 
 def test_a_broken_key_file_changes_nothing(cluster):
