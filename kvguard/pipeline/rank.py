@@ -25,17 +25,21 @@ from kvguard.types import Span
 
 @dataclass
 class Row:
-    """One sequence on this rank: KV is complete for [0, position), ids are those told so far."""
+    """One sequence on this rank: KV is complete for [0, position), ids are those told so far. `handle`: its name in batches, None until asked."""
 
     position: int
     blocks: list[int]
     ids: list[int]
+    handle: int | None = None
 
 
 class NoStep:
     """A step that publishes nothing."""
 
     def commit(self, sequence: str, length: int, **facts) -> None:
+        """Nobody is told."""
+
+    def commit_batch(self, sequences: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, blocks: dict) -> None:
         """Nobody is told."""
 
     def truncate(self, sequence: str, position: int) -> None:
@@ -54,6 +58,10 @@ class NoGuard:
 
     def pulse(self) -> None:
         """Nobody watches."""
+
+    def row(self, sequence: str) -> int:
+        """Of no table."""
+        return -1
 
 
 class RankLoad:
@@ -93,13 +101,27 @@ class RankLoad:
             told = [self._apply(step, fact) for fact in message.facts]
             batch = Batch(tuple(self._share(fact) for fact in shares), self.block_tokens)
             out = self.model.forward(self._input(shares, tensor), batch, self.kv, lambda layer: self.guard.pulse())
-            for fact, (fresh, ids) in zip(message.facts, told, strict=True):
-                self.rows[fact.sequence].position = fact.end
-                more = {"request": fact.request} if fresh else {}
-                if fact.sampler:
-                    more["sampler"] = fact.sampler
-                step.commit(fact.sequence, fact.end, blocks=fact.blocks, tokens=ids, **more)
+            self._commit(step, message.facts, told)
         return out
+
+    def _commit(self, step, facts: tuple[Facts, ...], told: list[tuple[bool, tuple[int, ...]]]) -> None:
+        """What decodes, one position and one id each, goes as one batch: that is what costs a step nothing (engine/tape.py)."""
+        decoded = []
+        for fact, (fresh, ids) in zip(facts, told, strict=True):
+            row = self.rows[fact.sequence]
+            row.position = fact.end
+            if len(ids) == 1 and fact.end == fact.start + 1 and not (fresh or fact.sampler):
+                row.handle = self.guard.row(fact.sequence) if row.handle is None else row.handle
+                decoded.append((row.handle, fact.end, ids[0], fact.blocks))
+                continue
+            more = {"request": fact.request} if fresh else {}
+            if fact.sampler:
+                more["sampler"] = fact.sampler
+            row.handle = step.commit(fact.sequence, fact.end, blocks=fact.blocks, tokens=ids, **more)
+        if decoded:
+            handles, lengths, ids, blocks = zip(*decoded, strict=True)
+            appended = {n: listed for n, listed in enumerate(blocks) if listed}
+            step.commit_batch(np.array(handles), np.array(lengths, np.int64), np.array(ids, np.int64), appended)
 
     def _fact_fault(self, fact: Facts, row: Row | None) -> str:
         row = row or Row(0, [], [])

@@ -316,6 +316,8 @@ class Scheduler:
                 events.append({"event": "disagreed", **track.labels(), "position": token.position, "agreed": position, "ranks": ranks})
             rung = rung if position else Rung.TOKENS
         emitted = track.generated
+        # KV may be there for every known id, where a death took only the newest position's logits: that one is computed once more.
+        position = min(position, len(track.ids) - 1)
         return {
             **track.labels(), "rung": rung, "resume_position": position, "prompt_tokens": track.prompt, "emitted": emitted,
             "rolled_back": max(0, track.prompt + emitted - 1 - position), "recomputed": max(0, before - track.position),

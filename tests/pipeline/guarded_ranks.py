@@ -81,7 +81,7 @@ class GuardedInstance(ToyInstance):
             if not known:
                 continue  # a plan names no sequence without an id to go on with
             longest = min((0 if row is None else table.accepted(row)) for table, row in zip(tables, rows, strict=True))
-            position = max(0, choose(name, min(longest, len(known) - 1)))
+            position = max(0, choose(name, longest))
             restored.append(Restored(name, position, tuple(known), "pool" if position else "tokens", metas[0].request))
             lineages.append(forked(metas[0].lineage, epoch.counter, position))
         names = tuple(token.sequence for token in restored)

@@ -48,3 +48,22 @@ def test_real_tables_through_fences_and_plans(seed, tmp_path, expected) -> None:
         instance.scheduler.release("r")
         instance.finish()
         assert not any(rank.guard.table.sequences() for rank in instance.ranks)
+
+
+def test_decoding_goes_on_a_tape_and_what_prefills_beside_it_does_not_get_lost(tmp_path) -> None:
+    """The bundled engine's steps are the fast way's: one record a step for all that decodes."""
+    with closing(GuardedInstance(BOUNDS, str(tmp_path / "nobody.sock"))) as instance:
+        instance.check, check = lambda: None, instance.check  # it asks for lists, which ends a tape
+        instance.events += instance.scheduler.add_run(requests(lengths=(3, 8, 5), max_tokens=12), prompts((3, 8, 5)))
+        taped = []
+        for n in range(12):
+            if n == 6:
+                instance.events += instance.scheduler.add_run(requests("s", lengths=(21,)), prompts((21,)))
+            instance.step()
+            tapes = [rank.guard.table.tape for rank in instance.ranks]
+            taped.append([tape.count if tape is not None else 0 for tape in tapes])
+        check()
+        assert taped[5][0] >= 3 and taped[6] == [0, 0] and all(one == other for one, other in taped), taped
+        instance.finish()
+        assert not of(instance, "error")
+        check()

@@ -90,7 +90,8 @@ def test_resume_anywhere_gives_the_same_ids_and_logits(seed, undisturbed) -> Non
         rolls = draw.random() < 0.5
         where = instance.recover(lambda name, longest: max(0, longest - draw.randint(0, 12)) if rolls else longest, draw.randint(0, 1), fresh)
         for each in where:
-            assert each["rolled_back"] == max(0, each["prompt_tokens"] + each["emitted"] - 1 - each["resume_position"])
+            last = each["prompt_tokens"] + each["emitted"] - 1
+            assert each["resume_position"] <= last and each["rolled_back"] == last - each["resume_position"]
     instance.finish()
     tokens, logits = outcome(instance) if len(of(instance, "finished")) == 1 else (of(instance, "finished")[-1]["tokens"], {})
     expected_tokens, expected_logits = undisturbed[temperature]
@@ -104,6 +105,20 @@ def test_resume_anywhere_gives_the_same_ids_and_logits(seed, undisturbed) -> Non
         seen.add(key)
     for event in handed_out:
         assert event["id"] == expected_tokens[event["sequence"]][event["index"]]
+
+
+def test_kv_ahead_of_the_ids_leaves_the_last_position_to_compute(undisturbed) -> None:
+    instance = started()
+    for _ in range(8):
+        instance.step()
+    known = {name: len(track.ids) for name, track in instance.scheduler.tracks.items()}
+    instance.step(reach=2)  # every rank has published it, its logits are lost
+    where = instance.recover(lambda name, longest: longest, 0, fresh=False)
+    ahead = [name for name, row in instance.ranks[0].rows.items() if row.position == known[name]]
+    assert ahead and all(each["resume_position"] == known[f"r-{each['sequence']}"] - 1 for each in where if f"r-{each['sequence']}" in ahead)
+    assert all(each["rolled_back"] == 0 for each in where if f"r-{each['sequence']}" in ahead)
+    instance.finish()
+    assert outcome(instance)[0] == undisturbed[0.0][0] and not of(instance, "diverged")
 
 
 def test_a_new_driver_hands_out_everything_again() -> None:

@@ -53,6 +53,7 @@ class CheckedGuard:
         self.block_tokens = block_tokens
         self.table: dict[str, list] = {}  # sequence -> [length, blocks, ids, request]
         self.cut_off = False
+        self.batched = 0
 
     @contextmanager
     def step(self, size: int):
@@ -73,6 +74,16 @@ class CheckedGuard:
         row = [length, old[1] + list(blocks), old[2] + list(tokens), request or old[3]]
         assert old[0] <= length <= min(len(row[2]), len(row[1]) * self.block_tokens), (sequence, old, row)
         self._staged[sequence] = row
+        return sequence
+
+    def commit_batch(self, sequences, lengths, tokens=None, blocks=None):
+        """Rows are names here; all else as one commit after the other."""
+        for n, (sequence, length, token) in enumerate(zip(sequences, lengths.tolist(), tokens.tolist(), strict=True)):
+            self.commit(sequence, length, (blocks or {}).get(n, ()), (token,))
+            self.batched += 1
+
+    def row(self, sequence):
+        return sequence
 
     def truncate(self, sequence, position):
         row = self.table[sequence]
@@ -133,7 +144,7 @@ class ToyInstance:
         for name in names:
             rows = [rank.guard.table.get(name) for rank in self.ranks]
             ids = max((row[2] for row in rows if row), key=len)
-            position = max(0, choose(name, min(min((row[0] if row else 0) for row in rows), len(ids) - 1)))
+            position = max(0, choose(name, min((row[0] if row else 0) for row in rows)))
             request = next(row[3] for row in rows if row)
             restored.append(Restored(name, position, tuple(ids), "replica" if position else "tokens", request))
         old = self.ranks[lost]
