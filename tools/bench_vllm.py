@@ -1,26 +1,36 @@
-"""What kvguard costs vLLM, and what it saves: decode throughput with and without it, and the first token of a resumed request against vLLM's own re-prefill.
+"""What kvguard costs vLLM, and what it saves: decode throughput with and without it, and the first token of a resumed request against vLLM's own
+re-prefill, and against LMCache's restoring.
 
-    PYTHONPATH=. $(tools/setup_vllm.sh) tools/bench_vllm.py [--pairs 10] [--streams 8] [--tokens 64] [--context 1500] [--resumes 6] [-o FILE]
+    PYTHONPATH=. $(tools/setup_vllm.sh) tools/bench_vllm.py [--pairs 10] [--streams 8] [--tokens 64] [--context 1500] [--resumes 6]
+                                                            [--lmcache PYTHON] [-o FILE]
 
-Throughput: two servers of the same model live at once, one guarded (its daemon, another node that holds its replica, a coordinator), one bare, both bound to the
-same core; only one has work at any time. Pairs alternate; `ratio` is the median over pairs of guarded / bare, with a bootstrap interval of 95 %; `control` is
-the bare server against itself. Tokens are counted from when all streams have their first one until the first stream ends.
+Each part by itself: `--resumes 0` is throughput alone, `--pairs 0` resumption alone; what each took is said at its end.
 
-Resume: sequences of `--context` tokens run in A, A is killed, and each goes on in B twice, in alternating order: with its moved token, and as a plain request with
-nothing cached. Times are from the request to its first new token, at the client.
+Throughput: two servers of the same model live at once, one guarded (its daemon, another node that holds its replica, a coordinator), one bare, both bound to
+the same core; only one has work at any time. Pairs alternate; `ratio` is the median over pairs of guarded / bare, with a bootstrap interval of 95 %; `control`
+is the bare server against itself. Tokens are counted from when all streams have their first one until the first stream ends.
+
+Resume: sequences of `--context` tokens run in A, A is killed, and each goes on in B twice, in alternating order: with its moved token, and as a plain request
+with nothing cached. Times are from the request to its first new token, at the client.
+
+LMCache: the same in two servers with LMCache's connector beside its server, generated tokens saved too, in chunks of a block: A runs and is killed, B gets
+prompt and generated ids; `plain` is a prompt of the same length that LMCache has never seen. PYTHON: of an environment with vLLM and lmcache (docs/vllm.md).
 
 Knows: tests/vllm/world.py, emitters. Must not know: how replication works. Invariant: a run that is not whole ends the program.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import zlib
 from pathlib import Path
 
@@ -32,6 +42,7 @@ from world import World
 
 from kvguard import emitter
 from kvguard.emitter import moves
+from kvguard.pipeline.ports import free_ports
 
 RESAMPLES = 10_000
 ALIVE_S = 600.0
@@ -134,33 +145,104 @@ def measured_resume(world: World, context: int, resumes: int) -> dict:
     }  # fmt: skip
 
 
-@click.command()
-@click.option("--pairs", default=10, show_default=True)
-@click.option("--streams", default=8, show_default=True)
-@click.option("--tokens", default=64, show_default=True, help="Of each stream of a throughput run.")
-@click.option("--context", default=1500, show_default=True)
-@click.option("--resumes", default=6, show_default=True)
-@click.option("-o", "--output", type=click.Path(dir_okay=False), default=None)
-def main(pairs: int, streams: int, tokens: int, context: int, resumes: int, output: str | None) -> None:
-    with tempfile.TemporaryDirectory(prefix="kvguard-bench-vllm-") as directory:
-        world = World(Path(directory), ("a", "b", "c"))
-        try:
+def measured_lmcache(directory: Path, python: str, context: int, resumes: int) -> dict:
+    """LMCache's server and two vLLM servers of its own, gone at the end."""
+    world, port = World(directory, ("a", "b")), free_ports(1)[0]
+    memory = f"kvguard-bench-{os.getpid()}"
+    command = [
+        python, "-m", "lmcache.v1.multiprocess.server", "--host", "127.0.0.1", "--port", str(port), "--chunk-size", "32", "--l1-size-gb", "1",
+        "--eviction-policy", "LRU", "--supported-transfer-mode", "engine_driven", "--shm-name", memory,
+    ]  # fmt: skip
+    where = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port, "lmcache.mp.save_decode_cache": True}
+    transfer = {"kv_connector": "LMCacheMPConnector", "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector", "kv_role": "kv_both",
+                "kv_connector_extra_config": where}  # fmt: skip
+    own = {**os.environ, "LMCACHE_TRACK_USAGE": "false"}
+    with open(directory / "lmcache.log", "ab") as log:
+        store = subprocess.Popen(command, stdout=log, stderr=log, cwd=directory, env=own)
+    try:
+        bound = {"VLLM_CPU_OMP_THREADS_BIND": str(sorted(os.sched_getaffinity(0))[0]), "LMCACHE_TRACK_USAGE": "false"}
+        for name in ("a", "b"):
+            world.start_server(name, "--kv-transfer-config", json.dumps(transfer), wait=False, kvguard=False, python=python, env=bound)
+        for server in world.servers.values():
+            world.wait_ready(server)
+        a, b = world.servers["smol-a"], world.servers["smol-b"]
+        prompts = [prompt_of(5000 + n, context - 20) for n in range(resumes)]
+        known = [prompt + a.complete(prompt, 20, f"lmcache-{n}")["choices"][0]["token_ids"] for n, prompt in enumerate(prompts)]
+        a.kill()
+        first_token_ms(b, prompt_of(9000, context), "warm")
+        restored, computed, hits = [], [], []
+        for n, ids in enumerate(known):
+            before = external_hits(b)
+            ways = [("moved", ids, restored), ("plain", prompt_of(7000 + n, len(ids)), computed)]
+            for way, prompt, into in ways if n % 2 else reversed(ways):
+                into.append(first_token_ms(b, prompt, f"lmcache-{way}-{n}"))
+            hits.append(external_hits(b) - before)
+    finally:
+        world.stop()
+        store.terminate()
+        store.wait(30)
+        Path(f"/dev/shm/lmcache_l1_pool_{memory}").unlink(missing_ok=True)
+    return {
+        "ratio": interval([x / y for x, y in zip(restored, computed, strict=True)]), "restored_ms": [round(ms, 1) for ms in restored],
+        "computed_ms": [round(ms, 1) for ms in computed], "positions": [(int(hit), len(ids)) for hit, ids in zip(hits, known, strict=True)],
+    }  # fmt: skip
+
+
+def external_hits(server) -> float:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:  # noqa: S310 (loopback)
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:external_prefix_cache_hits_total"))
+
+
+@contextlib.contextmanager
+def said(what: str, found: dict):
+    """How long a part took, on stderr and in the document."""
+    began = time.monotonic()
+    yield
+    found["took_s"][what] = round(time.monotonic() - began)
+    click.echo(f"{what}: {found['took_s'][what]} s", err=True)
+
+
+def measured_beside(directory: Path, found: dict, pairs: int, streams: int, tokens: int, context: int, resumes: int) -> None:
+    """Both parts with kvguard's own world: what a part doesn't need isn't started."""
+    world = World(directory, ("a", "b", "c"))
+    names = ["a", *(["b"] if resumes else []), *(["c"] if pairs else [])]
+    try:
+        with said("start", found):
             world.start_daemons()
             core = {"VLLM_CPU_OMP_THREADS_BIND": str(sorted(os.sched_getaffinity(0))[0])}
-            for name in ("a", "b", "c"):
+            for name in names:
                 world.start_server(name, wait=False, kvguard=name != "c", env=core)
             for server in world.servers.values():
                 world.wait_ready(server)
-            found = {
-                "model": "SmolLM2-135M, bfloat16", "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU only", "vllm": "0.32.0 (vllm-cpu)",
-                "load_1min_at_start": os.getloadavg()[0],
-            }  # fmt: skip
-            if pairs:
+        if pairs:
+            with said("throughput", found):
                 found["throughput"] = measured_overhead(world, pairs, streams, tokens)
-            if resumes:
+        if resumes:
+            with said("resume", found):
                 found["resume"] = measured_resume(world, context, resumes)
-        finally:
-            world.stop()
+    finally:
+        world.stop()
+
+
+@click.command()
+@click.option("--pairs", default=10, show_default=True, help="0: no throughput.")
+@click.option("--streams", default=8, show_default=True)
+@click.option("--tokens", default=64, show_default=True, help="Of each stream of a throughput run.")
+@click.option("--context", default=1500, show_default=True)
+@click.option("--resumes", default=6, show_default=True, help="0: no resumption.")
+@click.option("--lmcache", default="", help="The python of an environment with vLLM and lmcache: resumption with it, too.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False), default=None)
+def main(pairs: int, streams: int, tokens: int, context: int, resumes: int, lmcache: str, output: str | None) -> None:
+    found = {
+        "model": "SmolLM2-135M, bfloat16", "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU only", "vllm": "0.32.0 (vllm-cpu)",
+        "load_1min_at_start": os.getloadavg()[0], "took_s": {},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="kvguard-bench-vllm-") as directory:
+        measured_beside(Path(directory) / "kvguard", found, pairs, streams, tokens, context, resumes)
+        if lmcache and resumes:
+            with said("lmcache", found):
+                found["lmcache"] = measured_lmcache(Path(directory) / "lmcache", lmcache, context, resumes)
     text = json.dumps(found, indent=1)
     if output:
         Path(output).write_text(text + "\n", encoding="utf-8")

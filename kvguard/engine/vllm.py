@@ -276,6 +276,11 @@ class KvguardConnector(KVConnectorBase_V1, SupportsHMA):
         """Replication is best effort beside the engine: a preempted request need not be computed anew for its sake."""
         return False
 
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config) -> bool:
+        """Asked from 0.33 on. Sleep gives the KV cache's memory away and maps another: the daemon would go on reading the old one."""
+        return False
+
     def shutdown(self) -> None:
         if self.role == KVConnectorRole.WORKER and self.loads is not None:
             self.loads.close()

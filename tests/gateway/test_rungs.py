@@ -4,8 +4,11 @@ again is a place of what its former life left.
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from kvguard.gateway.events import chunk
 from tests.gateway import toy_model
 from tests.gateway.conftest import until
 from tests.gateway.test_streams import Clients, expected
@@ -98,3 +101,16 @@ def test_a_server_started_again_goes_on_with_what_its_former_life_left(world, na
     assert again["body"]["kv_transfer_params"]["kvguard"]["instance"] == "a"
     assert resumed(world) == {"pool": 1}
     assert world.metric("kvguard_gateway_unplaced_total", reason="no_active_place") == 0
+
+
+@pytest.mark.parametrize(
+    ("usage", "cached"),
+    [
+        ({"prompt_tokens_details": {"cached_tokens": 7}}, 7), ({"prompt_tokens_details": {"cached_tokens": 0}}, 0), ({"prompt_tokens_details": None}, None),
+        ({"prompt_tokens_details": {"cached_tokens": None}}, None), ({"prompt_tokens_details": {"cached_tokens": True}}, None), (None, None), ([1], None),
+        ({"prompt_tokens_details": [7]}, None), ({"prompt_tokens_details": {"cached_tokens": "7"}}, None), ({}, None),
+    ],
+)  # fmt: skip
+def test_what_usage_says(usage, cached):
+    told = chunk(json.dumps({"choices": [], "usage": usage}).encode())
+    assert (told and told.cached_tokens) == cached

@@ -20,6 +20,7 @@ from kvguard.engine.vllm_settings import Settings, faults_of, version_warning
 from kvguard.errors import BadConfig, Refused
 from kvguard.format import local
 from kvguard.format.layout import Layout, Region, whole
+from kvguard.format.lineage import birth_of
 from kvguard.format.messages import PlanOrder
 from kvguard.format.moves import encode
 from kvguard.types import Epoch, Fork, MovedToken, Rank, StreamId
@@ -254,6 +255,15 @@ def test_drafts_and_placeholders_are_never_said():
     request.all_token_ids += [6]
     facts = ledger.step(output(cached=[("a", None, 6)], a=1))
     assert (facts.nos, facts.ids, facts.lengths) == ([0], [6], [6])
+
+
+def test_a_name_that_comes_again_is_another_sequence():
+    packed = []
+    for _ in range(2):
+        ledger = Ledger()
+        ledger.arrived(request_of("a", [1, 2, 3]))
+        packed.append(ledger.step(output(new=[("a", [5], 0)], a=3)).begun[0].request)
+    assert birth_of(packed[0]) != birth_of(packed[1])
 
 
 def test_what_cant_be_followed_is_counted():

@@ -136,12 +136,15 @@ class World:
 
     # ---- servers ------------------------------------------------------------------------------------------------------------------
 
-    def start_server(self, name: str, *arguments: str, wait: bool = True, kvguard: bool = True, extra: dict | None = None, env: dict | None = None) -> Server:
-        """vLLM for the instance smol-`name` beside node `name`. `kvguard` false: without the connector."""
+    def start_server(
+        self, name: str, *arguments: str, wait: bool = True, kvguard: bool = True, extra: dict | None = None, env: dict | None = None,
+        python: str = sys.executable,
+    ) -> Server:  # fmt: skip
+        """vLLM for the instance smol-`name` beside node `name`. `kvguard` false: without the connector. `python`: of another environment that has vLLM."""
         port = self._http[name]
         url = f"http://127.0.0.1:{port}"
         command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_directory(), "--served-model-name", MODEL, "--host", "127.0.0.1",
+            python, "-m", "vllm.entrypoints.openai.api_server", "--model", model_directory(), "--served-model-name", MODEL, "--host", "127.0.0.1",
             "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "8", "--block-size", "32",
             "--disable-uvicorn-access-log", "--enable-request-id-headers", "--enable-prompt-tokens-details",
         ]  # fmt: skip
