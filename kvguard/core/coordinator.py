@@ -10,7 +10,7 @@ from __future__ import annotations
 from kvguard.core import assigning, draining, handing, loading, operator, overview, resuming, rounds, sessions
 from kvguard.core.effects import Effect
 from kvguard.core.events import Arrived, Asked, Event, LinkDown, Loaded, Tick
-from kvguard.core.known import Known, Round, Settings
+from kvguard.core.known import Failure, Known, Round, Settings
 from kvguard.core.membership import DEAD, MS, FairClock, Verdict
 from kvguard.format import ledger, messages
 from kvguard.format.ledger import FENCING, PLANNED
@@ -265,7 +265,7 @@ class Coordinator:
             for rebuild in current.record.order.rebuilds:
                 if rebuild.rank == rank and rebuild.node == node and rebuild.standby == incarnation:
                     current.dones.pop((node, f"rank {rank}"), None)
-                    rounds.start(known, instance, (rank,), subject, detect_ms, (rank,) if dead else (), refused=((node, incarnation),))
+                    rounds.go_round(known, instance, Failure((rank,), subject, detect_ms, (rank,) if dead else (), refused=((node, incarnation),)))
                     return
         if current is not None and current.record.phase == FENCING and member is not None and member.lost and member.stream == stream:
             if (member.node, member.incarnation) == (node, incarnation) and rank in current.record.lost:
@@ -274,7 +274,7 @@ class Coordinator:
         if member is None or member.stream != stream or member.node != node or member.lost or (incarnation and member.incarnation != incarnation):
             known.note_once("stale_fault", f"{instance}/{rank}", f"{subject}: not the one that is known", node, stream, incarnation)
             return
-        rounds.start(known, instance, (rank,), subject, detect_ms, (rank,) if dead else ())
+        rounds.go_round(known, instance, Failure((rank,), subject, detect_ms, (rank,) if dead else ()))
 
     def _leave(self, instance: str, rank: Rank, reason: str) -> None:
         known = self.known
@@ -299,7 +299,7 @@ class Coordinator:
             for instance, rank in verdict.ranks:
                 by_instance.setdefault(instance, []).append(rank)
             for instance, ranks in by_instance.items():
-                rounds.start(known, instance, tuple(ranks), f"{verdict.subject}: {verdict.reason}", age_ms)
+                rounds.go_round(known, instance, Failure(tuple(ranks), f"{verdict.subject}: {verdict.reason}", age_ms))
 
     # ---- time
 
@@ -320,6 +320,7 @@ class Coordinator:
                 due += [current.not_before_ns, current.since_ns + settings.move_ns]
             elif current.record.phase == PLANNED:
                 due.append(current.since_ns + settings.restore_ns)
+                due += [current.settling.since_ns + settings.settle_ns] if current.settling is not None else []
             elif current.record.order is not None:
                 due.append(current.since_ns + settings.moved_ns)
         later = [at for at in due if at > known.fair_ns]

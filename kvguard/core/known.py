@@ -31,6 +31,7 @@ class Settings(NamedTuple):
     seal_ns: int = 10_000 * MS
     standby_ns: int = 60_000 * MS
     restore_ns: int = 60_000 * MS
+    settle_ns: int = 10_000 * MS  # a plan that failed in part waits so long for the standbys that are taking their ranks meanwhile
     replace_ns: int = 5000 * MS  # a silent holder's replicas are placed elsewhere
     backoff_ns: int = 500 * MS
     backoff_free: int = 3  # failovers in a window before the first wait
@@ -44,12 +45,31 @@ class Settings(NamedTuple):
     redrain_ns: int = 10_000 * MS  # before a handoff that failed is tried again for a drained node
 
 
+class Failure(NamedTuple):
+    """Why a plan can't be carried out whole: what the next round begins with (rounds.start)."""
+
+    ranks: tuple[Rank, ...]
+    reason: str
+    detect_ms: float = 0.0
+    dead_writers: tuple[Rank, ...] = ()
+    excluded: tuple[NodeId, ...] = ()
+    refused: tuple[tuple[NodeId, int], ...] = ()
+
+
+class Settling(NamedTuple):
+    """A plan that failed in part, until the next round begins. `waits`: ranks that standbys were taking when it failed. `since_ns`: fair."""
+
+    failure: Failure
+    waits: tuple[Rank, ...]
+    since_ns: int
+
+
 class Round:
     """One round of a recovery: the durable record and what may be learnt again. Times are fair, except `mark_ns` (real: phases are measured from it)."""
 
     __slots__ = (
-        "asked", "asked_ns", "changed", "dones", "heard", "mark_ns", "not_before_ns", "ordered", "plan_open", "record", "reports", "since_ns", "tried",
-        "undelivered", "waiting",
+        "asked", "asked_ns", "changed", "dones", "heard", "mark_ns", "not_before_ns", "ordered", "plan_open", "record", "reports", "settling", "since_ns",
+        "tried", "undelivered", "waiting",
     )  # fmt: skip
 
     def __init__(self, record: RecoveryRecord, fair_ns: int, now_ns: int):
@@ -61,6 +81,7 @@ class Round:
         self.asked_ns: dict[NodeId, int] = {}  # and when its Fence was
         self.waiting, self.tried, self.heard = "", None, 0  # `heard`: how many reports have come, so that one that is said anew is planned with
         self.plan_open = self.changed = False
+        self.settling: Settling | None = None
         self.undelivered: dict[SequenceId, bool] | None = None  # of those that moved, once they are waited for
 
 

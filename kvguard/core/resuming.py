@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import msgspec
 
-from kvguard.core.known import Known, Round
+from kvguard.core import settling
+from kvguard.core.known import Failure, Known, Round
 from kvguard.core.membership import DEAD, MS
 from kvguard.core.membership import Member as Place
 from kvguard.format import moves
@@ -42,7 +43,7 @@ def rank_done(current: Round, rank: Rank) -> Done | None:
 
 
 def on_done(known: Known, node: NodeId, done: Done, start) -> None:
-    """One part is carried out, or can't be: then a new round goes round what failed."""
+    """One part is carried out, or can't be: then a new round goes round what failed, once what is under way has arrived."""
     current = known.rounds.get(done.instance)
     if current is None or current.record.phase != PLANNED or done.epoch != current.record.epoch or done.node != node:
         known.note("stale_done", done.instance, f"{done.node}: {done.part} of epoch {done.epoch.counter} is waited for by nobody")
@@ -57,7 +58,13 @@ def on_done(known: Known, node: NodeId, done: Done, start) -> None:
     refused = tuple((rebuild.node, rebuild.standby) for rebuild in rebuilds if done.part == f"rank {rebuild.rank}" and rebuild.node == node)
     survivors = tuple(rank for rank in _survivors(current.record) if done.part == f"rank {rank}")
     excluded = () if done.part.startswith("rank ") else (node,)
-    start(known, done.instance, survivors, reason, refused=refused, excluded=excluded)
+    give_up(known, done.instance, Failure(survivors, reason, refused=refused, excluded=excluded), start)
+
+
+def give_up(known: Known, instance: str, failure: Failure, start) -> None:
+    """The plan can't be carried out whole."""
+    settling.begin(known, known.rounds[instance], failure)
+    advance(known, instance, start)
 
 
 def _survivors(record: RecoveryRecord) -> dict[Rank, NodeId]:
@@ -80,6 +87,9 @@ def advance(known: Known, instance: str, start) -> None:
     if record.phase == RESUMED:
         _unpin(known, instance)
         return
+    if current.settling is not None:
+        _settle(known, instance, start)
+        return
     missing = [part for part in parts(known, record) if part not in current.dones]
     if not missing:
         _resume(known, instance)
@@ -87,14 +97,9 @@ def advance(known: Known, instance: str, start) -> None:
     nodes = known.membership.nodes
     dead = [(node, part) for node, part in missing if node in nodes and nodes[node].state == DEAD]
     if dead:
-        start(known, instance, (), f"{dead[0][0]} died before {dead[0][1]} was done: {nodes[dead[0][0]].reason}")
+        give_up(known, instance, Failure((), f"{dead[0][0]} died before {dead[0][1]} was done: {nodes[dead[0][0]].reason}"), start)
         return
-    for rebuild in record.order.rebuilds:
-        pushes = [(holder, f"transfer {stream}") for holder, target, _, stream in record.order.transfers if target == rebuild.node]
-        ready = all(part in current.dones for part in ((rebuild.node, "holders"), *pushes))
-        open_ = rebuild.rank not in current.ordered and (rebuild.node, f"rank {rebuild.rank}") not in current.dones
-        if ready and open_ and known.tell_node(rebuild.node, RebuildOrder(instance, record.epoch, rebuild)):
-            current.ordered[rebuild.rank] = True
+    _order_rebuilds(known, current, record.order.rebuilds)
     more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
     current.waiting = "waiting for " + ", ".join(f"{node}: {part}" for node, part in missing[:4]) + more
     if known.fair_ns - current.since_ns >= known.settings.restore_ns:
@@ -103,6 +108,30 @@ def advance(known: Known, instance: str, start) -> None:
         late = tuple(node for node, part in missing if part.startswith("transfer "))
         survivors = tuple(rank for rank, node in _survivors(record).items() if (node, f"rank {rank}") in missing)
         start(known, instance, survivors, f"not done within {known.settings.restore_ns // MS} ms: {current.waiting}", refused=refused, excluded=late)
+
+
+def _settle(known: Known, instance: str, start) -> None:
+    """The next round begins when nobody is waited for any more."""
+    current = known.rounds[instance]
+    left = settling.under_way(known, current)
+    if left:
+        _order_rebuilds(known, current, left)  # again, where a node is linked anew
+        ranks = ", ".join(f"{rebuild.node}: rank {rebuild.rank}" for rebuild in left)
+        current.waiting = f"waiting for {ranks}, then begins again: {current.settling.failure.reason}"
+        return
+    failure, current.settling = current.settling.failure, None
+    start(known, instance, *failure)
+
+
+def _order_rebuilds(known: Known, current: Round, rebuilds) -> None:
+    """A rank is given away once its target has carried the plan and has everything."""
+    record = current.record
+    for rebuild in rebuilds:
+        pushes = [(holder, f"transfer {stream}") for holder, target, _, stream in record.order.transfers if target == rebuild.node]
+        ready = all(part in current.dones for part in ((rebuild.node, "holders"), *pushes))
+        open_ = rebuild.rank not in current.ordered and (rebuild.node, f"rank {rebuild.rank}") not in current.dones
+        if ready and open_ and known.tell_node(rebuild.node, RebuildOrder(record.instance, record.epoch, rebuild)):
+            current.ordered[rebuild.rank] = True
 
 
 def move_in(known: Known, current: Round, ranks) -> None:

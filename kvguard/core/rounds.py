@@ -11,7 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from kvguard.core import hosting, resuming
-from kvguard.core.known import Known, Round, member_record
+from kvguard.core.known import Failure, Known, Round, member_record
 from kvguard.core.ladder import Wishes
 from kvguard.core.membership import DEAD, MS
 from kvguard.core.recovery import Situation, Unplannable, plan
@@ -68,6 +68,14 @@ def start(
     say_fence(known, instance)
     known.tell_emitter(instance, Fenced(instance, epoch, reason))
     advance(known, instance)
+
+
+def go_round(known: Known, instance: str, failure: Failure) -> None:
+    """A new round for a further loss; where a plan is being carried out, once those that are taking their ranks have them (settling.py)."""
+    if known.phase(instance) == PLANNED:
+        resuming.give_up(known, instance, failure, start)
+    else:
+        start(known, instance, *failure)
 
 
 def _within_bounds(known: Known, instance: str, current: Round) -> bool:
