@@ -12,6 +12,7 @@ Invariants
 from __future__ import annotations
 
 import re
+import secrets
 from collections import Counter
 from typing import Any
 
@@ -43,8 +44,11 @@ def sequence_name(request_id: str, live: Any = ()) -> str:
 
 
 def packed_request(request: Any, samples_by_position: bool) -> bytes:
-    """What whoever resumes must know of a request, as JSON: prompt length, sampling parameters that aren't unset, and why it can't be resumed, if so."""
-    said = {"prompt_tokens": request.num_prompt_tokens, "refused": refusal_of_request(request, samples_by_position)}
+    """What whoever resumes must know of a request, as JSON: prompt length, sampling parameters that aren't unset, and why it can't be resumed, if so.
+
+    `born`: random, so that a router that gives a name away again for the same parameters makes another sequence (format.lineage.birth_of).
+    """
+    said = {"prompt_tokens": request.num_prompt_tokens, "refused": refusal_of_request(request, samples_by_position), "born": secrets.token_hex(8)}
     sampling = parameters_of(request.sampling_params) if request.sampling_params is not None else {}
     packed = msgspec.json.encode({**said, "sampling": sampling}, enc_hook=str)
     return packed if len(packed) <= REQUEST_BYTES_MAX else msgspec.json.encode({**said, "refused": said["refused"] or "its parameters are too long to keep"})

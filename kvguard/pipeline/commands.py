@@ -7,6 +7,7 @@ Invariants: a line that is not a command is refused by name and changes nothing;
 from __future__ import annotations
 
 import os
+import secrets
 from typing import Literal
 
 import msgspec
@@ -37,7 +38,7 @@ class Run(msgspec.Struct, frozen=True, tag_field="do", tag="run"):
         if not self.prompts:
             raise BadConfig("no prompts. Try: a list of texts, or of lists of ids")
         prompts = [self._ids(prompt, text) for prompt in self.prompts]
-        common = (self.max_tokens, self.temperature, self.top_k, self.top_p, self.seed, self.ignore_eos)
+        common = (self.max_tokens, self.temperature, self.top_k, self.top_p, self.seed, self.ignore_eos, secrets.randbits(63))
         return [Request(self.run, index, len(prompts), len(ids), *common) for index, ids in enumerate(prompts)], prompts
 
     def _ids(self, prompt: str | list[int], text: Text | None) -> list[int]:

@@ -18,7 +18,7 @@ SEQUENCES_KEPT_MAX = 256  # running, waiting and finished but not released; as m
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True):
-    """One sequence's request. `index` of `count` sequences in the run; its name is RUN-INDEX."""
+    """One sequence's request. `index` of `count` sequences in the run; its name is RUN-INDEX. `born`: random, tells runs of one name apart."""
 
     run: str
     index: int
@@ -30,6 +30,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     top_p: float
     seed: int
     ignore_eos: bool
+    born: int = 0
 
     @property
     def name(self) -> str:

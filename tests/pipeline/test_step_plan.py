@@ -5,7 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvguard.format.lineage import birth_of
 from kvguard.pipeline.batch import Need, chunk_ends, next_span, plan_step, resume_position
+from kvguard.pipeline.commands import Run
+from kvguard.pipeline.runs import pack_request
 from kvguard.types import Span
 
 chunks = st.integers(1, 70)
@@ -92,3 +95,8 @@ def test_every_plan_makes_progress_until_all_is_computed(world):
 def test_sixteen_sequences_decode_in_one_step():
     plan = plan_step([Need(str(i), 10 + i, 11 + i, 5) for i in range(16)] + [Need("new", 0, 1000, 1000)])
     assert len(plan) == 17 and plan[-1].span == Span(0, 64) and plan[-1].logits == 0
+
+
+def test_a_run_whose_name_comes_again_is_another_sequence() -> None:
+    lives = [Run("r", [[1, 2, 3]], 4).prepare(None)[0][0] for _ in range(2)]
+    assert lives[0].name == lives[1].name and birth_of(pack_request(lives[0])) != birth_of(pack_request(lives[1]))
