@@ -56,3 +56,7 @@ class BadFrame(KvguardError):
 
 class Stale(KvguardError):
     """A block or sequence generation moved on while it was being read."""
+
+
+class DeviceLost(KvguardError):
+    """The GPU had a fault, or is gone: nothing of its memory may be believed, and this process can use it no more."""

@@ -7,10 +7,12 @@ that is sent; a capture completes before this returns (host pools; a device pool
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from kvguard.core import effects, events
+from kvguard.errors import DeviceLost
 from kvguard.format import pages
 from kvguard.format.lineage import birth_of
 from kvguard.format.messages import PIECE_BLOCK, PIECE_REFERENCE, PIECE_TOKENS, Holding, IdsFrame, KnownIds, StreamShape
@@ -18,6 +20,8 @@ from kvguard.types import Lineage, StreamId
 
 if TYPE_CHECKING:  # numpy comes with the first engine: a daemon that starts has no time for it
     import numpy as np
+
+log = logging.getLogger(__name__)
 
 
 class Table(Protocol):
@@ -51,6 +55,7 @@ class Stream:
     incarnation: int = 0
     endpoint: str = ""
     alive: bool = True
+    lost: str = ""  # why the memory behind `pool` can't be believed any more
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------------------
@@ -76,10 +81,16 @@ def capture(stream: Stream, effect: effects.Capture) -> tuple[memoryview, tuple[
     copied = before & (flags != PIECE_REFERENCE)
     out = memoryview(bytearray(int(sizes[copied].sum())))
     if copied.any():
-        if shape.addressable:
-            stream.pool.capture(blocks[copied], slots[copied], counts[copied], out)
-        else:
-            stream.pool.capture_blocks(blocks[copied], out)
+        try:
+            if shape.addressable:
+                stream.pool.capture(blocks[copied], slots[copied], counts[copied], out)
+            else:
+                stream.pool.capture_blocks(blocks[copied], out)
+        except DeviceLost as error:
+            if not stream.lost:  # said once: from here on nothing of this pool is sent, its positions stay unprotected, and the daemon lives
+                log.error("%s can't be replicated any more: %s", stream.id, error)
+            stream.lost = str(error)
+            return memoryview(b""), tuple(range(len(effect.rows))), b""
     good = before & _fresh(stream, wanted, rows, blocks)
     if not good[copied].all():
         out = _compacted(out, sizes[copied], good[copied])

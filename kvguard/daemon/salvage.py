@@ -59,6 +59,7 @@ def goes_on_in(rank: LocalRank, pool: Pool) -> None:
     """The same blocks, in the successor's memory: what it says from now on counts."""
     rank.pool.close()
     rank.pool = rank.stream.pool = pool
+    rank.stream.lost = ""
 
 
 def _blocks(rank: LocalRank, row: int, committed: int) -> list[int] | None:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from kvguard.device import kernels
-from kvguard.device.driver import HANDLE_BYTES, Allocation, DeviceLost
+from kvguard.device.driver import HANDLE_BYTES, Allocation
 from kvguard.device.kernels.plan import THREADS, Launch
-from kvguard.errors import BadConfig, KvguardError, Refused
+from kvguard.errors import BadConfig, DeviceLost, KvguardError, Refused
 
 HOST_PORTABLE, HOST_MAPPED, HOST_READ_ONLY = 1, 2, 8  # cudaHostRegister's and cudaHostAlloc's
 NON_BLOCKING, NO_TIMING = 1, 2  # streams, events

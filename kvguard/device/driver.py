@@ -11,15 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvguard.device.kernels.plan import Launch
-from kvguard.errors import KvguardError
 
 Stream = Any  # what a driver gave; opaque to everyone else
 Event = Any
 HANDLE_BYTES = 64
-
-
-class DeviceLost(KvguardError):
-    """The GPU had a fault, or is gone: nothing of it may be believed, and this process can use it no more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,13 +18,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvguard.device import card, ring
-from kvguard.device.driver import DeviceLost, Driver
+from kvguard.device.driver import Driver
 from kvguard.device.extents import Extents
 from kvguard.device.gpu_pool import GpuPool
 from kvguard.device.host import Copies, HostDevice, HostPool, slots_of, slots_of_blocks
 from kvguard.device.kernels.plan import Plan
 from kvguard.device.paced import Paced
-from kvguard.errors import Refused, TimedOut
+from kvguard.errors import DeviceLost, Refused, TimedOut
 from kvguard.format.layout import Layout
 
 RING_BYTES = 64 << 20

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvguard.device.driver import HANDLE_BYTES, Allocation, DeviceLost
+from kvguard.device.driver import HANDLE_BYTES, Allocation
 from kvguard.device.kernels import twin
 from kvguard.device.kernels.plan import Launch
-from kvguard.errors import Refused
+from kvguard.errors import DeviceLost, Refused
 
 
 @dataclass

@@ -19,9 +19,8 @@ from exporter import values_of
 
 from kvguard.device import open_device
 from kvguard.device.cuda import Capturing, CudaDevice
-from kvguard.device.driver import DeviceLost
 from kvguard.device.rehearsal import Rehearsal
-from kvguard.errors import BadConfig, Refused
+from kvguard.errors import BadConfig, DeviceLost, Refused
 from kvguard.format.layout import Layout
 
 HERE = Path(__file__).resolve().parent
