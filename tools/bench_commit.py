@@ -4,12 +4,16 @@ Knows: the engine API and a clock. Must not know: the table's inside.
 Two loops: *real* steps at about --hertz, with a matrix product between commits that pushes everything out of the caches, and *hot*, back to back.
 `step` is all that `with guard.step()` adds to a step; `doorbell` is the eventfd write inside it, measured in its place (its code is as cold there as the rest);
 `commit` is the one less the other; `cpu` is what of `step` was this thread's processor time, which a crowded machine doesn't inflate as much.
+`floor` is the least that publishes a step from this interpreter, taken in turns with `commit` in the same loop: a `with` whose entry reads the epoch and stores
+two words, then the ids' bytes, one checksum, one copy into shared memory and three words; nothing is checked, compared or remembered, no block is listed, no bell
+rung. What `commit` takes beyond it is what kvguard does; the floor itself is the interpreter's own code, cold.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import platform
 import statistics
@@ -18,11 +22,13 @@ import time
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a second thread would go on spinning beside the commit after every product
 
 import numpy as np
+import xxhash
 
 from kvguard import engine
 from kvguard.format.layout import Layout
 
 BLOCK_TOKENS = 16
+clock, processor = time.perf_counter_ns, time.thread_time_ns
 
 
 def percentiles(samples_ns: list[int]) -> dict[str, float]:
@@ -41,26 +47,75 @@ def open_sequences(sequences: int, positions: int) -> tuple[engine.Guard, object
     return guard, pool, np.array([guard.row(f"request-{n}") for n in range(sequences)])
 
 
+class Floor:
+    """The smallest publication: the stores of a commit, in its order, and nothing else."""
+
+    __slots__ = ("epoch", "number", "page", "words")
+
+    def __init__(self) -> None:
+        self.page = memoryview(mmap.mmap(-1, 1 << 20))
+        self.page[:] = bytes(1 << 20)  # its pages are there, as the commit table's are
+        self.words = self.page.cast("Q")
+        self.epoch = self.number = 0
+
+    def __enter__(self) -> Floor:
+        words = self.words
+        assert words[0] <= self.epoch
+        self.number = number = self.number + 1
+        words[8], words[16] = 64, number
+        return self
+
+    def publish(self, ids: np.ndarray) -> None:
+        body, at, words = ids.tobytes(), 4096 * (1 + self.number % 128), self.words
+        self.page[at : at + len(body)] = body
+        words[at + len(body) >> 3] = xxhash.xxh3_64_intdigest(body)
+        words[24] = self.number
+
+    def __exit__(self, kind, error, trace) -> None:
+        words = self.words
+        words[32] = words[40] = self.number
+
+
+class Samples:
+    """Of one loop, ns. `bells`, `whole`, `busy`: by step; `floors`: of the smallest publications between them."""
+
+    def __init__(self) -> None:
+        self.bells: list[int] = []
+        self.whole: list[int] = []
+        self.busy: list[int] = []
+        self.floors: list[int] = []
+
+    def percentiles(self) -> dict[str, dict[str, float]]:
+        commits = [step - bell for step, bell in zip(self.whole, self.bells, strict=True)]
+        found = {"commit": commits, "doorbell": self.bells, "step": self.whole, "cpu": self.busy, "floor": self.floors}
+        return {what: percentiles(samples) for what, samples in found.items()}
+
+
+def pause_until(due: int) -> None:
+    if (rest := due - clock()) > 0:
+        time.sleep(rest / 1e9)
+
+
 def run(sequences: int, steps: int, hertz: float) -> dict:
     """The samples of one loop; hertz 0: back to back. Every 16th step a row gets its next block, as in a real decode loop (spread over the steps)."""
     per_row = -(-(steps + 64) // BLOCK_TOKENS)
     guard, pool, rows = open_sequences(sequences, per_row * BLOCK_TOKENS)
     random = np.random.default_rng(0)
     matrix = random.random((1024, 1024), dtype=np.float32)
-    bells, whole, busy = [], [], []
-    clock, processor = time.perf_counter_ns, time.thread_time_ns
+    samples, floor, period = Samples(), Floor(), int(1e9 / hertz) if hertz else 0
     ring = guard._ring
 
     def timed_ring() -> None:
         before = clock()
         ring()
-        bells.append(clock() - before)
+        samples.bells.append(clock() - before)
 
+    guard._ring = timed_ring
     listed = np.ones(sequences, np.int64)
     offsets = np.arange(sequences) % BLOCK_TOKENS  # sequences cross block borders at different steps
     lengths = np.full(sequences, 16)
     for n in range(steps):
-        due = clock() + int(1e9 / hertz) if hertz else 0
+        due = clock() + period
         tokens = random.integers(0, 50000, sequences)
         lengths = lengths + 1
         needed = -(-(lengths + offsets) // BLOCK_TOKENS)
@@ -69,20 +124,26 @@ def run(sequences: int, steps: int, hertz: float) -> dict:
         if hertz:
             matrix @ matrix
         begun = processor()
-        guard._ring = timed_ring
         clock()  # what is cold of the clock itself is not the commit's
         entered = clock()
         with guard.step(sequences) as step:
             step.commit_batch(rows, lengths, tokens, fresh)
         left = clock()
-        busy.append(processor() - begun)
-        whole.append(left - entered)
-        if hertz and (rest := due - clock()) > 0:
-            time.sleep(rest / 1e9)
+        samples.busy.append(processor() - begun)
+        samples.whole.append(left - entered)
+        if hertz:
+            pause_until(due)
+            matrix @ matrix
+        clock()
+        entered = clock()
+        with floor as step:
+            step.publish(tokens)
+        samples.floors.append(clock() - entered)
+        if hertz:
+            pause_until(due + period)
     guard.detach()
     pool.close()
-    commits = [step - bell for step, bell in zip(whole, bells, strict=True)]
-    return {"commit": percentiles(commits), "doorbell": percentiles(bells), "step": percentiles(whole), "cpu": percentiles(busy)}
+    return samples.percentiles()
 
 
 def main() -> None:
