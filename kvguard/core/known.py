@@ -107,6 +107,7 @@ class Known:
         self.out: list[Effect] = []
         self.epochs: dict[str, Epoch] = {}
         self.forks: dict[str, dict[SequenceId, Lineage]] = {}
+        self.births: dict[str, dict[SequenceId, int]] = {}  # of what `forks` names
         self.rounds: dict[str, Round] = {}
         self.resumes: dict[str, Resume] = {}
         self.unheard: dict[str, bool] = {}  # instances whose pending Resume certainly reached nobody

@@ -25,6 +25,8 @@ def load(known: Known, values: dict[str, bytes]) -> None:
             _load_member(known, instance, Rank.parse(rank), record, start_ns)
         elif kind == "forks":
             known.forks[name] = record
+        elif kind == "births":
+            known.births[name] = record
         elif kind == "resume":
             known.resumes[name] = record
         elif kind == "emitter":
@@ -70,3 +72,4 @@ def _load_round(known: Known, record: ledger.RecoveryRecord, start_ns: int) -> N
         places[rank].lost = rank in record.lost
     if record.phase == PLANNED:
         known.forks[instance] = dict(zip(record.order.sequences, record.order.lineages, strict=True))
+        known.births[instance] = record.order.births_by_name()

@@ -203,7 +203,7 @@ def _try_plan(known: Known, instance: str) -> None:
         over = frozenset() if lives else frozenset(known.delivered.get(instance, ()))
         situation = Situation(
             instance, record.epoch, members, record.lost, tuple(current.reports.values()), standbys, known.addresses(), known.forks.get(instance, {}),
-            record.excluded, over.union(record.away), lives, may_move, hosts, Wishes(record.targets, tuple(known.drained)),
+            record.excluded, over.union(record.away), lives, may_move, hosts, Wishes(record.targets, tuple(known.drained)), known.births.get(instance, {}),
         )  # fmt: skip
         answer = plan(situation)
         if not isinstance(answer, Unplannable):
@@ -236,6 +236,10 @@ def _order(known: Known, instance: str, answer) -> None:
     known.keep_round(instance, record)  # first: forks of a plan that nobody was told would cut the next one for nothing
     known.forks[instance] = dict(zip(answer.order.sequences, answer.order.lineages, strict=True))
     known.persist(f"forks/{instance}", known.forks[instance])
+    known.births[instance] = answer.order.births_by_name()
+    known.persist(f"births/{instance}", known.births[instance])
+    for node, stream, sequence in answer.strange:
+        known.note("other_life", f"{instance} {sequence}", f"{node} has another sequence that bore this name, of {stream}: nothing of it is used")
     current.mark_ns, current.since_ns, current.plan_open = known.now_ns, known.fair_ns, True
     current.asked, current.waiting = {}, ""
     known.note("planned", instance, f"{len(answer.order.sequences)} sequences go on, {len(answer.lost)} are lost", epoch=record.epoch.counter)

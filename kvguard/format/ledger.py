@@ -4,8 +4,8 @@ Knows: the records and their keys. Must not know: databases, when a record is wr
 Invariants: fields are only added at the end with a default; a record that can't be read raises BadFrame, it is never taken for an empty one.
 
 Keys: epoch/INSTANCE -> Epoch; holders/INSTANCE/RANK -> MemberRecord; recovery/INSTANCE -> RecoveryRecord; resume/INSTANCE -> messages.Resume;
-forks/INSTANCE -> lineages by sequence; emitter/INSTANCE -> the incarnation of its session; history/N -> HistoryRecord; paused -> bool; drained/NODE -> True;
-secret -> bytes, made by the shell (never by the core), from which each recovery's secret is made.
+forks/INSTANCE -> lineages by sequence; births/INSTANCE -> their births; emitter/INSTANCE -> the incarnation of its session; history/N -> HistoryRecord;
+paused -> bool; drained/NODE -> True; secret -> bytes, made by the shell (never by the core), from which each recovery's secret is made.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ _decoders = {
     "recovery": msgspec.msgpack.Decoder(RecoveryRecord),
     "resume": msgspec.msgpack.Decoder(Resume),
     "forks": msgspec.msgpack.Decoder(dict[SequenceId, Lineage]),
+    "births": msgspec.msgpack.Decoder(dict[SequenceId, int]),
     "emitter": msgspec.msgpack.Decoder(int),
     "history": msgspec.msgpack.Decoder(HistoryRecord),
     "paused": msgspec.msgpack.Decoder(bool),
