@@ -92,7 +92,7 @@ class Coordinator:
         if isinstance(event, Arrived):
             self._message(event.link, event.message)
         elif isinstance(event, LinkDown):
-            for verdict in known.membership.link_down(event.link, event.reason):
+            for verdict in known.membership.link_down(event.link, event.reason, known.fair_ns):
                 self._verdict(verdict)
         elif isinstance(event, Asked):
             operator.asked(known, event)

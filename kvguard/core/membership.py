@@ -2,7 +2,7 @@
 
 Knows: when each was last heard, in time during which this loop ran; whose progress rises. Must not know: epochs, plans, links' transport.
 Invariants: `dead` needs silence for the whole threshold *and* no progress of anyone who depends on the node for as long, while work is scheduled
-(house rule "daemon gone is not node gone"); a node without ranks is dead by silence alone, because nothing is lost with it; a rank that its living node doesn't
+(house rule "daemon gone is not node gone"); where nobody could see progress, a daemon whose connection its node's kernel closed has a restart's time; a node without ranks is dead by silence alone, because nothing is lost with it; a rank that its living node doesn't
 list any more has a grace period to re-attach; one emitter session per instance.
 """
 
@@ -15,6 +15,7 @@ from kvguard.types import NodeId, Rank, StreamId
 
 MS = 1_000_000
 ALIVE, SUSPECT, DEAD = "alive", "suspect", "dead"
+BEATS_MISSED = 3  # fewer are no silence
 
 
 class Patience(NamedTuple):
@@ -55,7 +56,7 @@ class Node:
     """One node as heard. Times `_ns` are fair, except `beat_ns` (real: what a verdict's age is counted from)."""
 
     __slots__ = (
-        "address", "arena_bytes", "arena_bytes_max", "beat_ns", "carriers", "incarnation", "link", "node", "promises", "reason", "replicas", "schedulers",
+        "address", "arena_bytes", "arena_bytes_max", "beat_ns", "carriers", "ended", "incarnation", "link", "node", "promises", "reason", "replicas", "schedulers",
         "seen_ns", "standbys", "state", "version",
     )  # fmt: skip
 
@@ -69,6 +70,7 @@ class Node:
         self.schedulers: tuple[SchedulerBeat, ...] = ()
         self.carriers: tuple[tuple[NodeId, str], ...] = ()
         self.arena_bytes = self.arena_bytes_max = 0
+        self.ended = False  # its link went down without a silence before: its daemon's process ended, on a node that lived
 
 
 class Member:
@@ -184,12 +186,13 @@ class Membership:
         if message.progress > session.progress:
             session.progress, session.rose_ns = message.progress, fair_ns
 
-    def link_down(self, link: str, reason: str) -> list[Verdict]:
+    def link_down(self, link: str, reason: str, fair_ns: int) -> list[Verdict]:
         """A torn link is a hint, not a verdict."""
         told = []
         for node in self.nodes.values():
             if node.link == link:
                 node.link = ""
+                node.ended = fair_ns - node.seen_ns < min(self.patience.suspect_ns, BEATS_MISSED * self.patience.heartbeat_ns)
                 if node.state == ALIVE:
                     node.state, node.reason = SUSPECT, f"its link went down: {reason}"
                     told.append(Verdict("state", node.node, node.reason, node.beat_ns))
@@ -199,7 +202,7 @@ class Membership:
         return told
 
     def _heard(self, node: Node, fair_ns: int, now_ns: int, reason: str) -> None:
-        node.seen_ns, node.beat_ns, node.state, node.reason = fair_ns, now_ns, ALIVE, reason
+        node.seen_ns, node.beat_ns, node.state, node.reason, node.ended = fair_ns, now_ns, ALIVE, reason, False
 
     def _sighted(self, member: Member, rank_beat: RankBeat, fair_ns: int) -> None:
         if member.progress >= 0 and rank_beat.progress > member.progress:
@@ -246,11 +249,14 @@ class Membership:
         state, reason = SUSPECT, f"{silent}, and idle: nothing is scheduled that could tell a dead node from a daemon that is gone"
         for instance, rank in ranks:
             rose, busy = self._evidence(instance, rank, node.node)
+            if node.ended and not self._has_witness(instance, rank, node.node) and fair_ns - node.seen_ns < self.patience.reattach_ns:
+                state, reason = SUSPECT, f"{silent}: its daemon ended, and nobody else could tell whether {instance} goes on"
+                break
             if rose > node.seen_ns and fair_ns - rose < self.patience.silence_ns:
                 state, reason = SUSPECT, f"{silent}, but progress of {instance} still rises: its daemon is gone, not the node"
                 break
             if busy is not None and fair_ns - max(node.seen_ns, busy) >= self.patience.silence_ns:
-                state, reason = DEAD, f"{silent}, work is scheduled, and nothing of {instance} rises"
+                state, reason = DEAD, f"{silent}, work is scheduled, and {self._what_is_seen(instance, rank, node.node)}"
         changed = state != node.state or reason.partition(",")[2] != node.reason.partition(",")[2]
         node.state, node.reason = state, reason
         if state == DEAD:
@@ -269,6 +275,15 @@ class Membership:
             reason = f"rank {rank} of {instance} did not re-attach to {node.node} within {self.patience.reattach_ns // MS} ms"
             told.append(Verdict("ranks" if work else "gone", node.node, reason, node.beat_ns, ((instance, rank),)))
         return told
+
+    def _has_witness(self, instance: str, rank: Rank, node: NodeId) -> bool:
+        """Whether anyone elsewhere would see its progress, or nobody makes any: the emitter, a rank of the same dp, a recovery."""
+        session = self.sessions.get(instance)
+        others = [other for other_rank, other in self.members[instance].items() if other_rank.dp == rank.dp and other.node != node and not other.lost]
+        return (session is not None and not session.ended) or instance in self.recovering or bool(others)
+
+    def _what_is_seen(self, instance: str, rank: Rank, node: NodeId) -> str:
+        return f"nothing of {instance} rises" if self._has_witness(instance, rank, node) else f"nobody else could see {instance} rise"
 
     def _evidence(self, instance: str, rank: Rank, node: NodeId) -> tuple[int, int | None]:
         """When anyone who depends on this rank last progressed (-1: never), and since when work has been scheduled (None: it isn't).

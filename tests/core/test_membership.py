@@ -117,9 +117,62 @@ def test_a_node_without_ranks_dies_by_silence_alone():
 
 def test_a_torn_link_is_a_hint():
     world = World("a", "b")
-    assert world.membership.link_down("in:b", "reset")[0].subject == "b" and world.state("b") == SUSPECT
+    assert world.membership.link_down("in:b", "reset", 0)[0].subject == "b" and world.state("b") == SUSPECT
     world.membership.hello(50 * MS, 50 * MS, "in:b2", NodeHello("b", 1, "tcp://b", (), "1"))
     assert world.state("b") == ALIVE and world.judge(100) == {}
+
+
+def closed(world: World, ms: int, node: str = "a") -> None:
+    """The node's kernel closes its daemon's connection: that process ended."""
+    world.ms = ms
+    world.membership.link_down(f"in:{node}", "connection lost", ms * MS)
+
+
+def test_a_daemon_that_ended_is_waited_for_where_nobody_else_could_tell():
+    """No emitter, no rank of it elsewhere: its engine may well be at work."""
+    world = World("a")
+    world.judge(90)
+    closed(world, 100)
+    for ms in range(200, 2000, 100):
+        assert ("node", "a") not in world.judge(ms), "a daemon's restart may take so long"
+    assert world.state("a") == SUSPECT and "its daemon ended" in world.membership.nodes["a"].reason
+    verdict = world.judge(2000)["node", "a"]
+    assert verdict.ranks == ((I, Rank(0, 0, 0)),) and "nobody" in verdict.reason
+
+
+def test_a_node_that_falls_silent_is_dead_all_the_same():
+    """Whoever pulls the plug closes no connection; the transport notices later, and says the same."""
+    world = World("a")
+    world.judge(700)
+    closed(world, 800)
+    assert ("node", "a") in world.judge(1000)
+
+
+def test_a_daemon_that_ended_has_witnesses():
+    pair = World("a", "b")
+    closed(pair, 100)
+    pair.ms = 900
+    pair.beat("b", 1, 1)
+    assert ("node", "a") in pair.judge(1000), "a rank elsewhere would see its progress"
+    watched = World("a", emitter=True, silence_ms=3000)
+    watched.emitter(1)
+    closed(watched, 100)
+    assert ("node", "a") in watched.judge(1000), "so would the emitter"
+    quiesced = World("a")
+    quiesced.membership.recovering[I] = 0
+    closed(quiesced, 100)
+    assert ("node", "a") in quiesced.judge(1000), "nobody makes progress during a recovery"
+
+
+def test_a_daemon_that_is_back_is_no_longer_one_that_ended():
+    world = World("a")
+    closed(world, 100)
+    world.judge(900)
+    world.membership.hello(950 * MS, 950 * MS, "in:a2", NodeHello("a", 2, "tcp://a", (), "1"))
+    world.ms = 950
+    world.beat("a", 0, 1, incarnation=2)
+    assert world.state("a") == ALIVE
+    assert ("node", "a") in world.judge(1950), "this time it fell silent"
 
 
 def test_a_rank_that_its_node_does_not_list_has_a_grace_period():
