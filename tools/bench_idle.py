@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from kvguard.errors import KvguardError
 from kvguard.transport.ask import ask
 
 RSS_MIB_MAX, CPU_PERCENT_MAX = 60.0, 1.0
+AT_REST_PERCENT = 4.0  # over one second: four of the kernel's ticks
 HEAVY = ("torch", "cupy", "transformers")
 
 
@@ -31,10 +33,21 @@ def free_address() -> str:
         return f"tcp://127.0.0.1:{held.getsockname()[1]}"
 
 
+def as_installed(directory: Path) -> dict[str, str]:
+    """An environment in which modules are compiled once and for all, as an installer leaves them."""
+    return {**{key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}, "PYTHONPYCACHEPREFIX": str(directory / "compiled")}
+
+
+def compile_first(environment: dict[str, str]) -> None:
+    """What is measured starts as every start but an installation's very first does."""
+    subprocess.run([sys.executable, "-c", "from kvguard.daemon import coordinator, node; node.warm()"], env=environment, check=True)
+
+
 def start(directory: Path, cls, name: str, values: dict) -> subprocess.Popen:
     file = directory / f"{name}.toml"
     file.write_text(config.template(cls, values))
-    return subprocess.Popen([sys.executable, "-m", "kvguard.cli", cls.SECTION, "--config", str(file)], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "kvguard.cli", cls.SECTION, "--config", str(file)]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL, env=as_installed(directory))
 
 
 def wait_linked(address: str) -> None:
@@ -70,6 +83,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kvguard-idle.") as name:
         directory, coordinator, node = Path(name), free_address(), free_address()
+        compile_first(as_installed(directory))
         values = {"name": "a", "listen": node, "coordinator": coordinator, "runtime_dir": str(directory / "a")}
         running = [
             start(directory, config.CoordinatorConfig, "coordinator", {"listen": coordinator, "state_dir": str(directory / "c")}),
@@ -78,6 +92,9 @@ def main() -> int:
         try:
             wait_linked(coordinator)
             found = psutil.Process(running[1].pid)
+            deadline = time.monotonic() + 20
+            while measured(found, 1.0)["cpu_percent"] > AT_REST_PERCENT and time.monotonic() < deadline:
+                pass  # what engines will need is still being imported: that is start, not rest
             document = {"schema": "kvguard.bench_idle/1", **measured(found, arguments.seconds), "heavy_modules": heavy_modules(found)}
         finally:
             for process in running:
