@@ -4,7 +4,8 @@
 
 Two processes on this host, alternating runs, every frame checked for its length. `ratio`: the median over pairs of (way / raw TCP of the same pair). Idle: the
 processor time of both ends of a link that is up and carries nothing, in percent of one core, with a loop that waits for the transport's descriptor alone.
-Two busy processes: with fewer than two idle cores the figures are the scheduler's. Between two hosts: kvguard bench, with [node] settings of their own.
+`sender`, `receiver`: processor time of each end for a gigabyte, medians. Two busy processes: with fewer than two idle cores the speeds are the scheduler's, and
+the slower end's processor time says what could have been carried.
 
 Knows: transports, sockets. Must not know: streams, cores.
 """
@@ -19,6 +20,7 @@ import socket
 import statistics
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 
@@ -80,10 +82,35 @@ def receive_frames(nixl: NixlSettings | None, pipe) -> None:
         transport.close()
 
 
+class Cost(NamedTuple):
+    """Of one run: wall clock, and processor time of both ends."""
+
+    seconds: float
+    sender_s: float
+    receiver_s: float
+
+
+class Spent:
+    """Processor time since the last run began."""
+
+    def __init__(self) -> None:
+        self._ours = self._theirs = 0.0
+
+    def begin(self) -> float:
+        self._ours = time.process_time()
+        return time.monotonic()
+
+    def over(self, started: float, theirs: float) -> Cost:
+        cost = Cost(time.monotonic() - started, time.process_time() - self._ours, theirs - self._theirs)
+        self._theirs = theirs
+        return cost
+
+
 class Raw:
     name = "raw TCP"
 
     def __init__(self) -> None:
+        self.spent = Spent()
         listening = socket.create_server(("127.0.0.1", 0))
         self._pipe, theirs = multiprocessing.Pipe()
         self._process = multiprocessing.Process(target=receive_raw, args=(listening, theirs), daemon=True)
@@ -92,17 +119,16 @@ class Raw:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listening.close()
 
-    def carry(self, count: int, payload: memoryview) -> float:
-        """Seconds for `count` frames."""
+    def carry(self, count: int, payload: memoryview) -> Cost:
         length = LENGTH.pack(len(payload))
         self._pipe.send(count)
-        started = time.monotonic()
+        started = self.spent.begin()
         for _ in range(count):
             sent = self._socket.sendmsg([length, payload])
             if sent < len(length) + len(payload):
                 self._socket.sendall(payload[max(0, sent - len(length)) :])
-        self._pipe.recv()
-        return time.monotonic() - started
+        theirs = self._pipe.recv()
+        return self.spent.over(started, theirs)
 
     def close(self) -> None:
         self._pipe.send(None)
@@ -114,6 +140,7 @@ class Framed:
     """Frames over a ZeromqTransport, sent as fast as it takes them."""
 
     def __init__(self, name: str, nixl: NixlSettings | None) -> None:
+        self.spent = Spent()
         self._pipe, theirs = multiprocessing.Pipe()
         self._process = multiprocessing.Process(target=receive_frames, args=(nixl, theirs), daemon=True)
         self._process.start()
@@ -127,16 +154,17 @@ class Framed:
         self.name = f"{name} ({carrier})"
         assert (nixl is not None) == carrier.startswith("nixl"), carrier
 
-    def carry(self, count: int, payload: memoryview) -> float:
-        head = head_of(len(payload))
+    def carry(self, count: int, payload: memoryview) -> Cost:
+        head, made = head_of(len(payload)), self._transport.lend(len(payload))  # as a capture does
+        made[:] = payload
+        payload = made
         self._pipe.send(count)
-        started = time.monotonic()
+        started = self.spent.begin()
         for _ in range(count):
             while not self._transport.send("peer:receiver", head, payload):
                 self._transport.wait(1.0)
                 self._events()
-        self._answer()
-        return time.monotonic() - started
+        return self.spent.over(started, self._answer())
 
     def idle(self, seconds: float) -> float:
         """Percent of one core that both ends take together; each is asked for its time by a frame."""
@@ -173,18 +201,19 @@ def measure(carriers: list, sizes: tuple[int, ...], pairs: int, total_bytes: int
     rows = []
     for size in sizes:
         payload, count = memoryview(np.ones(size, np.uint8)), max(FRAMES_MIN, total_bytes // size)
-        speeds: dict[str, list[float]] = {carrier.name: [] for carrier in carriers}
+        costs: dict[str, list[Cost]] = {carrier.name: [] for carrier in carriers}
         for pair in range(-1, pairs):  # the first only warms up
             for carrier in carriers if pair % 2 else tuple(reversed(carriers)):
-                speed = count * size / carrier.carry(count, payload) / 1e9
+                cost = carrier.carry(count, payload)
                 if pair >= 0:
-                    speeds[carrier.name].append(speed)
-        raw = speeds[carriers[0].name]
-        for name, found in speeds.items():
-            ratios = sorted(one / base for one, base in zip(found, raw, strict=True))
+                    costs[carrier.name].append(cost)
+        raw, gigabytes = costs[carriers[0].name], count * size / 1e9
+        for name, found in costs.items():
+            ratios = sorted(base.seconds / one.seconds for one, base in zip(found, raw, strict=True))
             rows.append({
-                "frame_bytes": size, "way": name, "gb_s": statistics.median(found), "ratio": statistics.median(ratios),
-                "ratio_low": ratios[0], "ratio_high": ratios[-1],
+                "frame_bytes": size, "way": name, "gb_s": gigabytes / statistics.median(one.seconds for one in found), "ratio": statistics.median(ratios),
+                "ratio_low": ratios[0], "ratio_high": ratios[-1], "sender_s_per_gb": statistics.median(one.sender_s for one in found) / gigabytes,
+                "receiver_s_per_gb": statistics.median(one.receiver_s for one in found) / gigabytes,
             })  # fmt: skip
     return rows
 
@@ -209,10 +238,11 @@ def main() -> int:
     if options.output == "json":
         print(json.dumps({"schema": "kvguard.bench_nixl/1", "rows": rows, "idle_percent": idle}))
         return 0
-    print(f"{'frame':>9} {'way':<32} {'speed':>10}   against raw TCP (median of {options.pairs} pairs, lowest, highest)")
+    print(f"{'frame':>9} {'way':<32} {'speed':>10} {'sender':>10} {'receiver':>9}   against raw TCP (median of {options.pairs} pairs, lowest, highest)")
     for row in rows:
+        cores = " ".join(f"{row[f'{end}_s_per_gb']:.3f} s/GB" for end in ("sender", "receiver"))
         ratios = "  ".join(f"{row[key]:.2f}" for key in ("ratio", "ratio_low", "ratio_high"))
-        print(f"{row['frame_bytes'] // KIB:>5} KiB {row['way']:<32} {row['gb_s']:>5.2f} GB/s   {ratios}")
+        print(f"{row['frame_bytes'] // KIB:>5} KiB {row['way']:<32} {row['gb_s']:>5.2f} GB/s {cores}   {ratios}")
     for name, percent in idle.items():
         print(f"idle, both ends: {name:<32} {percent:.2f} % of a core")
     return 0

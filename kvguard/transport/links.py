@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import zmq
 
@@ -31,6 +32,9 @@ FRAMES_MAX = 800  # under way on one control connection; below ZeroMQ's high-wat
 QUEUE_BYTES_MAX = 32 * MIB
 RETRY_NS = 20_000_000
 MESSAGES_PER_TURN = 256
+if TYPE_CHECKING:
+    from kvguard.transport.nixl_zone import Lending
+
 GREETING, UP, DOWN = "greeting", "up", "down"
 
 assert PAYLOAD_BYTES_MAX <= admit.FRAME_BYTES_MAX
@@ -63,6 +67,7 @@ class Shared:
     out: deque[Incoming] = field(default_factory=deque)
     counters: dict[str, int] = field(default_factory=dict)
     refusals: dict[str, int] = field(default_factory=dict)  # by address
+    lending: Lending | None = None  # with NIXL: memory that every channel has registered
 
     def tell(self, event: Incoming) -> None:
         """Hand an event to the next receive()."""
@@ -264,7 +269,7 @@ class Link:
 
         settings, self.over_nixl = self._shared.settings, True
         with self._guarded("nixl"):
-            self.channel = NixlChannel(settings.nixl, self._shared.wakeup, self.nixl_ready, self.say, settings.queue_bytes_max)
+            self.channel = NixlChannel(settings.nixl, self._shared.wakeup, self.nixl_ready, self.say, settings.queue_bytes_max, self._shared.lending)
             self.say(self.channel.zone())
 
     def told_nixl(self, message: greeting.Control) -> None:
@@ -284,8 +289,10 @@ class Link:
         if self.channel is None:
             return
         with self._guarded("nixl"):
-            self._give_out(self.channel.read())
-            if self.state == GREETING and self.channel.is_met():
+            frames = self.channel.read()
+            if self.state == UP:  # what it had to say may have ended the link
+                self._give_out(frames)
+            elif self.state == GREETING and self.channel.is_met():
                 met, self.met = self.met, _once
                 met()
 

@@ -5,10 +5,10 @@ Invariants: a frame becomes visible only behind its note, in order of its number
 header holds; one agent and one zone are one life of one link: they end with it, at once, whatever the peer does, and the zone's addresses are
 quarantined; what nobody acknowledges in `stuck_ms` ends the link; nothing blocks, nothing runs but in the link's calls.
 
-The writer places frames in the reader's zone (Extents), copies each to the same place of a zone of its own, which is registered, and writes it there:
-payload first, header behind it. NIXL tells the note behind the last byte. The reader hands out the payload where it landed, or a copy, and says over the
-control connection whose pages are free again (Returned). NIXL has no thread and wakes nobody: both ends look, often while something is under way, when UCX's
-own descriptors or a Knock on the control connection say so, else every IDLE_NS.
+The writer places frames in the reader's zone (Extents), copies each to the same place of a zone of its own, which is registered (a payload that was made in
+lent memory stays where it is), and writes it there: payload first, header behind it. NIXL tells the note behind the last byte. The reader hands out the payload
+where it landed, or a copy, and says over the control connection whose pages are free again (Returned). NIXL has no thread and wakes nobody: both ends look,
+often while something is under way, when UCX's own descriptors or a Knock on the control connection say so, else every IDLE_NS.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kvguard.limits import HEADER_BYTES_MAX, KIB, PAYLOAD_BYTES_MAX
 from kvguard.transport import greeting
 from kvguard.transport.memory import PayloadMemory
 from kvguard.transport.nixl_agent import Agent, ChannelLost, NixlSettings
-from kvguard.transport.nixl_zone import PAGE_BYTES, Extents, Landing, Zone, pages_of
+from kvguard.transport.nixl_zone import LENT_BYTES_MIN, PAGE_BYTES, Extents, Landing, Lending, Zone, pages_of
 from kvguard.transport.wakeup import IN, Wakeup
 
 NOTE = struct.Struct("<16sQIIIIQ")  # life, number, first page, pages, payload bytes, header bytes, sum
@@ -60,16 +60,21 @@ class NixlChannel:
     `say`: puts a control message on the link's control connection. `call`: what is to be called when there is something to read.
     """
 
-    def __init__(self, settings: NixlSettings, wakeup: Wakeup, call: Callable[[int], None], say: Callable[[greeting.Control], None], queue_bytes_max: int):
+    def __init__(
+        self, settings: NixlSettings, wakeup: Wakeup, call: Callable[[int], None], say: Callable[[greeting.Control], None], queue_bytes_max: int,
+        lending: Lending,
+    ):  # fmt: skip
         self._settings, self._wakeup, self._call, self._say, self._queue_bytes_max = settings, wakeup, call, say, queue_bytes_max
+        self._lending = lending
         self._agent = Agent(life_name(), settings)
         self._landing = Landing(max(settings.zone_bytes, ZONE_BYTES_MIN))
         self._source: Zone | None = None
-        self._agent.register(self._landing.zone.address, self._landing.zone.size)
+        for zone in (self._landing.zone, lending.zone):
+            self._agent.register(zone.address, zone.size)
         self._life = os.urandom(LIFE_BYTES)
         self._peer: greeting.Zone | None = None
         self._extents: Extents | None = None
-        self._writes: deque[tuple[int, int]] = deque()  # write, since when
+        self._writes: deque[tuple[int, int, memoryview | None]] = deque()  # write, since when, what it reads from
         self._queue: deque[tuple[bytes, memoryview | None]] = deque()
         self.queued_bytes = 0
         self._number = PROBE  # of the last frame that was written
@@ -77,6 +82,7 @@ class NixlChannel:
         self._expected = 1
         self._memory = PayloadMemory()
         self._frames: list[tuple[bytes, memoryview | None]] = []
+        self._gone: list[int] = []  # frames whose pages are free, to be told
         self._started = self._heard = self._reached = False
         now_ns = time.monotonic_ns()
         self._moved_ns = self._heard_ns = self._spoke_ns = self._sent_ns = self._looked_ns = now_ns
@@ -159,23 +165,31 @@ class NixlChannel:
             now_ns = time.monotonic_ns()
             if now_ns - self._sent_ns > KNOCK_NS:
                 self._say(greeting.Knock())
+                if self._source is None:  # nobody was there to be told: the link has ended
+                    return
             self._sent_ns = now_ns
             self._write(self._number, first, head, payload)
 
     def _write(self, number: int, first: int, head: bytes, payload: memoryview | None) -> None:
         start, payload_bytes = first * PAGE_BYTES, len(payload) if payload is not None else 0
-        size = payload_bytes + len(head)
-        place = self._source.bytes[start : start + size]
-        if payload_bytes:
-            place[:payload_bytes] = np.frombuffer(payload, np.uint8)
-        place[payload_bytes:] = np.frombuffer(head, np.uint8)
-        note = NOTE.pack(self._peer.life, number, first, pages_of(size), payload_bytes, len(head), xxhash.xxh3_64_intdigest(place))
+        size, place = payload_bytes + len(head), self._source.bytes
+        place[start + payload_bytes : start + size] = np.frombuffer(head, np.uint8)
+        lent = self._lending.address_of(payload) if payload_bytes >= LENT_BYTES_MIN else 0
+        if lent:
+            digest = xxhash.xxh3_64(payload)
+            digest.update(head)
+            total, sources = digest.intdigest(), [(lent, payload_bytes), (self._source.address + start + payload_bytes, len(head))]
+        else:
+            if payload_bytes:
+                place[start : start + payload_bytes] = np.frombuffer(payload, np.uint8)
+            total, sources = xxhash.xxh3_64_intdigest(place[start : start + size]), [(self._source.address + start, size)]
         del place  # a view would outlive the mapping
-        write = self._agent.write(self._source.address + start, self._peer.address + start, size, note)
+        note = NOTE.pack(self._peer.life, number, first, pages_of(size), payload_bytes, len(head), total)
+        write = self._agent.write(sources, self._peer.address + start, note)
         now_ns = time.monotonic_ns()
         if not self._writes:
             self._moved_ns = now_ns
-        self._writes.append((write, now_ns))
+        self._writes.append((write, now_ns, payload if lent else None))
         self._spoke_ns = now_ns
 
     def returned(self, message: greeting.Returned) -> None:
@@ -200,10 +214,12 @@ class NixlChannel:
                 self._unmute(bell)
         elif not self._rings and self._is_busy() and self._looked_ns - self._moved_ns < SPIN_NS:
             self._wakeup.again(self._call)
-        self._give_back(self._landing.unseen())
-        if not self._started or not self._frames:
+        if not self._started:
             return []
         frames, self._frames = self._frames, []
+        gone, self._gone = [*self._gone, *self._landing.unseen()], []
+        for start in range(0, len(gone), RETURNED_MAX):
+            self._say(greeting.Returned(tuple(gone[start : start + RETURNED_MAX])))  # may end the link, so it comes last
         return frames
 
     def _look(self) -> bool:
@@ -219,7 +235,7 @@ class NixlChannel:
         while self._writes and self._agent.is_done(self._writes[0][0]):
             self._agent.release(self._writes.popleft()[0])
             self._reached, moved = True, True
-        for write, _ in islice(self._writes, NOTES_MAX):
+        for write, _, _ in islice(self._writes, NOTES_MAX):
             self._agent.is_done(write)  # its note leaves now, if it can
         if moved:
             self.flush()
@@ -241,12 +257,10 @@ class NixlChannel:
         if number < self._expected or number in self._early or len(self._early) >= self._landing.pages:
             raise BadFrame(f"frame {number} where {self._expected} was expected")
         self._early[number] = tuple(rest)
-        copied = []
         while self._expected in self._early:
             number, self._expected = self._expected, self._expected + 1
             if self._land(number, *self._early.pop(number)):
-                copied.append(number)
-        self._give_back(copied)
+                self._gone.append(number)
 
     def _land(self, number: int, first: int, count: int, payload_bytes: int, head_bytes: int, expected_sum: int) -> bool:
         """Make the frame visible. True when its pages are free again."""
@@ -270,10 +284,6 @@ class NixlChannel:
     def _check(self, number: int, size: int, expected: int) -> None:
         if xxhash.xxh3_64_intdigest(self._landing.bytes_of(number, 0, size)) != expected:
             raise BadFrame(f"frame {number} isn't what its note says: torn or damaged on the way")
-
-    def _give_back(self, numbers: list[int]) -> None:
-        for start in range(0, len(numbers), RETURNED_MAX):
-            self._say(greeting.Returned(tuple(numbers[start : start + RETURNED_MAX])))
 
     # ---- time ---------------------------------------------------------------------------------------------------------------------
 

@@ -39,11 +39,15 @@ class ChannelLost(OSError):
 
 @dataclass(frozen=True)
 class NixlSettings:
-    """`devices`: UCX_NET_DEVICES, always said: UCX listens at every interface else. `tls`: UCX_TLS. `zone_bytes`: what one peer may have landed here."""
+    """`devices`: UCX_NET_DEVICES, always said: UCX listens at every interface else. `tls`: UCX_TLS. `zone_bytes`: what one peer may have landed here.
+
+    `lent_bytes`: memory to make payloads in, of the whole process.
+    """
 
     devices: str
     tls: str = "rc,dc,ud"
     zone_bytes: int = 32 << 20
+    lent_bytes: int = 32 << 20
     stuck_ms: int = 10_000
     beat_ms: int = 1_000
 
@@ -191,11 +195,17 @@ class Agent:
                 raise ChannelLost(f"metadata of {self.peer!r} where {name!r} was to be met")
             self._agent.makeConnection(self.peer, self._backend)
 
-    def write(self, source: int, target: int, size: int, note: bytes, device: int | None = None) -> int:
-        """Start writing `size` bytes into the peer's memory; `note` is told to it behind the last of them. Returns the write, for is_done()."""
-        bindings = self._library.bindings
-        kind = bindings.DRAM_SEG if device is None else bindings.VRAM_SEG
-        here, there = bindings.nixlXferDList(kind, [(source, size, device or 0)]), bindings.nixlXferDList(bindings.DRAM_SEG, [(target, size, 0)])
+    def write(self, sources: list[tuple[int, int]], target: int, note: bytes, device: int | None = None) -> int:
+        """Start writing registered memory, (address, bytes) in a row, to `target` in the peer's; `note` is told to it behind the last byte.
+
+        `device`: a GPU's number where the sources are VRAM. Returns the write, for is_done().
+        """
+        bindings, targets = self._library.bindings, []
+        for _, size in sources:
+            targets.append((target, size, 0))
+            target += size
+        here = bindings.nixlXferDList(bindings.DRAM_SEG if device is None else bindings.VRAM_SEG, [(*source, device or 0) for source in sources])
+        there = bindings.nixlXferDList(bindings.DRAM_SEG, targets)
         with self._lost("a write can't be started"):
             write = self._agent.createXferReq(bindings.NIXL_WRITE, here, there, self.peer, note, self._backend)
             self._agent.postXferReq(write)

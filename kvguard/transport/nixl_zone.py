@@ -13,18 +13,22 @@ import ctypes
 import mmap
 import weakref
 from collections import deque
+from itertools import count
 
 import numpy as np
 
 from kvguard.errors import BadFrame
 
 PAGE_BYTES = 4096
+LARGE_BYTES = 2 << 20
+LENT_BYTES_MIN = 32 << 10
 QUARANTINE_MAX = 4096  # zones; without their memory, so this bounds addresses alone (128 GiB of 128 TiB)
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-MAP_FIXED, MAP_NORESERVE, PROT_NONE = 0x10, 0x4000, 0
+MAP_FIXED, MAP_NORESERVE, PROT_NONE, MADV_HUGEPAGE = 0x10, 0x4000, 0, 14
 FAILED = ctypes.c_void_p(-1).value
 _quarantined: deque[tuple[int, int]] = deque()  # address, bytes: a process's, not a transport's, because addresses are
 
@@ -34,11 +38,19 @@ def pages_of(size: int) -> int:
 
 
 class Zone:
-    """`size` bytes at `address`, as an array of bytes in `bytes`."""
+    """`size` bytes at `address`, as an array of bytes in `bytes`. Large ones are of large pages where the kernel has some: half the work of writing there."""
 
     def __init__(self, size: int):
-        self.size = pages_of(size) * PAGE_BYTES
-        self.address = _map(0, self.size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        self.size, spare = pages_of(size) * PAGE_BYTES, 0
+        if self.size >= LARGE_BYTES:
+            self.size, spare = -(-self.size // LARGE_BYTES) * LARGE_BYTES, LARGE_BYTES - PAGE_BYTES
+        start = _map(0, self.size + spare, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        self.address = -(-start // LARGE_BYTES) * LARGE_BYTES if spare else start
+        for at, end in ((start, self.address), (self.address + self.size, start + self.size + spare)):
+            if end > at:
+                _libc.munmap(at, end - at)
+        if spare:
+            _libc.madvise(self.address, self.size, MADV_HUGEPAGE)  # refused where the kernel has none: then they are small
         self.bytes = np.frombuffer((ctypes.c_uint8 * self.size).from_address(self.address), np.uint8)
 
     def close(self) -> None:
@@ -102,6 +114,44 @@ class Extents:
 
     def taken(self) -> int:
         return len(self._taken)
+
+
+class Lending:
+    """Memory that payloads are made in, so that they are written from where they are: one registered zone, reused once nobody looks at it any more."""
+
+    def __init__(self, size: int):
+        self.zone = Zone(size)
+        self._extents = Extents(self.zone.size // PAGE_BYTES)
+        self._numbers = count(1)
+        self._lent: dict[int, weakref.ref] = {}
+        self._unseen: deque[int] = deque()
+
+    def take(self, size: int) -> memoryview | None:
+        """`size` writable bytes of any content; None when there is no room, or so few that copying them is cheaper."""
+        while self._unseen:
+            number = self._unseen.popleft()
+            del self._lent[number]
+            self._extents.give_back(number)
+        if size < LENT_BYTES_MIN:
+            return None
+        number = next(self._numbers)
+        first = self._extents.take(number, pages_of(size))
+        if first is None:
+            return None
+        array, unseen = self.zone.bytes[first * PAGE_BYTES : first * PAGE_BYTES + size], self._unseen
+        self._lent[number] = weakref.ref(array, lambda _: unseen.append(number))
+        return memoryview(array)
+
+    def address_of(self, payload: memoryview) -> int:
+        """Where a payload is that was made here, 0 for any other."""
+        address = np.frombuffer(payload, np.uint8).__array_interface__["data"][0]
+        return address if 0 <= address - self.zone.address <= self.zone.size - len(payload) else 0
+
+    def close(self) -> None:
+        """Unmapped with its last view."""
+        self.take(0)
+        if not self._lent:
+            self.zone.close()
 
 
 class Landing:

@@ -60,6 +60,10 @@ class ZeromqTransport:
         incarnation = int.from_bytes(os.urandom(8), "little") if incarnation is None else incarnation
         settings = Settings(node_name, incarnation, keys, insecure, bulk, bulk_port, queue_bytes_max, heartbeat_ms, silence_ms, greeting_ms, nixl)
         self._shared = Shared(zmq.Context(), Wakeup(), settings)
+        if nixl is not None:
+            from kvguard.transport.nixl_zone import Lending  # with numpy
+
+            self._shared.lending = Lending(nixl.lent_bytes)
         self.counters, self.refusals = self._shared.counters, self._shared.refusals
         self._acceptor: Acceptor | None = None
         self._dialled: dict[str, Dialled] = {}
@@ -152,6 +156,11 @@ class ZeromqTransport:
         found = self._find(link)
         return found is not None and found.channel is not None
 
+    def lend(self, size: int) -> memoryview:
+        """`size` writable bytes of any content to make a payload in: over NIXL it is then sent from where it is. Dropped views give it back."""
+        lent = self._shared.lending.take(size) if self._shared.lending is not None else None
+        return lent if lent is not None else memoryview(bytearray(size))
+
     def carriers(self) -> dict[str, str]:
         """What the payloads of each link that is up travel over: "nixl" and the UCX transport that was chosen, "tcp" or "control"."""
         return {link.name: link.carrier() for link in self._links() if link.state == "up"}
@@ -166,6 +175,8 @@ class ZeromqTransport:
         if self._acceptor is not None:
             self._acceptor.close()
         self._shared.out.clear()
+        if self._shared.lending is not None:
+            self._shared.lending.close()
         self._shared.wakeup.close()
         self._shared.context.term()
 

@@ -22,7 +22,7 @@ from kvguard.limits import KIB, MIB
 from kvguard.transport import nixl_zone
 from kvguard.transport.base import Broken, Down, Frame, Up
 from kvguard.transport.nixl_agent import NixlSettings, chosen, load
-from kvguard.transport.nixl_zone import PAGE_BYTES, Extents, Landing, Zone, quarantined
+from kvguard.transport.nixl_zone import PAGE_BYTES, Extents, Landing, Lending, Zone, quarantined
 from kvguard.transport.zeromq import ZeromqTransport
 
 TCP, CMA = NixlSettings("lo", "tcp"), NixlSettings("lo", "cma,tcp")
@@ -115,6 +115,22 @@ def test_the_quarantine_is_bounded(monkeypatch):
     for _ in range(5):
         assert Landing(PAGE_BYTES).retire()
     assert len(quarantined()) == nixl_zone.QUARANTINE_MAX
+
+
+def test_lent_memory_comes_back_and_runs_out():
+    lending = Lending(1 * MIB)
+    start = lending.zone.address
+    views = [lending.take(256 * KIB) for _ in range(lending.zone.size // (256 * KIB))]
+    assert lending.take(256 * KIB) is None and lending.take(KIB) is None
+    assert [lending.address_of(view) - start for view in views] == [index * 256 * KIB for index in range(len(views))]
+    assert lending.address_of(memoryview(bytes(100))) == 0
+    part = views[0][5:9]
+    views[0] = None
+    assert lending.take(256 * KIB) is None
+    del part
+    assert lending.address_of(lending.take(256 * KIB)) == start
+    lending.close()  # somebody still looks: it stays
+    views[1][:] = bytes(256 * KIB)
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------------------
@@ -229,6 +245,19 @@ def test_what_the_peer_never_takes_ends_the_link_and_the_next_one_does_without(w
     assert pair.b.carriers() == {"peer:a": "tcp"} and pair.b.counters["without_nixl"] == 1
     assert any("don't take nixl" in event.reason for event in pair.of(pair.b, Broken))
     carries(pair)
+
+
+def test_a_payload_in_lent_memory_is_sent_from_there(pair):
+    for number in range(1, 60):  # more than there is: what is not lent is copied
+        payload = pair.b.lend(FRAME_BYTES)
+        payload[:] = pattern(number)
+        while not pair.b.send("peer:a", kv(number, FRAME_BYTES), payload):
+            pair.turn()
+        del payload
+        pair.turn()
+    pair.until(lambda: len(pair.of(pair.a, Frame)) == 59, "all of them")
+    assert all(bytes(frame.payload) == pattern(number_of(frame)) for frame in pair.of(pair.a, Frame))
+    assert not pair.of(pair.a, Broken)
 
 
 def carries(pair: Pair) -> None:
@@ -376,7 +405,8 @@ def ups(events: list) -> int:
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_writer_killed_or_stopped_in_mid_write(way, blow):
     """What it had not finished is never seen, what it writes later lands nowhere."""
-    transport, events, writer = ZeromqTransport("a", nixl=WAYS[way]), [], Other(write_for_ever, WAYS[way])
+    writer = Other(write_for_ever, WAYS[way])
+    transport, events = ZeromqTransport("a", nixl=WAYS[way]), []
     try:
         writer.pipe.send(transport.listen("tcp://127.0.0.1:0"))
         until(transport, events, lambda: len(frames(events)) >= 20)
