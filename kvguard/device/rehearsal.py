@@ -55,7 +55,11 @@ class Rehearsal:
     def run(self) -> None:
         """Whatever waits, in order."""
         while self._queue:
-            self._queue.popleft()()
+            self.step()
+
+    def step(self) -> None:
+        """The next thing that waits, alone."""
+        self._queue.popleft()()
 
     def _put(self, work: Callable[[], None]) -> None:
         if self._lost:
