@@ -148,6 +148,8 @@ class NixlChannel:
             return False
         self._queue.append((head, payload))
         self.queued_bytes += size
+        if self._writes and self._settle():
+            self._moved_ns = time.monotonic_ns()
         self.flush()
         return True
 
@@ -232,13 +234,19 @@ class NixlChannel:
             for note in notes:
                 if note != BEAT:
                     self._take(note)
-        while self._writes and self._agent.is_done(self._writes[0][0]):
-            self._agent.release(self._writes.popleft()[0])
-            self._reached, moved = True, True
-        for write, _, _ in islice(self._writes, NOTES_MAX):
-            self._agent.is_done(write)  # its note leaves now, if it can
+        moved = self._settle() or moved
         if moved:
             self.flush()
+        return moved
+
+    def _settle(self) -> bool:
+        """Ask after what is being written: without that nothing of it, and no note, leaves. True when the oldest is done."""
+        moved = False
+        while self._writes and self._agent.is_done(self._writes[0][0]):
+            self._agent.release(self._writes.popleft()[0])
+            self._reached = moved = True
+        for write, _, _ in islice(self._writes, 1, NOTES_MAX):
+            self._agent.is_done(write)
         return moved
 
     def _take(self, note: bytes) -> None:
