@@ -28,6 +28,7 @@ class Daemon:
         self.plan: m.PlanOrder | None = None
         self.dropped: list[StreamId] = []
         self.lineages: dict[str, tuple] = {}
+        self.births: dict[StreamId, int] = {}  # of all that a stream's copies here hold
         self.errors: dict[str, str] = {}  # part -> why it fails
         self.silent_parts: list[str] = []
 
@@ -80,7 +81,7 @@ class Daemon:
         pools = [(has["stream"], "pool", has["alive"], has["rows"]) for has in self.ranks.values()]
         held = [*pools, *((stream, "replica", True, rows) for stream, rows in self.replicas.items())]
         return tuple(
-            m.Holding(stream, kind, alive, tuple(rows), (1,) * len(rows), tuple(self.lineages.get(name, (Fork(0, 0),)) for name in rows), tuple(r[0] for r in rows.values()), tuple(r[1] for r in rows.values()))
+            m.Holding(stream, kind, alive, tuple(rows), (1,) * len(rows), tuple(self.lineages.get(name, (Fork(0, 0),)) for name in rows), tuple(r[0] for r in rows.values()), tuple(r[1] for r in rows.values()), 0, (self.births.get(stream, 0),) * len(rows))
             for stream, kind, alive, rows in held
         )  # fmt: skip
 

@@ -42,6 +42,20 @@ def test_process_death_adopts_the_pool():
     assert not [key for key in cast.store if key.startswith(("recovery", "resume"))], "nothing is pending any more"
 
 
+def test_another_sequence_of_the_name_is_noted_and_what_was_decided_survives_a_restart():
+    cast = three_stages()
+    for daemon in cast.daemons.values():
+        daemon.births = {stream: 1 if stream.rank == R1 else 2 for stream in (*daemon.replicas, *(has["stream"] for has in daemon.ranks.values()))}
+    cast.kill(cast.daemons["b"])
+    cast.run(3000)
+    (resume,) = cast.emitter.resumes
+    assert {e.sequence: (e.position, e.rung) for e in resume.sequences} == {"s": (0, "tokens"), "t": (0, "tokens")}
+    assert sorted({note.subject for note in cast.noted("other_life")}) == ["i s", "i t"]
+    assert cast.coordinator.known.births == {INSTANCE: {"s": 2, "t": 2}}
+    cast._begin()
+    assert cast.coordinator.known.births == {INSTANCE: {"s": 2, "t": 2}}
+
+
 def test_durable_before_it_is_said():
     cast = three_stages()
     cast.say(cast.daemons["b"], cast.daemons["b"].kill_rank(R1))

@@ -114,6 +114,14 @@ class Checks:
                 held = token_in(replica.arena.block(block), slot, False)
             assert held == slot_bytes(values[position], stage), f"I1: {life.name} holds wrong bytes of {sequence.name} at {position} (stream {replica.stream}, block {block})"
 
+    def of_one_life(self, known) -> None:
+        """I1: ids that a plan takes and the request that comes with them are of one sequence, whatever else bore its name."""
+        _, _, life = (int(part) for part in known.request.split(b","))
+        first = self.world.prompts.get(life)
+        assert first is not None, f"I1: {known.sequence} comes back with a request that nobody made: {known.request!r}"
+        ids = [int.from_bytes(known.ids[n : n + 4], "little") for n in range(0, len(known.ids), 4)]
+        assert ids[: len(first)] == list(first[: len(ids)]), f"I1: {known.sequence} comes back with the ids of another of its lives"
+
     def whole_store(self, life) -> None:
         for replica in life.shell.store._replicas.values():
             for sequence in replica.live():
@@ -196,6 +204,8 @@ class Checks:
             for name, row in live.items():
                 known = next((entry.known.ids for entry in resume.sequences if entry.sequence == name), b"")
                 own = b"".join(int(token).to_bytes(4, "little") for token in guard.table.ids(row))
+                requests = [entry.known.request for entry in resume.sequences if entry.sequence == name]
+                assert guard.table.meta(row).request in requests, f"I1: {rank} goes on with another life of {name} than is resumed"
                 assert known.startswith(own), f"I1: {rank} has ids of {name} that nobody resumes with"
                 assert name in named, f"I1: {rank} goes on with {name}, which the plan doesn't name"
         for name, sequence in driver.sequences.items():
@@ -206,11 +216,13 @@ class Checks:
         world.count("resumed_sequences", len(resume.sequences))
         for entry in resume.sequences:
             world.count(f"rung_{entry.rung}")
+            self.of_one_life(entry.known)
 
     def moved(self, driver, resume) -> None:
         """I1, I2: what moves is what was emitted, and what isn't named was never reported, or somebody says why."""
         named = {entry.sequence: True for entry in resume.sequences}
         for entry in resume.sequences:
+            self.of_one_life(entry.known)
             ids = [int.from_bytes(entry.known.ids[n : n + 4], "little") for n in range(0, len(entry.known.ids), 4)]
             old, life = driver.sequences.get(entry.sequence), int(entry.known.request.split(b",")[2])
             common = min(len(ids), len(old.ids)) if old is not None and old.life == life else 0

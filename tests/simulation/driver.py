@@ -334,6 +334,7 @@ class Driver:
             if whole:
                 world.count("prefixes_shared")
         self.sequences[name] = sequence
+        world.prompts[sequence.life] = tuple(ids)
 
     def _extend(self, sequence: Running, commits, slots, grown) -> None:
         end = min(len(sequence.ids), sequence.kv + CHUNK)

@@ -29,7 +29,7 @@ from kvguard.types import Rank
 COORDINATOR, DRIVER = "coordinator", "driver"
 SETTINGS = Settings(
     Patience(50 * MS, 150 * MS, 300 * MS, 500 * MS, 500 * MS, 400 * MS), exclude_ns=600 * MS, seal_ns=3000 * MS, standby_ns=6000 * MS, restore_ns=3000 * MS,
-    moved_ns=3000 * MS,
+    settle_ns=1500 * MS, moved_ns=3000 * MS,
     replace_ns=1000 * MS, backoff_ns=50 * MS, backoff_free=6, failovers_max=1000, window_ns=5000 * MS, attempts_max=30,
 )  # fmt: skip
 DRAIN_NS = 25_000 * MS
@@ -77,6 +77,7 @@ class World:
         self.quiet = self.draining = False
         self.names = 0
         self.finished: dict[int, bool] = {}
+        self.prompts: dict[int, tuple[int, ...]] = {}  # by life
         self.rolled_back: list[int] = []
         self.processes: dict[str, RankProcess] = {}
         self._graveyard: list[RankProcess] = []
