@@ -8,7 +8,7 @@ would be used twice.
 
 from __future__ import annotations
 
-import secrets
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from pathlib import Path
 from kvguard.errors import BadConfig, KvguardError
 
 INCARNATION = "incarnation"
-FIRST_BITS = 48
+FIRST_BYTES = 6
 
 
 class NotDurable(KvguardError):
@@ -79,7 +79,7 @@ class Journal:
         process that lost its journal isn't taken for its former self."""
         with self._durably(INCARNATION):
             found = self._db.execute("SELECT value FROM facts WHERE key = ?", (INCARNATION,)).fetchone()
-        number = int(found[0]) + 1 if found else 1 + secrets.randbits(FIRST_BITS)
+        number = int(found[0]) + 1 if found else 1 + int.from_bytes(os.urandom(FIRST_BYTES))
         self.persist(INCARNATION, str(number).encode())
         return number
 

@@ -8,7 +8,6 @@ it promised about; what was kept and isn't wanted any more is forgotten at once.
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 
 from kvguard.daemon.journal import Journal
@@ -74,6 +73,6 @@ def owner_of(journal: Journal, boot_id: str = BOOT_ID) -> bytes:
     """The mark of this journal in this boot."""
     token = journal.load().get(OWNER)
     if token is None:
-        token = secrets.token_bytes(16)
+        token = os.urandom(16)
         journal.persist(OWNER, token)
     return Path(boot_id).read_bytes().strip() + b" " + token

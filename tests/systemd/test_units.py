@@ -102,6 +102,14 @@ def test_the_user_is_made(installed):
     assert "kvguard:" in (installed / "etc/passwd").read_text()
 
 
+def test_modules_are_compiled_for_a_user_who_could_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    (tmp_path / "one.py").write_text("A = 1\n")
+    assert systemd.compiled(tmp_path) and list(tmp_path.glob("__pycache__/one.*.pyc"))
+    (tmp_path / "two.py").write_text("A =\n")
+    assert not systemd.compiled(tmp_path)
+
+
 def test_every_file_comes_with_the_wheel():
     listed = (ROOT / "pyproject.toml").read_text()
     for path in (ROOT / "systemd").rglob("*"):
