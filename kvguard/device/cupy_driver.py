@@ -167,7 +167,7 @@ class CupyDriver:
     def pinned(self, size: int) -> tuple[memoryview, int]:
         address = self._runtime.hostAlloc(max(size, 1), HOST_PORTABLE | HOST_MAPPED)
         memory = (ctypes.c_ubyte * max(size, 1)).from_address(address)
-        weakref.finalize(memory, self._runtime.freeHost, address)
+        weakref.finalize(memory, self._runtime.freeHost, address).atexit = False  # the context goes first then, and takes it along
         return memoryview(memory).cast("B"), address
 
     @_guarded
@@ -251,8 +251,8 @@ class CupyDriver:
             self._functions = {one: module.get_function(one) for one in (*names, "kvg_publish")}
         return self._functions[name]
 
+    @_guarded
     def compile(self) -> None:
-        """Do now what the first launch would do: some 100 ms."""
         self._function("kvg_publish")
 
 
@@ -261,7 +261,7 @@ class _Event:
 
     def __init__(self, runtime: Any) -> None:
         self.address = runtime.eventCreateWithFlags(NO_TIMING)
-        weakref.finalize(self, runtime.eventDestroy, self.address)
+        weakref.finalize(self, runtime.eventDestroy, self.address).atexit = False
 
 
 def _text(value: Any) -> str:

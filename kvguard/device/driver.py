@@ -83,6 +83,9 @@ class Driver(Protocol):
 
     def copy_rows(self, to: int, to_pitch: int, at: int, at_pitch: int, width: int, rows: int, stream: Stream) -> None: ...
 
+    def compile(self) -> None:
+        """Do now what the first launch would do: compile the kernels."""
+
     def launch(self, launch: Launch, pool: int, flat: int, slots: int, places: int, runs: int, stream: Stream) -> None:
         """One kernel of pool.cu. `slots`, `places` (0: none), `flat`: of the whole columns; what the launch skips is added here."""
 

@@ -84,6 +84,7 @@ class GpuPool:
         self.lost = ""
         self._stream = driver.stream(urgent=False)
         self._tables = Tables(driver, self.plan, self._stream)
+        driver.compile()
         self._staging_bytes = staging_bytes
         self._staging: Staging | None = None  # made when it is first needed: a daemon that runs copy engines alone never does
         self._lock = threading.Lock()

@@ -23,7 +23,8 @@ class LayeredRestore:
     `wait(layer, stream)`: that stream goes on behind the layer; `finish()`: all layers, by the deadline. Raises Refused for places outside `memory`.
     """
 
-    def __init__(self, pool: GpuPool, memory: memoryview, places: np.ndarray, slots: np.ndarray, deadline_s: float) -> None:
+    def __init__(self, pool: GpuPool, memory: memoryview, places: np.ndarray, slots: np.ndarray, deadline_s: float, source: int = 0) -> None:
+        """`source`: the device's address of `memory` where the caller has registered it, which takes longer than a restore; 0: it is registered here."""
         places, slots = np.asarray(places, np.int64), np.asarray(slots, np.int64)
         unit = pool.plan.unit_bytes
         if places.size != slots.size or (places.size and (places.min() < 0 or places.max() + unit > memory.nbytes)):
@@ -36,7 +37,8 @@ class LayeredRestore:
         self._columns = self._driver.allocate(2 * 8 * max(1, slots.size) + ALIGNMENT)
         self._host, pinned = self._driver.pinned(2 * 8 * max(1, slots.size))
         np.frombuffer(self._host, np.int64)[: 2 * slots.size] = np.concatenate([slots, places])
-        source = self._driver.registered(memory)
+        self._registered = not source
+        source = source or self._driver.registered(memory)
         self._driver.wait(self._stream, self._driver.record(pool.current()))
         self._driver.copy(self._columns, pinned, 16 * slots.size, self._stream)
         self._events: list[Event] = []
@@ -69,7 +71,8 @@ class LayeredRestore:
         """Waits for what is on its way, so that nothing writes into the pool, or reads the pages, afterwards. Idempotent."""
         if self._memory is not None:
             self._driver.synchronise(self._stream)
-            self._driver.unregistered(self._memory)
+            if self._registered:
+                self._driver.unregistered(self._memory)
             self._driver.free(self._columns)
             self._memory = None
 
