@@ -6,6 +6,7 @@ Knows: /proc/PID/fd, the commit table, pages. Must not know: vLLM's process tree
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from kvguard.device.host import HostDevice, HostPool
@@ -62,15 +63,15 @@ def smollm2_layout(slab_bytes: int) -> Layout:
 
 
 class Glass:
-    """One engine (by its process group) and the daemon that holds its replica (by pid)."""
+    """One engine (by its process group) and the daemon that holds its replica (by pid). `positions`: how far that daemon has each sequence now."""
 
-    def __init__(self, group: int, holder: int) -> None:
+    def __init__(self, group: int, holder: int, positions: Callable[[], dict[str, int]]) -> None:
         [worker] = [pid for pid in processes_of(group) if holds(pid, "kvguard-vllm-pool")]
         [slab] = descriptors([worker], "kvguard-vllm-pool")
         self.pool: HostPool = HostDevice().open(smollm2_layout(os.fstat(slab).st_size), [slab], writable=False)
         [table] = descriptors([worker], "kvguard-table")
         self.table = TableReader(table)
-        self.worker, self._holder = worker, holder
+        self.worker, self._holder, self._positions = worker, holder, positions
         self._blocks: dict[int, list[int]] = {}
         self._committed: dict[int, int] = {}
         self._rows: dict[str, int] = {}
@@ -120,11 +121,16 @@ class Glass:
         `damage`: flips a bit of what was read from the pool: the comparison must notice.
         """
         arenas, equal, missing, gone = self.arenas(), 0, 0, 0
-        rows, voids = dict(self._rows), dict(self._voids)
+        rows, voids, whole = dict(self._rows), dict(self._voids), self._positions()
         for name, (blocks, committed) in look.items():
             row = rows[name]
             for index in range(-(-committed // TOKENS)):
-                block, tokens = blocks[index], min(TOKENS, committed - index * TOKENS)
+                # Beyond a sequence's position a page holds what it held before, with sums that hold: nobody may read there.
+                tokens = min(TOKENS, committed - index * TOKENS, whole.get(name, 0) - index * TOKENS)
+                if tokens <= 0:
+                    missing += committed - index * TOKENS
+                    break
+                block = blocks[index]
                 generation = int(self.table.views.block_generations[block])
                 held = next((found for arena in arenas if (found := page_of(arena, block, generation, tokens)) is not None), None)
                 here = self.block(block, tokens)

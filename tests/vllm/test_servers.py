@@ -39,7 +39,7 @@ def small(tmp_path_factory):
 @pytest.fixture
 def glass(small):
     """Of A, its replica on node b."""
-    return Glass(small.servers["smol-a"].popen.pid, small.running["b"].pid)
+    return glass_of(small, "a", "b")
 
 
 def prompt_of(number: int, tokens: int) -> list[int]:
@@ -55,6 +55,15 @@ def metric(server, name: str) -> float:
 def replicas(world, node: str, instance: str) -> list[dict]:
     """What a node holds for an instance."""
     return [one for one in ask(world.addresses[node], "replicas", {}, timeout=5.0)["replicas"] if one["instance"] == instance]
+
+
+def glass_of(world, name: str, holder: str) -> Glass:
+    """Of the server smol-`name`, and its replica on node `holder`."""
+
+    def positions() -> dict[str, int]:
+        return {one["sequence"]: one["positions"] for one in replicas(world, holder, f"smol-{name}") if one["rank"] == "0.0.0" and not one["released"]}
+
+    return Glass(world.servers[f"smol-{name}"].popen.pid, world.running[holder].pid, positions)
 
 
 class Streams:
@@ -160,7 +169,7 @@ def test_killed_requests_go_on_in_another_server(small, glass):
         assert outcome["restored"] == 0 and outcome["why"], outcome
         assert answer["choices"][0]["token_ids"] == wanted[len(known) - len(prompt) :][:3]
 
-        before, copy = metric(b, EXTERNAL), Glass(b.popen.pid, small.running["b"].pid)
+        before, copy = metric(b, EXTERNAL), glass_of(small, "b", "a")
         streams.start(b, "moved", known, len(prompt) + tokens - len(known), kv_transfer_params={"kvguard": moves.encode(token)})
         blocks = small.until("it runs in b", lambda: (found := copy.look().get("moved")) and found[1] > restored and found[0], 60)
         for index in range(-(-restored // 32)):
@@ -170,6 +179,7 @@ def test_killed_requests_go_on_in_another_server(small, glass):
         assert metric(b, EXTERNAL) - before == restored
         assert known[len(prompt) :] + streams.ids["moved"] == wanted
         outlet.delivered(["moving"])
+        small.until("nothing to be kept of it", lambda: not any(one["sequence"] == "moving" for one in replicas(small, "b", "smol-a")))
     finally:
         outlet.close()
 
@@ -181,7 +191,7 @@ def test_an_engine_restarted_in_place_begins_empty_and_is_protected(small):
     a = small.start_server("a", *SMALL)
     streams = Streams()
     streams.start(a, "again", prompt_of(30, 40), 60)
-    glass = Glass(a.popen.pid, small.running["b"].pid)
+    glass = glass_of(small, "a", "b")
     small.until("replicated", lambda: glass.compared(glass.look())[0] > 40, 60)
     streams.join()
     rank = small.until("alive in the status", lambda: small.rank("smol-a"))
@@ -210,7 +220,7 @@ def test_a_daemon_that_restarts_is_joined_again(small):
         gone = len(streams.ids["through"])
         small.until("progress without a daemon", lambda: len(streams.ids["through"]) > gone + 5, 60)
         small.start_daemons("b")
-        copy = Glass(server.popen.pid, small.running["a"].pid)
+        copy = glass_of(small, "b", "a")
         small.until("replicated again", lambda: copy.compared(copy.look())[0] > 40, 60)
         assert streams.running, "not one answer was lost"
     finally:
