@@ -61,14 +61,18 @@ class Stream:
 # ---- bytes ----------------------------------------------------------------------------------------------------------------------
 
 
+def fresh(size: int) -> memoryview:
+    return memoryview(bytearray(size))
+
+
 def _fresh(stream: Stream, wanted: tuple[np.ndarray, np.ndarray], rows: np.ndarray, blocks: np.ndarray) -> np.ndarray:
     """Which pieces' generations are the wanted ones now, bool [n]."""
     of_rows, of_blocks = stream.table.generations(rows, blocks)
     return (of_rows == wanted[0]) & (of_blocks == wanted[1])
 
 
-def capture(stream: Stream, effect: effects.Capture) -> tuple[memoryview, tuple[int, ...], bytes]:
-    """(bytes of the good pieces in order, indices of the stale ones, packed sums of the good ones)."""
+def capture(stream: Stream, effect: effects.Capture, lend: Callable[[int], memoryview] = fresh) -> tuple[memoryview, tuple[int, ...], bytes]:
+    """(bytes of the good pieces in order, indices of the stale ones, packed sums of the good ones). `lend`: writable memory for so many bytes."""
     import numpy as np
 
     shape = stream.shape
@@ -79,7 +83,7 @@ def capture(stream: Stream, effect: effects.Capture) -> tuple[memoryview, tuple[
     sizes = np.where(flags == PIECE_TOKENS, counts * shape.token_bytes, np.where(flags == PIECE_BLOCK, shape.block_bytes, 0))
     before = _fresh(stream, wanted, rows, blocks)
     copied = before & (flags != PIECE_REFERENCE)
-    out = memoryview(bytearray(int(sizes[copied].sum())))
+    out = lend(int(sizes[copied].sum()))
     if copied.any():
         try:
             if shape.addressable:

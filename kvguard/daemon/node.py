@@ -90,6 +90,7 @@ class NodeDaemon:
         moments.reached("read_back")
         self.shell = NodeShell(
             transport=self.transport, journal=self.journal, clock=time.monotonic_ns, noted=noted, node=config.name, store=store, engines=None,
+            lend=self.transport.lend,
         )  # fmt: skip
         self.loop = Loop(self.core, node_performer(self.shell))
         device = LaterDevice(config.device, capture=config.capture, ring_bytes=config.ring_bytes, bytes_per_s=config.capture_bytes_per_s)

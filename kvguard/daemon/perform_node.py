@@ -77,6 +77,7 @@ class NodeShell(Shell):
     moved: dict[str, PlanOrder] = field(default_factory=dict)  # by dead instance: what other instances' engines may fetch, and the secret that proves it
     pushes: dict[StreamId, Push] = field(default_factory=dict)  # replicas to be pushed on that are still being read (daemon/checking.py)
     slice_bytes: int = 16 << 20  # of replicas, verified in one go: 3 to 5 ms of hashing
+    lend: Callable[[int], memoryview] = capturing.fresh  # memory for payloads; a transport that writes from where they are lends its own
     corrupt_frames: int = 0  # drills: how many of the next KV frames leave with one byte changed
 
 
@@ -87,7 +88,7 @@ def capture(shell: NodeShell, effect: effects.Capture) -> Events:
     stream = shell.streams.get(effect.stream)
     if stream is None:
         return all_stale(effect, "the stream is gone")
-    data, stale, sums = capturing.capture(stream, effect)
+    data, stale, sums = capturing.capture(stream, effect, shell.lend)
     shell.counters["captures"] += 1
     shell.counters["pieces_stale"] += len(stale)
     buffer = shell.buffers.keep(data) if len(data) else 0
