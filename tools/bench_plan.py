@@ -25,6 +25,7 @@ def situation(ranks: int, lost: int, sequences: int, shuffled: bool, seed: int) 
     draw = random.Random(seed)
     names = tuple(f"sequence-{i:06d}" for i in range(sequences))
     base = [draw.randrange(1, 8192) for _ in names]
+    birth = [random.Random(name).getrandbits(64) for name in names]
     members = {Rank(0, stage, 0): f"node{stage:02d}" for stage in range(ranks)}
     stages = sorted(draw.sample(range(ranks), lost))
     gone = tuple(Rank(0, stage, 0) for stage in stages)
@@ -37,7 +38,8 @@ def situation(ranks: int, lost: int, sequences: int, shuffled: bool, seed: int) 
         positions = tuple([max(0, base[i] - draw.randrange(behind + 1)) for i in order])
         stream = StreamId(INSTANCE, Rank(0, stage, 0), 1000 + stage)
         ids = tuple([base[i] + 1 for i in order])
-        return Holding(stream, kind, kind == "pool", tuple([names[i] for i in order]), (1,) * sequences, (lineage,) * sequences, positions, ids)
+        births = tuple([birth[i] for i in order])
+        return Holding(stream, kind, kind == "pool", tuple([names[i] for i in order]), (1,) * sequences, (lineage,) * sequences, positions, ids, 0, births)
 
     reports = []
     for stage in range(ranks):
