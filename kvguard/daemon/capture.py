@@ -8,6 +8,7 @@ that is sent; a capture completes before this returns (host pools; a device pool
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
