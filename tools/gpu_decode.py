@@ -1,8 +1,8 @@
 """What captures cost a decoding engine: one loop of matrix products of a model's sizes, paired with no guard, with engine-side and with daemon-side captures.
 
 Knows: torch (where there is a GPU), pools, a daemon's side in another process (this file, run as a program). Must not know: reports.
-Invariants: the variants take turns in short blocks of steps, so that what else happens to the GPU happens to all; the daemon's process captures every step that it
-sees, as a daemon does; medians and 99th percentiles with a bootstrap interval of the ratio.
+Invariants: the variants take turns in short blocks of steps, so that what else happens to the GPU happens to all; the daemon's process captures every step
+that it sees, as a daemon does; medians and 99th percentiles with a bootstrap interval of the ratio.
 """
 
 from __future__ import annotations
@@ -146,11 +146,15 @@ class Side:
 
 
 def summary(times: dict[str, np.ndarray]) -> dict[str, object]:
+    """The median step without a guard, and what each kind of capture adds, with 95 % intervals."""
     random, found = np.random.default_rng(1), {"none_ms": round(float(np.median(times["none"])), 3)}
+
+    def drawn(name: str, quantile: int) -> float:
+        return float(np.percentile(random.choice(times[name], times[name].size), quantile))
+
     for name in ("engine", "daemon"):
         for quantile in (50, 99):
-            ratio = [np.percentile(random.choice(times[name], times[name].size), quantile) / np.percentile(random.choice(times["none"], times["none"].size), quantile)
-                     for _ in range(400)]  # fmt: skip
+            ratio = [drawn(name, quantile) / drawn("none", quantile) for _ in range(400)]
             middle = np.percentile(times[name], quantile) / np.percentile(times["none"], quantile)
             low, high = np.percentile(ratio, [2.5, 97.5])
             found[f"{name}_p{quantile}"] = f"{100 * (middle - 1):+.2f} % ({100 * (low - 1):+.2f} .. {100 * (high - 1):+.2f})"

@@ -18,7 +18,7 @@ from kvguard.errors import Refused, TimedOut
 
 
 class LayeredRestore:
-    """Begun when made; a context. `memory`: mapped pages (an arena), `places`: int64 [n], where each slot's canonical bytes begin in it; `slots`: where they go.
+    """Begun when made; a context. `memory`: mapped pages (an arena), `places`: int64 [n], where each slot's canonical bytes begin in it; `slots`: their slots.
 
     `wait(layer, stream)`: that stream goes on behind the layer; `finish()`: all layers, by the deadline. Raises Refused for places outside `memory`.
     """
