@@ -1,7 +1,8 @@
 """All that a node sends: its ranks' streams and those that it pushes on, each to its holders over one link per peer.
 
 Knows: local streams, who shall hold them, links by name. Must not know: promises and plans beyond the epoch it is told, others' streams.
-Invariants: one sender per (stream, holder), one link per peer, hung up with its last user; every capture's buffer goes out again.
+Invariants: one sender per (stream, holder), one link per peer, hung up with its last user; every capture's buffer goes out again; a clean end is said to each
+holder, also to one that was away when it came, as long as this process lives.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ Effects = tuple[Effect, ...]
 
 
 PEER = "peer:"
+UNSAID_MAX = 256  # ends that wait for one holder: whoever is away for more of them keeps what it has
 
 
 class Outbound:
@@ -31,6 +33,7 @@ class Outbound:
         self._wanted: dict[tuple[str, Rank], Assign] = {}
         self._dialled: dict[str, str] = {}
         self._up: dict[str, str] = {}  # what their payloads travel over
+        self._unsaid: dict[str, dict[StreamId, StreamEnd]] = {}  # by link: clean ends whose holder was away
         self._sessions, self._captures = count(1), count(1)
 
     def all(self) -> list[LocalStream]:
@@ -51,6 +54,8 @@ class Outbound:
     def check(self) -> None:
         used = {sender.link: None for local in self.all() for sender in local.senders.values()}
         assert set(used) <= set(self._dialled), "a sender whose link nobody dialled"
+        assert set(self._unsaid) <= set(self._dialled) - set(self._up), "an end that could have been said"
+        assert all(0 < len(ends) <= UNSAID_MAX for ends in self._unsaid.values())
         for local in self.all():
             local.check()
             for sender in local.senders.values():
@@ -100,6 +105,9 @@ class Outbound:
         link = f"peer:{node}"
         sender = Sender(local.stream, local.ledger, node, link, local.epoch, self._sessions, self._captures, self._settings)
         local.senders[node] = sender
+        self._unsaid.get(link, {}).pop(local.stream, None)
+        if link in self._unsaid and not self._unsaid[link]:
+            del self._unsaid[link]
         if local.fenced:
             sender.fence()
         return sender.step(now, LinkUp(link)) if link in self._up else ()
@@ -113,11 +121,22 @@ class Outbound:
 
     def _end(self, local: LocalStream, node: NodeId, reason: str) -> Effects:
         sender = local.senders.pop(node)
-        out = (Send(sender.link, StreamEnd(local.stream, local.epoch, reason)),) if sender.linked else ()
+        end = StreamEnd(local.stream, local.epoch, reason)
+        out: Effects = (Send(sender.link, end),) if sender.linked else self._keep(sender.link, end)
         return (*out, Note("holder_ended", f"{local.stream} -> {node}", reason), *self._hang_up(sender.link))
 
+    def _keep(self, link: str, end: StreamEnd) -> Effects:
+        """To be said when the holder is back: nobody else would ever tell it that what it has is of no use."""
+        ends = self._unsaid.setdefault(link, {})
+        ends[end.stream] = end
+        if len(ends) <= UNSAID_MAX:
+            return ()
+        oldest = next(iter(ends))
+        del ends[oldest]
+        return (Note("end_unsaid", f"{oldest} -> {link}", f"{UNSAID_MAX} later ends wait for it already"),)
+
     def _hang_up(self, link: str) -> Effects:
-        if link not in self._dialled or any(sender.link == link for local in self.all() for sender in local.senders.values()):
+        if link not in self._dialled or link in self._unsaid or any(sender.link == link for local in self.all() for sender in local.senders.values()):
             return ()
         del self._dialled[link]
         self._up.pop(link, None)
@@ -182,7 +201,9 @@ class Outbound:
         else:
             self._up.pop(event.link, None)
         senders = [sender for local in self.all() for sender in local.senders.values() if sender.link == event.link]
-        return tuple(effect for sender in senders for effect in sender.step(now, event))
+        out = tuple(effect for sender in senders for effect in sender.step(now, event))
+        ends = self._unsaid.pop(event.link, {}) if up else {}
+        return (*out, *(Send(event.link, end) for end in ends.values()), *(self._hang_up(event.link) if ends else ()))
 
     def tick(self, now: int, event: Event) -> Effects:
         return tuple(effect for local in self.all() for effect in local.tell(now, event))
