@@ -48,6 +48,7 @@ from kvguard.transport.zeromq import ZeromqTransport
 from kvguard.types import Epoch
 
 log = logging.getLogger(__name__)
+_warming = threading.Lock()
 
 EXPIRE_NS = 1_000_000_000
 FIGURES_NS = 500_000_000  # how old the store's figures in a beat may be: waking for each beat costs half of what an idle daemon costs
@@ -179,6 +180,7 @@ class NodeDaemon:
             yield event
 
     def _engines(self) -> Iterable[events.Event]:
+        warm()
         told: list[events.Event] = []
         for incoming in self.control.receive():
             if type(incoming) is LocalIncoming:
@@ -270,9 +272,10 @@ class LaterDevice:
 
 
 def warm() -> None:
-    """Import what the first engine, capture or push would wait for."""
-    for name in ("kvguard.engine.look", "kvguard.engine.packets", "kvguard.engine.lifeline", "kvguard.device.host"):
-        importlib.import_module(name)
+    """Import what the first engine, capture or push would wait for. One thread at a time: two that enter a package by different modules lock each other out."""
+    with _warming:
+        for name in ("kvguard.engine", "kvguard.engine.look", "kvguard.engine.packets", "kvguard.engine.lifeline", "kvguard.device.host"):
+            importlib.import_module(name)
 
 
 def made_private(directory: Path) -> None:
