@@ -31,6 +31,7 @@ VERBS = {
     "systemd": ("kvguard.cli.systemd", "The daemons as systemd services."),
     "top": ("kvguard.cli.top", "A live screen: ranks, lag, windows, arenas, epochs, recoveries."),
     "unpause": ("kvguard.cli.orders", "Allow automatic failovers again."),
+    "wait-salvaged": ("kvguard.cli.salvaged", "Wait until nothing of a dead engine's memory is held here: for ExecStartPre."),
 }
 DAEMONS = ("node", "coordinator")  # what starts without the rest (starting.py)
 

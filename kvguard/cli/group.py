@@ -22,7 +22,7 @@ class Verbs(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
             return None
-        return getattr(importlib.import_module(VERBS[name][0]), name)
+        return getattr(importlib.import_module(VERBS[name][0]), name.replace("-", "_"))
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):

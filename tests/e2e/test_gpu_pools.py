@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 pytestmark = pytest.mark.e2e
@@ -62,6 +65,19 @@ def test_a_killed_engine_s_gpu_memory_is_salvaged_and_adopted(on_gpu):
     cluster.protected(RANK, 55)
     assert standby.tell("sums")["sums"] == cluster.ask("b", "sums", instance="llama", rank=RANK)["sums"]
     assert "2 of 2 sequences salvaged" in (cluster.directory / "a.log").read_text()
+
+
+def test_an_engine_s_unit_waits_for_its_memory(on_gpu):
+    cluster = on_gpu()
+    engine = cluster.engine("rank", "a", RANK)
+    engine.tell("step", commits=[["one", 40]])
+    cluster.protected(RANK, 40)
+    command = [sys.executable, "-m", "kvguard.cli", "wait-salvaged", "llama", RANK, "--config", str(cluster.directory / "a.toml")]
+    lives = subprocess.run([*command, "--wait", "0"], capture_output=True, text=True, timeout=60, check=False)
+    assert lives.returncode == 5 and "is still served" in lives.stderr
+    engine.kill()
+    assert subprocess.run([*command, "--wait", "20"], timeout=60, check=False).returncode == 0
+    assert "1 of 1 sequences salvaged" in (cluster.directory / "a.log").read_text()
 
 
 def test_a_lost_node_s_replica_is_pulled_into_a_gpu(on_gpu):
