@@ -81,7 +81,7 @@ class Emitter:
         self.instance, self.incarnation = instance, int.from_bytes(os.urandom(8), "little") >> 1 or 1
         self._link = f"{COORDINATOR}/{instance}"  # one process may be the emitter of several instances, with one key
         self._coordinator, self._beat_s, self._moves, self._silence_ms = coordinator, beat_ms / 1000, moves, silence_ms
-        self._changed = threading.Condition()
+        self._changed, self._keys = threading.Condition(), keys
         self._adopted, self._announced = epoch, messages.Fenced(instance, epoch, "")
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._welcome: messages.Welcome | None = None
@@ -211,6 +211,15 @@ class Emitter:
                 raise question.error
             return min(question.positions)
 
+    def rekey(self, keys: Keys) -> None:
+        """Other keys from now on (transport.zeromq.ZeromqTransport.rekey), soon. Raises BadConfig where this emitter was made without keys."""
+        if self._keys is None:
+            raise BadConfig("an emitter that was made without keys can't have some. Try: connect() again")
+        with self._changed:
+            self._keys = keys
+            if not self._closing:
+                self._wakeup.again(_nothing)
+
     def close(self) -> None:
         with self._changed:
             if self._closing:
@@ -250,6 +259,8 @@ class Emitter:
                 if self._closing:
                     return
                 self._wakeup.ready()
+                if self._keys is not None:
+                    self._transport.rekey(self._keys)  # nothing where they are the same
                 for event in self._transport.receive():
                     self._take(event)
                 self._dial_members()

@@ -1,7 +1,8 @@
 """The gateway as a process: emitters, connections and the server, from a configuration to SIGTERM.
 
 Knows: uvicorn, how the parts are put together. Must not know: what they do.
-Invariants: SIGTERM stops listening at once, lets the answers that are under way end (drain_ms), then ends; every emitter, thread and socket ends with it.
+Invariants: SIGTERM stops listening at once, lets the answers that are under way end (drain_ms), then ends; every emitter, thread and socket ends with it;
+SIGHUP reads the keys again and nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from urllib.parse import urlsplit
 
 import httpx
@@ -59,18 +61,44 @@ async def surroundings(settings: GatewayConfig, dial: Dial) -> AsyncIterator[Sur
     )
     # trust_env: no proxy of the environment stands between gateway and engines.
     async with httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, follow_redirects=False) as client:
-        members = []
+        members, emitters = [], []
         for line in settings.instances:
             instance = Instance(*line.split())
             upstream = Upstream(client, instance.url, settings.idle_ms / 1000)
-            watch = Watch(instance, dial(instance.name), lambda upstream=upstream: upstream.healthy(1.0))
-            members.append(Member(watch, upstream))
+            emitters.append(dial(instance.name))
+            members.append(Member(Watch(instance, emitters[-1], lambda upstream=upstream: upstream.healthy(1.0)), upstream))
         fleet = Fleet(members, counters, settings.probe_ms / 1000, {})
         try:
             await fleet.start()
-            yield Surroundings(fleet, settings, tokenizer, counters)
+            with keys_read_again(settings, emitters):
+                yield Surroundings(fleet, settings, tokenizer, counters)
         finally:
             await fleet.close()
+
+
+@contextlib.contextmanager
+def keys_read_again(settings: GatewayConfig, emitters: list[Emitter]) -> Iterator[None]:
+    """On SIGHUP, as daemons do: the file that was named at the start; a broken one changes nothing. Elsewhere than in a process's main thread: never."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def read() -> None:
+        try:
+            own = keys.load(settings.keys) if settings.keys else None
+        except BadConfig as error:
+            log.error("the keys stay as they were: %s", error)
+            return
+        for emitter in emitters if own is not None else ():
+            emitter.rekey(own)
+        log.info("keys read again: %s", own or "none are configured")
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, read)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 def server(settings: GatewayConfig, dial: Dial | None = None) -> uvicorn.Server:

@@ -281,6 +281,22 @@ def test_ask(coordinator):
         ask("tcp://127.0.0.1:1", "status", timeout=0.2)
 
 
+def test_an_emitter_gets_other_keys_while_it_runs():
+    theirs, ours, former = generate(), generate(), generate()
+    standin = Standin(keys=Keys(theirs.secret, theirs.public, {"gateway": ours.public}))
+    standin.welcome = messages.Welcome("llama", NO_EPOCH, (), False)
+    try:
+        with emitters.connect("llama", standin.address, Keys(ours.secret, ours.public, {"coordinator": former.public})) as client:
+            with pytest.raises(errors.TimedOut):
+                client.welcome(0.3)
+            client.rekey(Keys(ours.secret, ours.public, {"coordinator": former.public}, {"coordinator": (theirs.public,)}))
+            assert client.welcome(DEADLINE_S) == standin.welcome
+        with emitters.connect("llama", standin.address) as plain, pytest.raises(errors.BadConfig, match="made without keys"):
+            plain.rekey(ours)
+    finally:
+        standin.close()
+
+
 def test_ask_and_session_with_keys():
     """The client's file lists the coordinator alone: it need not know under which name it is listed itself."""
     theirs, ours, stranger = generate(), generate(), generate()

@@ -1,4 +1,4 @@
-"""`kvguard gateway` as a process: no coordinator, answers under way, SIGTERM."""
+"""`kvguard gateway` as a process: no coordinator, answers under way, SIGHUP, SIGTERM."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from kvguard import config
+from kvguard.transport import keys
 from tests.gateway import toy_model
 from tests.gateway.conftest import ROOT, until
 
@@ -26,6 +27,9 @@ def test_sigterm_drains(tmp_path, pool):
     with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as nobody:
         url, coordinator = (f"{kind}://127.0.0.1:{one.getsockname()[1]}" for kind, one in (("http", free), ("tcp", nobody)))
     values = {"listen": url, "instances": (f"a {backend.url} node-a",), "tokenizer": str(toy_model.save(tmp_path)), "coordinator": coordinator}
+    pair, key = keys.generate(), tmp_path / "gateway.key"
+    keys.save(keys.Keys(pair.secret, pair.public, {"coordinator": keys.generate().public}), key)
+    values["keys"] = str(key)
     (tmp_path / "gateway.toml").write_text(config.template(config.GatewayConfig, values))
     command = [sys.executable, "-m", "kvguard.cli", "gateway", "--config", str(tmp_path / "gateway.toml")]
     with open(tmp_path / "log", "ab") as log:
@@ -40,6 +44,10 @@ def test_sigterm_drains(tmp_path, pool):
                 return False
 
         until("the gateway", ready)
+        for content, said in ((key.read_text(), "keys read again"), ("rubbish\n", "the keys stay as they were")):
+            key.write_text(content)
+            gateway.send_signal(signal.SIGHUP)
+            until(said, lambda said=said: said in (tmp_path / "log").read_text())
         body = {"prompt": "x", "max_tokens": 60, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30, trust_env=False) as response:
             lines = response.iter_lines()
