@@ -30,7 +30,7 @@ def rebuild(writer: TableWriter) -> None:
     if max(counter, step, int(views.selectors.max())) >= NUMBERS_END or tape.split_word(writer.header[fmt.TAPE_AT // 8])[0] >= TAPES_END:
         raise Refused("the commit table's numbers are used up: its process must have written over it. Try: the replicas")
     writer.generations.counter, writer.step = counter, step
-    writer._versions[:] = views.selectors
+    writer.versions.numbers[:] = views.selectors
     memory = views.body
     touched = np.flatnonzero(views.selectors)
     kept = {row: found for row in touched.tolist() if (found := _last_version(memory, writer, row)) is not None}
@@ -74,7 +74,7 @@ def _take(writer: TableWriter, row: int, found: fmt.Row) -> None:
     views.row_block_generations[row, : len(found.blocks)] = found.block_generations
     fact = fmt.committed(found.head, writer.header[fmt.WRITTEN_AT // 8])
     head = found.head._replace(accepted=fact, prior=fact, base=fact, step=0, prior_step=0, tape=0, column=0)
-    writer._set(row, fmt.head_words(head))
+    writer.versions.set(row, fmt.head_words(head))
     writer._names[found.meta.name] = row
     writer._metas[row] = found.meta
     np.add.at(writer.generations.references, np.array(found.blocks, np.intp), 1)
@@ -83,19 +83,19 @@ def _take(writer: TableWriter, row: int, found: fmt.Row) -> None:
 def _close(writer: TableWriter, rows: list[int]) -> None:
     """Rows without an open version read as released, in a generation of their own."""
     for row in rows:
-        slot = writer.views.heads[row, int(writer._versions[row]) & 1, fmt.H_FLAGS] & U64(fmt.META_SLOT)
+        slot = writer.views.heads[row, int(writer.versions.numbers[row]) & 1, fmt.H_FLAGS] & U64(fmt.META_SLOT)
         closed = np.zeros(fmt.HEAD_WORDS, U64)
         closed[fmt.H_FLAGS] = slot
         closed[fmt.H_GENERATION] = writer.generations.raise_row(row)
-        writer._set(row, closed)
-        writer._publish_one(row)
+        writer.versions.set(row, closed)
+        writer.versions.publish_one(row)
 
 
 def _mend(writer: TableWriter, row: int, found: fmt.Row) -> None:
     """Publish the row's facts; cut it where a generation had moved on without it."""
     views = writer.views
     moved = [n for n, block in enumerate(found.blocks) if views.block_generations[block] != found.block_generations[n]]
-    writer._publish_one(row)
+    writer.versions.publish_one(row)
     if moved:
         writer.truncate(row, min(writer.accepted(row), moved[0] * writer.geometry.block_tokens))
     elif int(views.row_generations[row]) != found.head.generation:

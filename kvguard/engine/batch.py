@@ -17,10 +17,11 @@ def stage(writer, rows: np.ndarray, lengths: np.ndarray, new: np.ndarray | None,
 
     True where every row went on by one position and one id, as a tape would take them.
     """
-    heads = writer._heads.take(rows, 0)
+    versions = writer.versions
+    heads = versions.heads.take(rows, 0)
     signed = heads.view(np.int64)
     known = signed[:, fmt.H_IDS]
-    slots = writer._slots.take(rows)
+    slots = versions.slots.take(rows)
     if blocks:
         _count_blocks(writer, blocks, heads, slots)
     bound = np.minimum(known if new is None else known + 1, slots)
@@ -42,11 +43,10 @@ def stage(writer, rows: np.ndarray, lengths: np.ndarray, new: np.ndarray | None,
         signed[:, fmt.H_IDS] += 1
     for index, appended in (blocks or {}).items():
         for block in map(int, appended):
-            writer.block_references[block] += 1
-            writer.list_block(int(rows[index]), heads[index], block, writer.block_generations[block])
+            versions.list_block(int(rows[index]), heads[index], block, versions.block_generations[block])
     _shift(writer, heads)
     signed[:, fmt.H_ACCEPTED] = lengths
-    writer._keep(rows, heads)
+    versions.keep(rows, heads)
     return plain
 
 

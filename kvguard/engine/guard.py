@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kvguard.device.host import HostPool
 from kvguard.engine.client import Session, client
 from kvguard.engine.fetch import Fetch, Fetched, Fetches
 from kvguard.engine.table import TableWriter
@@ -64,9 +65,12 @@ class Step:
             if kind is None:
                 guard._raise_fenced()
             return
-        table.publish()
-        pool = guard.pool
-        if pool is None:
+        tape, pool = table.tape, guard.pool
+        if tape is not None and tape.staged is not None:
+            tape.publish()
+        else:
+            table.publish()
+        if pool is None or type(pool) is HostPool:  # what was written is complete: spares a call
             words[_WRITTEN] = number
         else:
             pool.publish(self._written, number)

@@ -1,12 +1,11 @@
 """The writer's side of the commit table: what an engine's process says is true of its sequences.
 
-Knows: rows, block references, generations, the order of stores. Must not know: steps' meaning, sockets, epochs beyond a word, KV bytes.
+Knows: which sequence has which row, what may be said of it, whether a tape can take it. Must not know: steps' meaning, sockets, epochs beyond a word, KV bytes.
 
 Invariants
-- What a reader can see is always a version that was published whole. Ids and blocks are appended beyond what the visible head counts.
 - A staged commit that is not published leaves no trace (`roll_back`); truncate and release are visible, and their generations raised, when they return.
 - A wrong call raises ValueError or KeyError before anything has changed.
-- The heads in private memory (`_heads`) are the next version of every row: nothing is ever read back from shared memory except at adoption and roll_back.
+- What one step has staged is on the tape or in `versions`, never in both.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ import numpy as np
 
 from kvguard.engine import batch, memory
 from kvguard.engine.batch import as_ids
-from kvguard.engine.generations import Generations
 from kvguard.engine.memory import U64
 from kvguard.engine.tape import Tape
+from kvguard.engine.versions import Versions
 from kvguard.format import rows as fmt
 from kvguard.format.rows import Geometry
 from kvguard.types import Lineage
@@ -31,27 +30,23 @@ _NO_BLOCKS: tuple[int, ...] = ()
 class TableWriter:
     """One writer at a time (the engine's step loop; calls are not thread-safe). `fd`: the table's descriptor, owned here. `step`: the one being staged."""
 
+    __slots__ = (
+        "tape", "step", "header", "fd", "views", "geometry", "versions", "generations", "_checked", "_plain", "_names", "_metas", "_free", "_any_staged",
+    )  # fmt: skip
+
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.views = views = memory.Views(fd, writable=True)
         self.geometry = views.geometry
-        rows = self.geometry.rows
-        self._heads = np.zeros((rows, fmt.HEAD_WORDS), U64)
-        self._versions = np.zeros(rows, np.int64)
-        self._staged = np.zeros(rows, bool)
-        self._slots = np.full(rows, -1, np.int64)  # positions that the row's blocks can take; -1 where no sequence is
+        self.versions = Versions(views)
+        self.generations = self.versions.generations
         self._checked = b""  # the last batch's rows, known to be distinct rows of this table
         self._plain = False  # it went on by one position and one id a row
         self.tape: Tape | None = None  # the rows of the last batch, while nothing else touches them
-        self.generations = Generations(views)
-        blocks = (views.block_generations, views.row_blocks, views.row_block_generations, self.generations.references)
-        self._block_words = tuple(memoryview(array) for array in blocks)  # single words are cheaper to reach so
-        self.block_generations, self.block_references = self._block_words[0], self._block_words[3]
         self._names: dict[str, int] = {}
         self._metas: dict[int, fmt.Meta] = {}
-        self._free = deque(range(rows))
+        self._free = deque(range(self.geometry.rows))
         self._any_staged = False
-        self._multipliers: dict[int, tuple[int, int]] = {}  # of block places, at most blocks_per_row
         self.header = views.header
         self.step = 0
 
@@ -77,7 +72,7 @@ class TableWriter:
         """Unmap and close: the table can't be used any more. Idempotent."""
         if self.fd >= 0:
             self.tape = None
-            del self.views, self.header, self._block_words, self.block_generations, self.block_references, self.generations
+            del self.views, self.header, self.versions, self.generations
             os.close(self.fd)
             self.fd = -1
 
@@ -104,11 +99,11 @@ class TableWriter:
 
     def accepted(self, row: int) -> int:
         """The row's positions, a staged commit's included."""
-        return int(self._heads[row, fmt.H_ACCEPTED]) + self._taped(row)
+        return int(self.versions.heads[row, fmt.H_ACCEPTED]) + self._taped(row)
 
     def known(self, row: int) -> int:
         """How many ids the row has, staged appends included."""
-        return int(self._heads[row, fmt.H_IDS]) + self._taped(row)
+        return int(self.versions.heads[row, fmt.H_IDS]) + self._taped(row)
 
     def _taped(self, row: int) -> int:
         tape = self.tape
@@ -117,12 +112,12 @@ class TableWriter:
     def blocks(self, row: int) -> list[int]:
         """The row's block list, staged appends included."""
         self._settle()
-        return self.views.row_blocks[row, : int(self._heads[row, fmt.H_BLOCKS])].tolist()
+        return self.views.row_blocks[row, : int(self.versions.heads[row, fmt.H_BLOCKS])].tolist()
 
     def ids(self, row: int) -> np.ndarray:
         """The row's ids, u32, staged appends included; a copy."""
         self._settle()
-        return self.views.ids[row, : int(self._heads[row, fmt.H_IDS])].copy()
+        return self.views.ids[row, : int(self.versions.heads[row, fmt.H_IDS])].copy()
 
     # ---- staging ----------------------------------------------------------------------------------------------------------------
 
@@ -136,7 +131,7 @@ class TableWriter:
         words = np.array(fmt.meta_words(meta), U64)  # raises ValueError before anything changes
         self._settle()
         row = self._free.popleft()
-        slot = int(self._heads[row, fmt.H_FLAGS]) & fmt.META_SLOT ^ fmt.META_SLOT  # the other one: a reader may still be in the last
+        slot = int(self.versions.heads[row, fmt.H_FLAGS]) & fmt.META_SLOT ^ fmt.META_SLOT  # the other one: a reader may still be in the last
         head = [0] * fmt.HEAD_WORDS
         head[fmt.H_FLAGS] = fmt.OPEN | slot
         head[fmt.H_BIRTH] = head[fmt.H_GENERATION] = self.generations.raise_row(row)
@@ -147,13 +142,13 @@ class TableWriter:
         return row
 
     def _stage(self, row: int, head) -> None:
-        self._set(row, head)
-        self._staged[row] = self._any_staged = True
+        self.versions.set(row, head)
+        self.versions.staged[row] = self._any_staged = True
 
     def commit(self, row: int, length: int, ids=(), blocks=_NO_BLOCKS, sampler: bytes | None = None) -> None:
         """Stage: `ids` and `blocks` are appended, and `length` positions are accepted once the present step is complete. Raises ValueError."""
         self._settle()
-        head = self._heads[row].tolist()
+        head = self.versions.heads[row].tolist()
         if not head[fmt.H_FLAGS] & fmt.OPEN:
             raise ValueError(f"row {row} holds no sequence: released?")
         ids = as_ids(ids)
@@ -204,59 +199,23 @@ class TableWriter:
             self._check_rows(rows)
             self._checked, self._plain = key, False
         if self._plain and new is not None and not self._any_staged:  # as in the step before
-            self.tape = Tape(self, rows)
+            self.tape = Tape(self.versions, rows)
             if self.tape.stage(self.step, rows, lengths, new.view(np.int64), blocks):
                 return
             self._settle()
         self._plain = batch.stage(self, rows, lengths, new, blocks)
         self._any_staged = True
-        self._staged[rows] = True
+        self.versions.staged[rows] = True
 
     def _settle(self) -> None:
         """End the tape: from here on the heads alone are what next versions are made from."""
         tape, self.tape = self.tape, None
         if tape is not None:
-            tape.settle()
-
-    def _keep(self, rows: np.ndarray, heads: np.ndarray) -> None:
-        """The rows' next heads, and what is derived from them."""
-        self._heads[rows] = heads
-        self._slots[rows] = heads.view(np.int64)[:, fmt.H_BLOCKS] * self.geometry.block_tokens
-
-    def list_block(self, row: int, head: np.ndarray, block: int, generation: int) -> None:
-        """Append one block to an open row's list, and to its head, u64 [HEAD_WORDS]: cheaper than arrays of a few."""
-        _, row_blocks, row_block_generations, _ = self._block_words
-        listed = int(head[fmt.H_BLOCKS])
-        row_blocks[row, listed], row_block_generations[row, listed] = block, generation
-        by_block, by_generation = self._block_multipliers(listed)
-        head[fmt.H_BLOCKS] = listed + 1
-        head[fmt.H_BLOCKS_HASH] = int(head[fmt.H_BLOCKS_HASH]) + (block + 1) * by_block + (generation + 1) * by_generation & fmt.MASK
-
-    def list_blocks(self, rows: np.ndarray, heads: np.ndarray, entries: bytes) -> None:
-        """Append what a tape's records list (their entries, one after the other) to `rows`, int64 [n], and to their heads, u64 [n, HEAD_WORDS]."""
-        columns, blocks = np.frombuffer(entries, np.uint32).reshape(-1, 4)[:, 1::-1].T.astype(np.int64)
-        generations = np.frombuffer(entries, U64)[1::2]
-        if not len(columns):
-            return
-        order = np.argsort(columns, kind="stable")
-        columns, blocks, generations = columns[order], blocks[order], generations[order]
-        signed = heads.view(np.int64)
-        places = signed[columns, fmt.H_BLOCKS] + np.arange(len(columns)) - np.searchsorted(columns, columns)
-        self.views.row_blocks[rows[columns], places], self.views.row_block_generations[rows[columns], places] = blocks, generations
-        np.add.at(self.generations.references, blocks, 1)
-        np.add.at(heads, (columns, fmt.H_BLOCKS_HASH), memory.block_terms(places, blocks, generations))
-        np.add.at(signed, (columns, fmt.H_BLOCKS), 1)
-
-    def _block_multipliers(self, place: int) -> tuple[int, int]:
-        found = self._multipliers.get(place)
-        if found is None:
-            first = fmt.BLOCKS_SALT + 2 * place
-            found = self._multipliers[place] = int(fmt.multiplier(first)), int(fmt.multiplier(first + 1))
-        return found
+            self._any_staged |= tape.settle()
 
     def _check_rows(self, rows: np.ndarray) -> None:
-        if rows.min() < 0 or rows.max() >= len(self._slots) or len(np.unique(rows)) != len(rows):
-            raise ValueError(f"a batch needs distinct rows within 0..{len(self._slots) - 1}. Try: the handles that commit returned")
+        if rows.min() < 0 or rows.max() >= len(self.versions.slots) or len(np.unique(rows)) != len(rows):
+            raise ValueError(f"a batch needs distinct rows within 0..{len(self.versions.slots) - 1}. Try: the handles that commit returned")
 
     def _append_blocks(self, row: int, listed: int, blocks) -> int:
         """Append to the row's list; returns the terms to add to its hash. Raises ValueError for a block that the pool doesn't have."""
@@ -265,73 +224,47 @@ class TableWriter:
             raise ValueError(f"block {int(blocks.max())} or {int(blocks.min())} is not one of the pool's {self.geometry.blocks}")
         if len(blocks) > 1 and len(np.unique(blocks)) != len(blocks):
             raise ValueError(f"sequence {self._metas[row].name!r}: a block stands twice in its new blocks {blocks.tolist()}")
-        generations = self.views.block_generations[blocks]
-        self.views.row_blocks[row, listed : listed + len(blocks)] = blocks
-        self.views.row_block_generations[row, listed : listed + len(blocks)] = generations
-        self.generations.references[blocks] += 1
-        return memory.blocks_sum(blocks, generations, listed)
+        return self.versions.append_blocks(row, listed, blocks)
 
     # ---- publishing -------------------------------------------------------------------------------------------------------------
 
-    def publish(self) -> int:
-        """Make all staged rows visible; returns how many."""
+    def publish(self) -> None:
+        """Make all that is staged visible."""
         tape = self.tape
         if tape is not None and tape.staged is not None:  # then nothing else is
             tape.publish()
-            return len(tape.rows)
-        if not self._any_staged:
-            return 0
-        self._any_staged = False
-        rows = np.flatnonzero(self._staged)
-        self._publish(rows, self._heads.take(rows, 0))
-        self._staged[rows] = False
-        return len(rows)
-
-    def _publish(self, rows: np.ndarray, heads: np.ndarray) -> None:
-        versions = self._versions.take(rows)
-        versions += 1
-        heads[:, fmt.H_VERSION] = versions
-        heads[:, fmt.H_SUM] = memory.head_sums(heads)
-        self.views.heads[rows, versions & 1] = heads
-        memory.order()  # what a selector chooses is there before it; readers check all the same
-        self.views.selectors[rows] = versions
-        self._versions[rows] = versions
-
-    def _set(self, row: int, head) -> None:
-        """A row's next head, by other means than a batch: also what is derived from it."""
-        self._heads[row] = head
-        head = self._heads[row]
-        self._slots[row] = int(head[fmt.H_BLOCKS]) * self.geometry.block_tokens if int(head[fmt.H_FLAGS]) & fmt.OPEN else -1
-
-    def _publish_one(self, row: int) -> None:
-        rows = np.array([row])
-        self._publish(rows, self._heads[rows])
-        memory.order()  # the raised generation is seen before whatever the caller does next
+        elif self._any_staged:
+            self._any_staged = False
+            self.versions.publish_staged()
 
     def roll_back(self) -> None:
         """Forget all staged commits: the step failed, or its epoch is over. Blocks that only they referenced get new generations."""
         if self.tape is not None and self.tape.staged is not None:
-            self.tape.drop()
-        for row in np.flatnonzero(self._staged).tolist():
+            blocks = self.tape.drop()
+            if len(blocks):  # their generations are over, and so is what the tape has said of them
+                self._settle()
+                np.add.at(self.generations.references, blocks, 1)
+                self.generations.drop(blocks)
+        for row in np.flatnonzero(self.versions.staged).tolist():
             self.unstage(row)
         self._any_staged = False
 
     def unstage(self, row: int) -> None:
         """Forget the staged commits of one row; a sequence opened in this step is not known any more."""
         self._settle()
-        staged = self._heads[row].copy()
-        seen = self.views.heads[row, int(self._versions[row]) & 1].copy()
+        staged = self.versions.heads[row].copy()
+        seen = self.versions.visible(row)
         same = bool(seen[fmt.H_FLAGS] & U64(fmt.OPEN)) and seen[fmt.H_BIRTH] == staged[fmt.H_BIRTH]
         kept = int(seen[fmt.H_BLOCKS]) if same else 0
         dropped = self.views.row_blocks[row, kept : int(staged[fmt.H_BLOCKS])].copy()
         if same:
-            self._set(row, seen)
+            self.versions.set(row, seen)
         else:
             closed = np.zeros(fmt.HEAD_WORDS, U64)
             closed[fmt.H_FLAGS] = staged[fmt.H_FLAGS] & U64(fmt.META_SLOT)
-            self._set(row, closed)
+            self.versions.set(row, closed)
             self._forget(row)
-        self._staged[row] = False
+        self.versions.staged[row] = False
         self.generations.drop(dropped)
 
     # ---- at once ----------------------------------------------------------------------------------------------------------------
@@ -343,11 +276,11 @@ class TableWriter:
         that it knows: they have been handed out, and until their emitter says them again this row may be the only one that knows them.
         """
         self._settle()
-        head = self._heads[row].tolist()
+        head = self.versions.heads[row].tolist()
         if not head[fmt.H_FLAGS] & fmt.OPEN:
             raise ValueError(f"row {row} holds no sequence: released?")
         meta = self._metas[row]
-        if self._staged[row]:
+        if self.versions.staged[row]:
             raise ValueError(f"sequence {meta.name!r} has a commit in this step. Try: truncate first, then commit")
         if not 0 <= position <= head[fmt.H_ACCEPTED]:
             raise ValueError(f"sequence {meta.name!r}: can't truncate to {position}, {head[fmt.H_ACCEPTED]} positions are accepted")
@@ -368,13 +301,13 @@ class TableWriter:
         known = head[fmt.H_IDS]
         head[fmt.H_IDS_HASH] = memory.ids_sum(self.views.ids[row, :known], self.views.id_multipliers[:known])
         head[fmt.H_BLOCKS_HASH] = memory.blocks_sum(self.views.row_blocks[row, :kept], self.views.row_block_generations[row, :kept])
-        self._set(row, head)
-        self._publish_one(row)
+        self.versions.set(row, head)
+        self.versions.publish_one(row)
 
     def release(self, row: int) -> None:
         """The sequence is over, at once; blocks that no row references any more get new generations. Raises ValueError for a row that holds none."""
         self._settle()
-        head = self._heads[row].tolist()
+        head = self.versions.heads[row].tolist()
         if not head[fmt.H_FLAGS] & fmt.OPEN:
             raise ValueError(f"row {row} holds no sequence: released twice?")
         dropped = self.views.row_blocks[row, : head[fmt.H_BLOCKS]].copy()
@@ -382,9 +315,9 @@ class TableWriter:
         closed[fmt.H_FLAGS] = head[fmt.H_FLAGS] & fmt.META_SLOT
         closed[fmt.H_BIRTH], closed[fmt.H_PREVIOUS], closed[fmt.H_GENERATION] = head[fmt.H_BIRTH], head[fmt.H_GENERATION], self.generations.raise_row(row)
         self.generations.drop(dropped)
-        self._set(row, closed)
-        self._publish_one(row)
-        self._staged[row] = False
+        self.versions.set(row, closed)
+        self.versions.publish_one(row)
+        self.versions.staged[row] = False
         self._forget(row)
 
     def _write_meta(self, row: int, slot: int, words: np.ndarray) -> int:

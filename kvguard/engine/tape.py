@@ -16,6 +16,7 @@ import numpy as np
 
 from kvguard.engine import memory
 from kvguard.engine.memory import U64
+from kvguard.engine.versions import Versions
 from kvguard.format import rows as fmt
 from kvguard.format import tape as form
 
@@ -28,22 +29,22 @@ class Tape:
 
     __slots__ = (
         "count", "staged", "_room", "_last", "_key", "_lengths", "_size", "_zeros", "_owing", "_words", "_halves", "_said", "_at", "_bytes", "_sums", "_header",
-        "_named", "_stride", "_records", "_due", "_most", "_least", "_generations", "_block_tokens", "rows", "columns", "_first", "_writer",
+        "_named", "_stride", "_records", "_due", "_most", "_least", "_generations", "_block_tokens", "rows", "columns", "_first", "_versions",
     )  # fmt: skip
 
-    def __init__(self, writer, rows: np.ndarray) -> None:
+    def __init__(self, versions: Versions, rows: np.ndarray) -> None:
         """Begins a tape: publishes the rows, which have nothing staged, with their places on it."""
-        views, geometry, count = writer.views, writer.geometry, len(rows)
-        self._writer, self.rows, self.count = writer, rows.copy(), 0
+        views, geometry, count = versions.views, versions.geometry, len(rows)
+        self._versions, self.rows, self.count = versions, rows.copy(), 0
         self.staged: bytes | None = None
         self.columns = dict(zip(rows.tolist(), range(count), strict=True))
-        number = form.split_word(writer.header[_TAPE])[0] + 1
-        heads = writer._heads.take(rows, 0)
+        number = form.split_word(versions.header[_TAPE])[0] + 1
+        heads = versions.heads.take(rows, 0)
         signed = heads.view(np.int64)
         accepted = signed[:, fmt.H_ACCEPTED].copy()
         self._room = room = min(geometry.tape_steps, geometry.ids_per_row - int(signed[:, fmt.H_IDS].max()))
         self._last = self._first = int(signed[:, fmt.H_STEP].max())  # records' steps are later than any before
-        self._due = (writer._slots.take(rows) - accepted).tolist()  # at which record a row needs another block
+        self._due = (versions.slots.take(rows) - accepted).tolist()  # at which record a row needs another block
         self._most = (geometry.blocks_per_row * geometry.block_tokens - accepted).tolist()  # and at which it can't have one any more
         self._least = min(self._most)
         self._owing = [0] * (room + 1)  # by record: how many rows need a block there
@@ -52,15 +53,15 @@ class Tape:
         self._key, self._size, self._zeros = self.rows.tobytes(), 8 * count, bytes(count)
         self._lengths = [lengths.tobytes() for lengths in accepted + np.arange(1, room + 1)[:, None]]  # of each record
         self._records: list[bytes] = []  # those published, without their sums
-        self._generations, self._block_tokens = writer.block_generations, geometry.block_tokens
+        self._generations, self._block_tokens = versions.block_generations, geometry.block_tokens
         self._said = memoryview(bytearray(form.BODY.size + 16 * geometry.rows))  # what the next record says before its ids
         self._words, self._halves = self._said.cast("Q"), self._said.cast("I")
         self._words[form.B_NUMBER], self._words[form.B_ROWS] = number, count
         self._stride, self._at, self._named = 8 * fmt.slot_words(geometry.rows), 0, form.tape_word(number, 0)
-        self._bytes, self._sums, self._header = views.tape_bytes, views.tape_words, writer.header
+        self._bytes, self._sums, self._header = views.tape_bytes, views.tape_words, versions.header
         memory.populate(self._bytes, self._stride, room, form.HEAD_BYTES + 8 * count)
         heads[:, fmt.H_TAPE], heads[:, fmt.H_COLUMN] = number, np.arange(count)
-        writer._publish(rows, heads)
+        versions.publish(rows, heads)
         memory.order()  # no reader finds this tape's number and rows that are still on the last
         self._header[_TAPE] = self._named
 
@@ -123,42 +124,42 @@ class Tape:
         self._records.append(body)
         self.staged = None
 
-    def drop(self) -> None:
-        """Forget the staged record. Where it listed blocks the tape is over."""
-        new, self.staged = form.listed_blocks(self.staged), None
+    def drop(self) -> np.ndarray:
+        """Forget the staged record; returns the blocks that it listed, int64. Where there are any the tape is over."""
+        blocks, self.staged = [block for _, block, _ in form.listed_blocks(self.staged)], None
         self._last = form.step_of(self._records[-1]) if self._records else self._first
-        if new:
-            self._writer._settle()
-            blocks = np.array([block for _, block, _ in new], np.int64)
-            np.add.at(self._writer.generations.references, blocks, 1)
-            self._writer.generations.drop(blocks)
+        if blocks:
+            self._room = 0
+        return np.array(blocks, np.int64)
 
-    def settle(self) -> None:
-        """The end: the rows' own heads say what the tape said. What was staged is then staged in the private heads."""
-        writer, rows = self._writer, self.rows
-        heads = writer._heads.take(rows, 0)
+    def settle(self) -> bool:
+        """The end: the rows' own heads say what the tape said. What was staged is then staged in the private heads; whether there is anything."""
+        versions, rows = self._versions, self.rows
+        heads = versions.heads.take(rows, 0)
         self._fold(heads, self._records)
-        writer._keep(rows, heads)
-        writer._publish(rows, heads.copy())
+        versions.keep(rows, heads)
+        versions.publish(rows, heads.copy())
         memory.order()
-        if self.staged is not None:
-            self._fold(heads, [self.staged])
-            writer._keep(rows, heads)
-            writer._staged[rows] = writer._any_staged = True
+        if self.staged is None:
+            return False
+        self._fold(heads, [self.staged])
+        versions.keep(rows, heads)
+        versions.staged[rows] = True
+        return True
 
     def _fold(self, heads: np.ndarray, records: list[bytes]) -> None:
         """Make of heads u64 [n, HEAD_WORDS] what they are after records (format.tape.extended); their ids and blocks go to the rows' own places."""
         if not records:
             return
-        views, signed, count = self._writer.views, heads.view(np.int64), len(records)
+        views, signed, count = self._versions.views, heads.view(np.int64), len(records)
         steps = [form.step_of(record) for record in records]
         ids = np.frombuffer(_join([record[-self._size :] for record in records]), U64).reshape(count, -1)
         places = signed[:, fmt.H_IDS] + np.arange(count)[:, None]
         views.ids[self.rows, places] = ids
         heads[:, fmt.H_IDS_HASH] += ((ids + U64(1)) * views.id_multipliers[places]).sum(axis=0, dtype=U64)
         signed[:, fmt.H_IDS] += count
-        self._writer.list_blocks(self.rows, heads, _join([record[form.BODY.size : -self._size] for record in records]))
-        written = self._writer.header[fmt.WRITTEN_AT // 8]
+        self._versions.list_blocks(self.rows, heads, _join([record[form.BODY.size : -self._size] for record in records]))
+        written = self._versions.header[fmt.WRITTEN_AT // 8]
         complete = sum(1 for step in steps[:-1] if step <= written)
         if complete:
             signed[:, fmt.H_BASE] = signed[:, fmt.H_ACCEPTED] + complete

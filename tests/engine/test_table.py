@@ -405,9 +405,9 @@ def test_what_an_engine_can_write_on_a_tape_never_makes_a_look_raise() -> None:
         number, count = draw.randrange(1, 4), draw.choice([0, 1, 3, 5, 6, 60000])
         if turn % 5 == 0:
             for row in range(3):
-                head = writer._heads[row : row + 1].copy()
+                head = writer.versions.heads[row : row + 1].copy()
                 head[0, fmt.H_TAPE], head[0, fmt.H_COLUMN] = draw.randrange(4), draw.choice([0, 1, 2] * 9 + [3, 2**63, 2**64 - 1])
-                writer._publish(np.array([row]), head)
+                writer.versions.publish(np.array([row]), head)
         for place in range(GEOMETRY.tape_steps):
             blocks = tuple(form.NewBlock(*map(draw.choice, ((0, 1, 2, 9), (0, 5, 11, 12), (0, 2**64 - 1)))) for _ in range(draw.randrange(2)))
             record = form.Record(draw.choice([turn, 2**64 - 1]), tuple(draw.choice([7, 8, 9, 2**32 - 1, 2**32]) for _ in range(draw.randrange(4))), blocks)
