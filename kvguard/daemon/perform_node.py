@@ -7,8 +7,7 @@ Invariants: every deed that completes its effect does so exactly once, also wher
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
