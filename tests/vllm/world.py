@@ -28,7 +28,7 @@ from kvguard.transport.ask import ask
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "smol"
-READY_S = 300.0
+READY_S = 600.0
 LEFT_BY_ENGINES = re.compile(r"/dev/shm/((?:psm_|vllm_dist_|sem\.mp-)\S+)")
 
 
