@@ -42,8 +42,28 @@ class Pool(Protocol):
         """Unmap. The memory lives while another process maps it."""
 
 
+class Packing(Pool, Protocol):
+    """An engine's pool that packs its steps for its daemon. Asked for by name: a host pool has neither."""
+
+    def wrote(self, blocks, starts=None, counts=None) -> None:
+        """The slots that this step writes, all of them, after it was launched. Returns at once; raises Refused for pieces outside the pool alone."""
+
+    def join(self, descriptors: list[int]) -> None:
+        """What came with Attached: the ring to pack into. Owned here. Never raises."""
+
+
+class Salvageable(Pool, Protocol):
+    """A daemon's view of memory that goes with its process's death. Asked for by name: a host pool has neither."""
+
+    def welcome(self) -> list[int]:
+        """Descriptors that travel with Attached; the caller's to close."""
+
+    def salvage(self, sequences, salvage_ms_max: int) -> tuple[Pool, int]:
+        """A host pool that holds the block lists `sequences`, whole ones in order, as many as come in time, and how many; this view is closed."""
+
+
 class Device(Protocol):
-    kind: str  # host | cuda
+    kind: str  # host | cuda | rehearsal
 
     def allocate(self, layout: Layout) -> Pool: ...
 

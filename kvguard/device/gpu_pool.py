@@ -22,6 +22,7 @@ from kvguard.errors import Refused
 from kvguard.format.layout import Layout
 
 STAGING_BYTES = 8 << 20
+PAGE_BYTES = 4096
 ALIGNMENT = 256  # of every part of a buffer, as cudaMalloc gives
 
 
@@ -174,7 +175,6 @@ class GpuPool:
                 self._staging.free()
 
 
-def page_of(address: int, page_bytes: int = 4096) -> tuple[memoryview, int]:
-    """The writable page of this process that holds an address, and the address's place in it."""
-    start = address & -page_bytes
-    return memoryview((ctypes.c_ubyte * page_bytes).from_address(start)).cast("B"), address - start
+def page_of(start: int) -> memoryview:
+    """The writable page of this process that begins there. It keeps nothing mapped."""
+    return memoryview((ctypes.c_ubyte * PAGE_BYTES).from_address(start)).cast("B")

@@ -20,7 +20,7 @@ import numpy as np
 
 from kvguard.device import card, ring
 from kvguard.device.driver import Driver, Event
-from kvguard.device.gpu_pool import GpuPool, page_of
+from kvguard.device.gpu_pool import PAGE_BYTES, GpuPool, page_of
 from kvguard.device.host import slots_of, slots_of_blocks
 from kvguard.errors import KvguardError, Refused
 from kvguard.format.layout import Layout
@@ -63,8 +63,8 @@ class Columns:
 class Joined:
     """A daemon's ring, opened."""
 
-    def __init__(self, driver: Driver, terms: card.Card, words: ring.Words, done: int) -> None:
-        self.driver, self.words, self.done = driver, words, done
+    def __init__(self, driver: Driver, terms: card.Card, words: ring.Words, done: int, page: int) -> None:
+        self.driver, self.words, self.done, self.page = driver, words, done, page
         self.packer = ring.Packer(words, terms.rows)
         self.memory = driver.open_handle(terms.handle)
         self.address = self.memory + terms.offset
@@ -82,7 +82,7 @@ class OwnedPool(GpuPool):
         self._allocation = allocation
         self._side = driver.stream(urgent=False)
         self._columns = Columns(driver)
-        self._pages: dict[int, tuple[memoryview, int]] = {}  # registered host pages: view, device address
+        self._pages: dict[int, tuple[memoryview, int, memoryview]] = {}  # registered host pages: view, device address, what keeps them mapped
         self._joined: Joined | None = None
         self._joining = threading.Lock()
         self._said = True  # whether wrote() was called since the last publish()
@@ -113,15 +113,20 @@ class OwnedPool(GpuPool):
 
     def join(self, descriptors: list[int]) -> None:
         """[a card, words]: the daemon's ring, from now on; owned here. Called in any thread; never raises: without a ring the daemon reads the pool."""
-        joined = None
+        joined = words = None
         try:
             terms = card.read(descriptors[0]) if len(descriptors) == 2 else None
             if terms is None or terms.kind != "ring" or terms.uuid != self.driver.uuid or terms.size < terms.rows * self.plan.unit_bytes:
                 raise Refused(f"no ring for {self.driver.uuid} in {len(descriptors)} descriptors. Try: the same kvguard version in engine and daemon")
             words = ring.Words(descriptors.pop())
-            joined = Joined(self.driver, terms, words, self._word(words.words[ring.AT_DONE : ring.AT_DONE + 1]))
+            done = words.words[ring.AT_DONE : ring.AT_DONE + 1]
+            joined = Joined(self.driver, terms, words, self._word(done), _page_start(done))
         except (KvguardError, OSError) as error:
             _log.warning("kvguard: no ring to pack steps into: %s", error)
+            if words is not None:
+                if (start := _page_start(words.words)) in self._pages:
+                    self._unregister(start)
+                words.close()
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -133,6 +138,7 @@ class OwnedPool(GpuPool):
     def _leave(self, former: Joined) -> None:
         try:
             self.driver.synchronise(self._side)  # nothing may still write into what is unmapped now
+            self._unregister(former.page)
             former.close()
         except KvguardError as error:
             _log.warning("kvguard: the former ring can't be closed: %s", error)
@@ -199,12 +205,16 @@ class OwnedPool(GpuPool):
 
     def _word(self, word: memoryview) -> int:
         """The device's address of a 64-bit word in host memory; its page is registered when it is first seen."""
-        address = np.frombuffer(word, np.uint8).ctypes.data
-        page, place = page_of(address)
-        start = address - place
+        start = _page_start(word)
         if start not in self._pages:
-            self._pages[start] = page, self.driver.registered(page)
-        return self._pages[start][1] + place
+            page = page_of(start)
+            self._pages[start] = page, self.driver.registered(page), word
+        return self._pages[start][1] + _address(word) - start
+
+    def _unregister(self, start: int) -> None:
+        """Before the page is unmapped: what is mapped there next is another one."""
+        page, _, _ = self._pages.pop(start)
+        self.driver.unregistered(page)
 
     def close(self) -> None:
         """Wait for what was launched, give back what is ours. Idempotent. What another process has mapped lives on there."""
@@ -214,11 +224,10 @@ class OwnedPool(GpuPool):
             self.driver.synchronise(self._side)
             with self._joining:
                 former, self._joined = self._joined, None
+            for start in list(self._pages):
+                self._unregister(start)
             if former is not None:
                 former.close()
-            for page, _ in self._pages.values():
-                self.driver.unregistered(page)
-            self._pages.clear()
             self._columns.free()
             super().close()
             if self._allocation:
@@ -227,3 +236,10 @@ class OwnedPool(GpuPool):
             self._closed = True
             _log.warning("kvguard: the pool's memory goes with its process: %s", error)
 
+
+def _address(word: memoryview) -> int:
+    return np.frombuffer(word, np.uint8).ctypes.data
+
+
+def _page_start(word: memoryview) -> int:
+    return _address(word) & -PAGE_BYTES

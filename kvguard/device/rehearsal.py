@@ -48,6 +48,7 @@ class Rehearsal:
         self._queue: deque[Callable[[], None]] = deque()
         self.ends: list[bool] = []  # of each event, whether it was reached
         self.launched: list[str] = []
+        self.held_pages: set[int] = set()  # host memory that is registered, by address
 
     def lose(self, why: str) -> None:
         self._lost = why
@@ -116,10 +117,14 @@ class Rehearsal:
         return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
     def registered(self, memory: memoryview) -> int:
-        return np.frombuffer(memory, np.uint8).ctypes.data
+        address = np.frombuffer(memory, np.uint8).ctypes.data
+        if address in self.held_pages:
+            raise Refused("that host memory is registered already. Try: unregister it first")
+        self.held_pages.add(address)
+        return address
 
     def unregistered(self, memory: memoryview) -> None:
-        """Nothing was done to it."""
+        self.held_pages.remove(np.frombuffer(memory, np.uint8).ctypes.data)
 
     # ---- order --------------------------------------------------------------------------------------------------------------------
 

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from exporter import values_of
 
-from kvguard.device import open_device
+from kvguard.device import card, open_device
 from kvguard.device.cuda import Capturing, CudaDevice
 from kvguard.device.rehearsal import Rehearsal
+from kvguard.device.ring import AT_DONE, Words
 from kvguard.errors import BadConfig, DeviceLost, Refused
 from kvguard.format.layout import Layout
 
@@ -284,8 +285,6 @@ def test_memory_that_has_no_handle_is_refused_with_what_to_set():
 
 @pytest.mark.parametrize("damage", ["uuid", "size", "offset", "handle", "kind", "garbage", "unsealed"])
 def test_a_card_is_not_believed(damage, other):
-    from kvguard.device import card
-
     layout = LAYOUTS["usual"]
     fds = other.pool("rehearsal", layout)
     good = card.read(fds[0])
@@ -335,3 +334,47 @@ def test_a_daemon_s_view_writes_nothing(other):
 def test_another_gpu_than_there_is_is_told():
     with pytest.raises(BadConfig, match="CUDA_VISIBLE_DEVICES"):
         open_device("rehearsal").driver(3)
+
+
+def test_host_pages_are_registered_once_and_given_back_with_their_ring(other):
+    """An engine here, whose daemon comes three times: what a ring's words were mapped at may be mapped to other words next."""
+    driver = Rehearsal()
+    driver.open_handle = lambda handle: driver.allocate(1 << 20)  # this process is on both sides, where no handle opens
+    device = CudaDevice(lambda: (driver,))
+    pool = device.allocate(LAYOUTS["usual"])
+    daemon = Rehearsal()
+    word = memoryview(mmap.mmap(-1, 4096)).cast("Q")[24:25]
+    for value in range(1, 4):
+        words = Words.create(16)
+        memory = daemon.allocate(16 * pool.plan.unit_bytes)
+        terms = card.Card("ring", daemon.uuid, daemon.handle_of(memory), 0, 16 * pool.plan.unit_bytes, 16)
+        pool.join([card.write(terms), words.fd])
+        assert pool.joined
+        pool.wrote([0], [0], [1])
+        pool.publish(word, value)
+        assert word[0] == value and words.words[AT_DONE] == 1 and len(driver.held_pages) == 2
+        daemon.free(memory)
+    pool.close()
+    assert not driver.held_pages
+
+
+def test_a_ring_that_makes_no_sense_is_no_ring(caplog):
+    pool = CudaDevice(lambda: (Rehearsal(),)).allocate(LAYOUTS["usual"])
+    empty = os.memfd_create("nothing")
+    for descriptors in ([], [empty], [os.memfd_create("a"), os.memfd_create("b")]):
+        pool.join(descriptors)
+        assert not pool.joined and "no ring" in caplog.text
+        caplog.clear()
+    pool.close()
+
+
+def test_a_ring_whose_memory_is_gone_leaves_nothing_behind(caplog):
+    driver, daemon = Rehearsal(), Rehearsal()
+    pool = CudaDevice(lambda: (driver,)).allocate(LAYOUTS["usual"])
+    words = Words.create(16)
+    handle = daemon.handle_of(daemon.allocate(16 * pool.plan.unit_bytes))  # of this very process: it opens nowhere here
+    pool.join([card.write(card.Card("ring", daemon.uuid, handle, 0, 16 * pool.plan.unit_bytes, 16)), words.fd])
+    assert not pool.joined and "can't be opened in the process that exported it" in caplog.text and not driver.held_pages
+    with pytest.raises(OSError):
+        os.fstat(words.fd)
+    pool.close()
