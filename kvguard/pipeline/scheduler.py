@@ -195,6 +195,11 @@ class Scheduler:
             if track.error:
                 continue
             token = named.get(track.name)
+            if token is not None and _is_other(track.request, token.request):
+                why = {"position": token.position, "agreed": 0, "ranks": [], "message": "what came back is another run's of this name"}
+                events.append({"event": "disagreed", **track.labels(), **why})
+                del named[track.name]  # what the ranks have of it goes before this one is told to them
+                token = None
             if token is None and not track.opened:
                 continue  # the ranks never heard of it: nothing to resume
             where.append(self._place(track, token, states, events))
@@ -379,6 +384,14 @@ def _token(track: Track, index: int, logits: str) -> dict:
         "event": "token", **track.labels(), "index": index, "id": track.ids[track.prompt + index], "logits": logits, "position": track.prompt + index - 1,
         "last": track.complete and index == track.generated - 1,
     }  # fmt: skip
+
+
+def _is_other(request: Request, packed: bytes) -> bool:
+    """Whether what comes back bears the name of this request and is another's: an older one's, whose end the ranks or holders had not heard of."""
+    try:
+        return bool(packed) and unpack_request(packed) != request
+    except BadFrame:
+        return True
 
 
 def _error(message: str) -> dict:

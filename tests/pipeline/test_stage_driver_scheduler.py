@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from kvguard.pipeline.runs import Request, pack_request, unpack_request
@@ -167,6 +168,26 @@ def test_ranks_that_disagree_start_over_and_say_so(undisturbed) -> None:
     instance.events += events
     instance.finish()
     assert outcome(instance)[0] == undisturbed[0.0][0]
+
+
+def test_another_runs_kv_under_this_name_is_not_gone_on_with(undisturbed) -> None:
+    instance = started()
+    for _ in range(7):
+        instance.step()
+    scheduler, states = instance.scheduler, [{name: (row.position, tuple(row.blocks)) for name, row in rank.rows.items()} for rank in instance.ranks]
+    restored = [
+        Restored(name, min(track.position, len(track.ids) - 1), tuple(track.ids), "pool", pack_request(track.request))
+        for name, track in scheduler.tracks.items() if name in states[0]
+    ]  # fmt: skip
+    former = msgspec.structs.replace(scheduler.tracks["r-1"].request, born=1)
+    restored = [token._replace(request=pack_request(former), ids=(9,) * len(token.ids)) if token.sequence == "r-1" else token for token in restored]
+    scheduler.fenced()
+    where, events = scheduler.resume(restored, states)
+    assert [(event["sequence"], event["agreed"]) for event in events if event["event"] == "disagreed"] == [(1, 0)]
+    assert [(each["resume_position"], each["rung"]) for each in where if each["sequence"] == 1] == [(0, "tokens")]
+    instance.events += events
+    instance.finish()
+    assert outcome(instance)[0] == undisturbed[0.0][0] and not of(instance, "diverged")
 
 
 def test_changed_kv_shows_as_diverged() -> None:
