@@ -16,7 +16,7 @@ from kvguard.core.promises import decode_epoch
 from kvguard.daemon import capture as capturing
 from kvguard.daemon import pushing
 from kvguard.daemon.capture import Stream
-from kvguard.daemon.perform import SHARED, Deed, Events, Shell, performer, send_numbered
+from kvguard.daemon.perform import SHARED, Deed, Events, Shell, note, performer, send_numbered
 from kvguard.errors import Refused
 from kvguard.format.messages import Held, Holding, IdsFrame, PlanOrder, Rebuild, Report
 from kvguard.store.replica import Replica
@@ -215,7 +215,11 @@ def carry_plan(shell: NodeShell, effect: effects.CarryPlan) -> Events:
         shell.moved[plan.instance] = plan
     else:
         shell.moved.pop(plan.instance, None)
+    before = shell.store.counters["other_lives_dropped"]
     known = list(shell.store.carry_plan(plan, effect.node))
+    dropped = shell.store.counters["other_lives_dropped"] - before
+    if dropped:
+        note(shell, effects.Note("other_life", plan.instance, f"{dropped} held sequences are others than the plan's of the same names: dropped"))
     for stream in streams_of(shell, plan.instance):
         wanted = [n for n, node in enumerate(plan.ids_node) if node == effect.node and plan.ids_stream[n] == stream]
         if wanted:

@@ -9,6 +9,7 @@ from kvguard.core.promises import encode_epoch
 from kvguard.daemon.perform_node import NodeShell, node_performer
 from kvguard.format import wire
 from kvguard.format.layout import Layout
+from kvguard.format.lineage import birth_of
 from kvguard.format.messages import PIECE_TOKENS, Hello, Holding, IdsFrame, KvFrame, OpenOp, PlanOrder, Rebuild
 from kvguard.store.store import ReplicaStore
 from kvguard.types import Epoch, Fork, Rank, StreamId
@@ -147,6 +148,16 @@ def test_a_replica_pushed_on_is_captured_like_a_pool(world, life):
     world.perform(effects.DropReplica(ID, "unpinned"))
     [gone] = world.perform(order)
     assert gone.stale == (0,) and gone.buffer == 0
+
+
+def test_what_a_plan_says_is_another_sequence_goes_and_is_noted(world, life):
+    promise(world)
+    opened(world, life)
+    lineages = ((*LINEAGE, Fork(EPOCH.counter, 3)),)
+    order = PlanOrder("llama", EPOCH, ("one",), (3,), ("replica",), lineages, (3,), ("b",), (ID,), (), (), ("",), births=(birth_of(b"another"),))
+    [carried] = world.perform(effects.CarryPlan(order, "c"))
+    assert carried.known == () and world.store.holdings("llama")[0].sequences == ()
+    assert world.shell.counters["note_other_life"] == 1 and world.store.counters["other_lives_dropped"] == 1
 
 
 def test_failed_deeds_answer(world):
