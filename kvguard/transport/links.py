@@ -24,7 +24,7 @@ from kvguard.transport.base import Broken, Down, Frame, Incoming, Up
 from kvguard.transport.bulk import BulkChannel, raise_if_misused
 from kvguard.transport.keys import ADDRESSES_MAX, Keys
 from kvguard.transport.memory import fresh
-from kvguard.transport.nixl_agent import ChannelLost, NixlSettings
+from kvguard.transport.nixl_agent import ChannelLost, NixlSettings, Registered
 from kvguard.transport.wakeup import OUT, Wakeup
 
 TOLD_BYTES, TOLD_FRAMES = 64 * KIB, 32  # what may be taken before the peer is told
@@ -67,6 +67,7 @@ class Shared:
     out: deque[Incoming] = field(default_factory=deque)
     counters: dict[str, int] = field(default_factory=dict)
     refusals: dict[str, int] = field(default_factory=dict)  # by address
+    registered: list[Registered] = field(default_factory=list)
     lending: Lending | None = None  # with NIXL: memory that every channel has registered
 
     def tell(self, event: Incoming) -> None:
@@ -132,8 +133,8 @@ class Link:
 
     # ---- sending ----
 
-    def send(self, head: bytes, payload: memoryview | None) -> bool:
-        if self.state != UP:
+    def send(self, head: bytes, payload: memoryview | Registered | None) -> bool:
+        if self.state != UP or isinstance(payload, Registered) and not self.over_nixl:
             return False
         payload_bytes = len(payload) if payload is not None else 0
         if self.channel is not None and wire.may_carry_payload(head):
@@ -269,8 +270,14 @@ class Link:
 
         settings, self.over_nixl = self._shared.settings, True
         with self._guarded("nixl"):
-            self.channel = NixlChannel(settings.nixl, self._shared.wakeup, self.nixl_ready, self.say, settings.queue_bytes_max, self._shared.lending)
+            shared = self._shared
+            memory = shared.lending, shared.registered
+            self.channel = NixlChannel(settings.nixl, shared.wakeup, self.nixl_ready, self.say, settings.queue_bytes_max, *memory)
             self.say(self.channel.zone())
+
+    def register(self, memory: Registered) -> None:
+        with self._guarded("nixl"):
+            self.channel.register(memory)
 
     def told_nixl(self, message: greeting.Control) -> None:
         """A control message of the channel."""

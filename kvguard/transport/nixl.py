@@ -17,7 +17,7 @@ import os
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 import numpy as np
@@ -28,11 +28,12 @@ from kvguard.format import wire
 from kvguard.limits import HEADER_BYTES_MAX, KIB, PAYLOAD_BYTES_MAX
 from kvguard.transport import greeting
 from kvguard.transport.memory import PayloadMemory
-from kvguard.transport.nixl_agent import Agent, ChannelLost, NixlSettings
+from kvguard.transport.nixl_agent import Agent, ChannelLost, NixlSettings, Registered
 from kvguard.transport.nixl_zone import LENT_BYTES_MIN, PAGE_BYTES, Extents, Landing, Lending, Zone, pages_of
 from kvguard.transport.wakeup import IN, Wakeup
 
 NOTE = struct.Struct("<16sQIIIIQ")  # life, number, first page, pages, payload bytes, header bytes, sum
+UNSAID = 0  # as a sum: the payload never was in the writer's host memory, and what its header says of it counts alone
 BEAT = b"beat"
 PROBE = 0  # the number of the write that proves the way before the link is up
 LIFE_BYTES = 16
@@ -62,7 +63,7 @@ class NixlChannel:
 
     def __init__(
         self, settings: NixlSettings, wakeup: Wakeup, call: Callable[[int], None], say: Callable[[greeting.Control], None], queue_bytes_max: int,
-        lending: Lending,
+        lending: Lending, registered: Iterable[Registered] = (),
     ):  # fmt: skip
         self._settings, self._wakeup, self._call, self._say, self._queue_bytes_max = settings, wakeup, call, say, queue_bytes_max
         self._lending = lending
@@ -71,11 +72,13 @@ class NixlChannel:
         self._source: Zone | None = None
         for zone in (self._landing.zone, lending.zone):
             self._agent.register(zone.address, zone.size)
+        for memory in registered:
+            self.register(memory)
         self._life = os.urandom(LIFE_BYTES)
         self._peer: greeting.Zone | None = None
         self._extents: Extents | None = None
-        self._writes: deque[tuple[int, int, memoryview | None]] = deque()  # write, since when, what it reads from
-        self._queue: deque[tuple[bytes, memoryview | None]] = deque()
+        self._writes: deque[tuple[int, int, object, tuple]] = deque()  # write, since when, what it reads from, arguments of the write that follows it
+        self._queue: deque[tuple[bytes, memoryview | Registered | None]] = deque()
         self.queued_bytes = 0
         self._number = PROBE  # of the last frame that was written
         self._early: dict[int, tuple] = {}  # notes that came before one with a lower number
@@ -141,7 +144,11 @@ class NixlChannel:
 
     # ---- sending ------------------------------------------------------------------------------------------------------------------
 
-    def send(self, head: bytes, payload: memoryview | None) -> bool:
+    def register(self, memory: Registered) -> None:
+        """Payloads may be sent from there until this channel ends."""
+        self._agent.register(memory.address, memory.size, memory.device)
+
+    def send(self, head: bytes, payload: memoryview | Registered | None) -> bool:
         """Write one frame, or queue it while there are no free pages. False when the queue is full."""
         size = len(head) + (len(payload) if payload is not None else 0)
         if self._queue and self.queued_bytes + size > self._queue_bytes_max:
@@ -172,12 +179,16 @@ class NixlChannel:
             self._sent_ns = now_ns
             self._write(self._number, first, head, payload)
 
-    def _write(self, number: int, first: int, head: bytes, payload: memoryview | None) -> None:
+    def _write(self, number: int, first: int, head: bytes, payload: memoryview | Registered | None) -> None:
         start, payload_bytes = first * PAGE_BYTES, len(payload) if payload is not None else 0
         size, place = payload_bytes + len(head), self._source.bytes
         place[start + payload_bytes : start + size] = np.frombuffer(head, np.uint8)
-        lent = self._lending.address_of(payload) if payload_bytes >= LENT_BYTES_MIN else 0
-        if lent:
+        device, behind = None, ()
+        far = isinstance(payload, Registered)
+        lent = 0 if far else self._lending.address_of(payload) if payload_bytes >= LENT_BYTES_MIN else 0
+        if far:  # its bytes aren't looked at here, and the header, of another kind of memory, follows with the note when they are there
+            total, sources, device = UNSAID, [(payload.address, payload_bytes)], payload.device
+        elif lent:
             digest = xxhash.xxh3_64(payload)
             digest.update(head)
             total, sources = digest.intdigest(), [(lent, payload_bytes), (self._source.address + start + payload_bytes, len(head))]
@@ -187,11 +198,14 @@ class NixlChannel:
             total, sources = xxhash.xxh3_64_intdigest(place[start : start + size]), [(self._source.address + start, size)]
         del place  # a view would outlive the mapping
         note = NOTE.pack(self._peer.life, number, first, pages_of(size), payload_bytes, len(head), total)
-        write = self._agent.write(sources, self._peer.address + start, note)
+        target = self._peer.address + start
+        if far:
+            behind, note = ([(self._source.address + start + payload_bytes, len(head))], target + payload_bytes, note), b""
+        write = self._agent.write(sources, target, note, device)
         now_ns = time.monotonic_ns()
         if not self._writes:
             self._moved_ns = now_ns
-        self._writes.append((write, now_ns, payload if lent else None))
+        self._writes.append((write, now_ns, payload if lent else None, behind))
         self._spoke_ns = now_ns
 
     def returned(self, message: greeting.Returned) -> None:
@@ -243,9 +257,12 @@ class NixlChannel:
         """Ask after what is being written: without that nothing of it, and no note, leaves. True when the oldest is done."""
         moved = False
         while self._writes and self._agent.is_done(self._writes[0][0]):
-            self._agent.release(self._writes.popleft()[0])
+            write, _, _, behind = self._writes.popleft()
+            self._agent.release(write)
             self._reached = moved = True
-        for write, _, _ in islice(self._writes, 1, NOTES_MAX):
+            if behind:
+                self._writes.appendleft((self._agent.write(*behind), time.monotonic_ns(), None, ()))
+        for write, _, _, _ in islice(self._writes, 1, NOTES_MAX):
             self._agent.is_done(write)
         return moved
 
@@ -290,7 +307,7 @@ class NixlChannel:
         return True
 
     def _check(self, number: int, size: int, expected: int) -> None:
-        if xxhash.xxh3_64_intdigest(self._landing.bytes_of(number, 0, size)) != expected:
+        if expected != UNSAID and xxhash.xxh3_64_intdigest(self._landing.bytes_of(number, 0, size)) != expected:
             raise BadFrame(f"frame {number} isn't what its note says: torn or damaged on the way")
 
     # ---- time ---------------------------------------------------------------------------------------------------------------------

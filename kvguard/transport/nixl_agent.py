@@ -62,6 +62,18 @@ class NixlSettings:
             )
 
 
+@dataclass(frozen=True)
+class Registered:
+    """A payload in memory that the transport was told of (ZeromqTransport.register): `device` is a GPU's number, None for host memory."""
+
+    address: int
+    size: int
+    device: int | None
+
+    def __len__(self) -> int:
+        return self.size
+
+
 class Library:
     """The bindings, once a process."""
 

@@ -20,7 +20,7 @@ from kvguard.transport.base import Incoming
 from kvguard.transport.dialling import Dialled
 from kvguard.transport.keys import Keys
 from kvguard.transport.links import QUEUE_BYTES_MAX, RETRY_NS, Link, Settings, Shared
-from kvguard.transport.nixl_agent import NixlSettings, load
+from kvguard.transport.nixl_agent import NixlSettings, Registered, load
 from kvguard.transport.wakeup import Wakeup
 
 RECEIVED_MAX = 1024
@@ -155,6 +155,16 @@ class ZeromqTransport:
     def has_bulk(self, link: str) -> bool:
         found = self._find(link)
         return found is not None and found.channel is not None
+
+    def register(self, address: int, size: int, device: int | None = None) -> None:
+        """Memory, of GPU `device` or the host's, that payloads may be sent from as nixl_agent.Registered while this transport lives: over NIXL alone, send()
+        says False on any other link. It is read until the frame has left: its owner goes by the peer's acknowledgement.
+        """
+        memory = Registered(address, size, device)
+        self._shared.registered.append(memory)
+        for link in self._links():
+            if link.over_nixl and link.channel is not None:
+                link.register(memory)
 
     def lend(self, size: int) -> memoryview:
         """`size` writable bytes of any content to make a payload in: over NIXL it is then sent from where it is. Dropped views give it back."""
