@@ -14,6 +14,7 @@ P + 3 the bulk way (frames, payloads), P + 4 frames over ZeroMQ alone.
 from __future__ import annotations
 
 import json
+import select
 import socket
 import struct
 import sys
@@ -31,6 +32,7 @@ FRAMES_MAX = 1 << 20
 LINE_BYTES_MAX = 4096
 STEP_S = 1.0  # between two looks whether the sender is still there
 CONNECT_S = 30.0
+IDLE_S = 60.0
 NAME = "capacity"
 
 
@@ -69,6 +71,7 @@ class Receiver:
             connection, _ = self._listening[0].accept()
         except TimeoutError:
             return False
+        connection.settimeout(IDLE_S)  # whoever says nothing keeps others out no longer
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with connection, connection.makefile("rwb") as lines:
             raw = None
@@ -83,7 +86,7 @@ class Receiver:
                     elif way != "echo":
                         _take_frames(self._transports[way], frames, frame_bytes, lambda: _over(connection))
                     _say(lines, {"got": frames})
-            except (Gone, OSError):
+            except (Gone, BadFrame, OSError):
                 return True
             finally:
                 if raw is not None:
@@ -132,10 +135,7 @@ def _job(lines) -> tuple[str, int, int]:
 
 def _over(connection: socket.socket) -> bool:
     """Whether the sender has hung up: nothing else is ever said in mid-job."""
-    try:
-        return connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b""
-    except BlockingIOError:
-        return False
+    return bool(select.select([connection], [], [], 0)[0]) and connection.recv(1, socket.MSG_PEEK) == b""
 
 
 def _take_raw(connection: socket.socket, frames: int, frame_bytes: int) -> None:

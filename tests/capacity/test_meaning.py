@@ -66,6 +66,23 @@ def test_what_makes_no_sense_ends_the_conversation_and_not_the_receiver(receiver
         assert not serving.is_alive()
 
 
+def test_a_sender_that_goes_away_in_the_middle_ends_its_conversation(receiver) -> None:
+    host, port = receiver.address.removeprefix("tcp://").split(":")
+    for way in ("raw", "bulk"):
+        serving = threading.Thread(target=receiver.serve_one, args=(10.0,))
+        serving.start()
+        with socket.create_connection((host, int(port)), 10.0) as sender:
+            lines = sender.makefile("rwb")
+            greeting = json.loads(lines.readline())
+            lines.write(json.dumps({"way": way, "frames": 9, "bytes": 1000}).encode() + b"\n")
+            lines.flush()
+            if way == "raw":
+                socket.create_connection((host, greeting["raw"]), 10.0).close()
+            lines.close()
+        serving.join(20.0)
+        assert not serving.is_alive(), way
+
+
 def test_nobody_there_and_no_such_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
