@@ -43,8 +43,8 @@ def decode_overhead(bench: Bench) -> dict:
                 found[f"{shape}_{sequences}"] = f"not run: needs {wanted >> 30} GiB of free memory"
                 continue
             forward = forward_of(bench, layers, products, sequences)
-            times = paired(bench, layout, forward, sequences)
-            found.update({f"{shape}_{sequences}_{name}": value for name, value in summary(times).items()})
+            times, packed = paired(bench, layout, forward, sequences)
+            found.update({f"{shape}_{sequences}_{name}": value for name, value in {**summary(times), "steps_packed": packed}.items()})
     return found
 
 
@@ -71,8 +71,8 @@ def forward_of(bench: Bench, layers: int, products, sequences: int) -> Callable[
     return graph.replay
 
 
-def paired(bench: Bench, layout: Layout, forward: Callable[[], None], sequences: int) -> dict[str, np.ndarray]:
-    """Step times in ms of each variant, turn by turn."""
+def paired(bench: Bench, layout: Layout, forward: Callable[[], None], sequences: int) -> tuple[dict[str, np.ndarray], str]:
+    """Step times in ms of each variant, turn by turn, and how many steps found room in the ring."""
     times: dict[str, list[float]] = {"none": [], "engine": [], "daemon": []}
     sides = {capture: Side(bench, layout, capture) for capture in ("engine", "daemon")}
     random = np.random.default_rng(1)
@@ -82,10 +82,13 @@ def paired(bench: Bench, layout: Layout, forward: Callable[[], None], sequences:
                 for _ in range(2 if bench.dry else BLOCK_STEPS):
                     slots = random.permutation(layout.blocks * layout.block_tokens)[:sequences]
                     times[variant].append(step(bench, forward, sides.get(variant), slots))
+        engine = sides["engine"].pool
+        packed = f"{engine.packed} of {engine.packed + engine.skipped}"
+        assert engine.packed > 0 and not engine.lost, f"no step was packed: {engine.lost}"
     finally:
         for side in sides.values():
             side.close()
-    return {name: np.array(values) for name, values in times.items()}
+    return {name: np.array(values) for name, values in times.items()}, packed
 
 
 def step(bench: Bench, forward: Callable[[], None], side: Side | None, slots: np.ndarray) -> float:

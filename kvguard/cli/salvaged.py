@@ -1,7 +1,7 @@
 """`kvguard wait-salvaged`: for a unit's ExecStartPre, so that an engine that starts again finds the memory free that its former life had.
 
 Knows: this node's configuration, its daemon's status. Must not know: how memory is salvaged.
-Invariants: it waits for the daemon to have seen the death and closed the mapping, which are one moment for whoever asks; it ends, and its error says what it saw.
+Invariants: it waits until the daemon has seen the death and closed the mapping, one moment for whoever asks; it ends, and its error says what it saw.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 class Card(msgspec.Struct, frozen=True, array_like=True):
     """Device memory of another process. `kind`: pool | ring. `uuid`: of the GPU. `handle`: of the whole allocation, in which it lies at `offset`.
 
-    `size`: bytes of it; `rows`: of a ring. `capture`: what the engine's side offers, engine (it gathers into a ring) or daemon.
+    `size`: bytes of it; `rows`: of a ring.
     """
 
     kind: str
@@ -32,7 +32,6 @@ class Card(msgspec.Struct, frozen=True, array_like=True):
     offset: int
     size: int
     rows: int = 0
-    capture: str = "engine"
 
 
 _decoder = msgspec.msgpack.Decoder(Card)

@@ -17,12 +17,13 @@ import numpy as np
 from kvguard.device.driver import Driver, Stream
 from kvguard.device.host import slots_of, slots_of_blocks
 from kvguard.device.kernels.plan import Plan, tables_bytes
-from kvguard.device.paced import WAIT_S_MAX, finished
+from kvguard.device.paced import finished
 from kvguard.errors import Refused
 from kvguard.format.layout import Layout
 
 STAGING_BYTES = 8 << 20
 PAGE_BYTES = 4096
+WORK_S_MAX = 60.0  # what was launched before, and 8 MiB more
 ALIGNMENT = 256  # of every part of a buffer, as cudaMalloc gives
 
 
@@ -153,7 +154,7 @@ class GpuPool:
         return self._staging
 
     def _finish(self) -> None:
-        finished(self.driver, self.driver.record(self._stream), time.monotonic() + WAIT_S_MAX)
+        finished(self.driver, self.driver.record(self._stream), time.monotonic() + WORK_S_MAX)
 
     # ---- words --------------------------------------------------------------------------------------------------------------------
 

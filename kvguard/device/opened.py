@@ -152,7 +152,7 @@ class OpenedPool:
     # ---- captures -----------------------------------------------------------------------------------------------------------------
 
     def capture(self, blocks, starts, counts, out: memoryview) -> int:
-        """See device/base.py. Raises Refused, DeviceLost, TimedOut."""
+        """See device/base.py. Raises Refused, DeviceLost."""
         return self._capture(*slots_of(self.layout, blocks, starts, counts), out)
 
     def capture_blocks(self, blocks, out: memoryview) -> int:
@@ -176,9 +176,9 @@ class OpenedPool:
             target[staged] = self._ring.staged[rows[staged]]
             self._from_pool(blocks, within, np.flatnonzero(~staged), target)
             self.from_ring += int(staged.sum())
-        except (DeviceLost, TimedOut) as error:
+        except (DeviceLost, TimedOut) as error:  # after a copy that may still be going on no staging can be used again
             self._lose(str(error))
-            raise
+            raise DeviceLost(self.lost) from error
         return total
 
     def _from_pool(self, blocks: np.ndarray, within: np.ndarray, missing: np.ndarray, target: np.ndarray) -> None:

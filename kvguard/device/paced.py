@@ -15,7 +15,7 @@ from kvguard.device.extents import PIECE_BYTES_MAX
 from kvguard.errors import TimedOut
 
 IN_FLIGHT = 2
-WAIT_S_MAX = 5.0  # for two copies of 1 MiB: far beyond any link that works
+WAIT_S_MAX = 1.0  # for two copies of 1 MiB: far beyond any link that works, and a daemon does nothing else meanwhile
 NAP_S = 20e-6
 
 
