@@ -121,7 +121,7 @@ class Raw:
 
 
 class Framed:
-    """Frames over a ZeromqTransport, sent as fast as it takes them. Raises Unreachable where the link doesn't come up."""
+    """Frames over a ZeromqTransport, sent as fast as it takes them. Raises Unreachable where the link doesn't come up, BadConfig for keys that can't fit."""
 
     def __init__(self, conversation: Conversation, way: str, keys: Keys | None, insecure: bool) -> None:
         self._conversation, self._way = conversation, way
@@ -129,6 +129,7 @@ class Framed:
         self._link = f"peer:{greeting['name']}"
         self._transport = ZeromqTransport((keys.own_name() if keys is not None else "") or "sender", keys, insecure, bulk=way == "bulk")
         try:
+            self._transport.expect(self._link)
             self._transport.dial(self._link, f"tcp://{f'[{host}]' if ':' in host else host}:{greeting[way]}")
             conversation.ask(way, 1, MIB)  # the receiver turns while the link comes up
             self._come_up()

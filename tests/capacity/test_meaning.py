@@ -8,11 +8,12 @@ import threading
 
 import pytest
 
-from kvguard.capacity import link, meaning
+from kvguard.capacity import asked, link, meaning
 from kvguard.capacity.machine import layout_of
 from kvguard.capacity.receiver import Receiver
 from kvguard.errors import BadConfig, Unreachable
 from kvguard.limits import PAYLOAD_BYTES_MAX
+from kvguard.transport.keys import Keys, generate
 
 DEEDS = {"memcpy": 10.0, "checksum": 6.0, "capture, decode": 3.0, "capture, whole blocks": 9.0, "arena append": 1.0}
 
@@ -81,6 +82,29 @@ def test_a_sender_that_goes_away_in_the_middle_ends_its_conversation(receiver) -
             lines.close()
         serving.join(20.0)
         assert not serving.is_alive(), way
+
+
+def test_with_keys_both_ends_list_each_other_or_it_is_said() -> None:
+    pairs = {name: generate() for name in ("host-1", "host-2")}
+    listed = {name: pair.public for name, pair in pairs.items()}
+    keys = {name: Keys(pair.secret, pair.public, listed) for name, pair in pairs.items()}
+    receiver = Receiver("tcp://127.0.0.1:0", keys["host-2"])
+    serving = threading.Thread(target=lambda: [receiver.serve_one(20.0) for _ in range(2)])
+    serving.start()
+    try:
+        measured = link.measure(receiver.address, (65536,), 1, 1 << 20, keys["host-1"])
+        assert measured["to"] == receiver.address and [row["pairs"] for row in measured["rows"]] == [1]
+        with pytest.raises(BadConfig, match="no key is listed for 'peer:host-2'"):
+            link.measure(receiver.address, (65536,), 1, 1 << 20, Keys(pairs["host-1"].secret, listed["host-1"], {"host-1": listed["host-1"]}))
+    finally:
+        serving.join(30.0)
+        receiver.close()
+
+
+def test_answers_of_a_daemon_are_counted_and_sorted() -> None:
+    asked_for = []
+    told = asked.answers(lambda: asked_for.append(1))
+    assert len(asked_for) == told["asked"] and 0 <= told["p50_ms"] <= told["p99_ms"] <= told["max_ms"]
 
 
 def test_nobody_there_and_no_such_address() -> None:
