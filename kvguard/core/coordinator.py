@@ -207,7 +207,7 @@ class Coordinator:
     def _is_over(self, node: NodeId, rank_beat: RankBeat) -> bool:
         """A life whose sequences moved elsewhere, and that slept through it or is not dead yet; or what is left of one that died in an epoch that is over."""
         known, stream = self.known, rank_beat.stream
-        over = resuming.is_ended(known, stream)
+        over = resuming.is_ended(known, stream, rank_beat.epoch)
         if rank_beat.state == "lost" and rank_beat.epoch.counter < known.epoch(stream.instance).counter and not known.phase(stream.instance):
             known.note_once("stale_rank", f"{stream.instance}/{stream.rank}", f"a dead life on {node} of epoch {rank_beat.epoch.counter}", node, stream)
             return True

@@ -17,7 +17,7 @@ from kvguard.core.membership import Member as Place
 from kvguard.format import moves
 from kvguard.format.ledger import PLANNED, RESUMED, HistoryRecord, RecoveryRecord
 from kvguard.format.messages import Done, Fence, RebuildOrder, Resume, Resumed, ResumeSequence
-from kvguard.types import NodeId, Rank, SequenceId, StreamId, is_scheduler
+from kvguard.types import Epoch, NodeId, Rank, SequenceId, StreamId, is_scheduler
 
 
 def say_plan(known: Known, instance: str) -> None:
@@ -320,9 +320,16 @@ def _is_left_behind(known: Known, node: NodeId, stream: StreamId) -> bool:
     return stream != place.stream or node == place.node or node not in (*place.holders, *place.former, *beat.holders)
 
 
-def is_ended(known: Known, stream: StreamId) -> bool:
-    """Whether it is a life that ended because its sequences moved elsewhere."""
-    return any(stream in record.ended for record in known.history if record.instance == stream.instance)
+def is_ended(known: Known, stream: StreamId, epoch: Epoch | None = None) -> bool:
+    """Whether it is a life that ended because its sequences moved elsewhere.
+
+    One that lives, in `epoch`, ended with every such plan since, known to it or not (its node was away); not where it had nothing and took up the newer epoch.
+    """
+    for record in known.history:
+        if record.instance == stream.instance and record.ended:
+            if stream in record.ended if epoch is None else stream.rank in record.ranks and epoch.counter < record.epoch.counter:
+                return True
+    return False
 
 
 def _is_unlisted(known: Known, node: NodeId, stream: StreamId) -> bool:

@@ -100,6 +100,7 @@ class Daemon:
                 if sequence in rows:
                     rows[sequence] = (min(position, rows[sequence][0]), min(ids, rows[sequence][1]))
         for rank, has in self.ranks.items():
+            has["fenced"] = has.get("fenced", False) or rank in plan.moved  # it ends: no newer epoch is its own
             if has["alive"] and rank not in lost:
                 said += self._done(plan.epoch, f"rank {rank}", endpoint=f"engine of {rank}", stream=has["stream"])
         for holder, _, _, stream in plan.transfers:

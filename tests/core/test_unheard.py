@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from kvguard.format import ledger
 from kvguard.format import messages as m
+from kvguard.format.ledger import HistoryRecord
 from kvguard.types import NO_EPOCH, Epoch, Rank
 from tests.core.cast import INSTANCE, Cast, Daemon, Emitter
 
@@ -106,3 +108,32 @@ def test_a_loss_during_a_recovery_counts():
     assert fault.stream == second
     cast.run(12_000)  # the first order is not answered any more: so long it is waited for
     assert cast.emitter.resumes and {str(e.rank) for e in cast.emitter.resumes[-1].members} == {"0.0.0", "0.1.0"}
+
+
+def after_a_move(epoch: int) -> tuple[Cast, Daemon]:
+    """Epoch 2 moved what rank 0 had elsewhere, and named its life; a's daemon is back since, with a rank that lives in `epoch`."""
+    cast, a = lone()
+    stream = a.host(R0, {})
+    a.ranks[R0]["epoch"] = Epoch(epoch, "c")
+    moved = HistoryRecord(INSTANCE, Epoch(2, "c"), "a node died", (R0,), {}, {}, {}, {}, {}, {}, 1, moved=1, ended=(stream,))
+    cast.emitter.epoch = Epoch(2, "c")
+    cast.store |= {f"history/{INSTANCE}/2": ledger.pack(moved), f"epoch/{INSTANCE}": ledger.pack(Epoch(2, "c"))}
+    cast._begin()
+    return cast, a
+
+
+def test_a_life_that_had_nothing_and_took_up_the_newer_epoch_begins_in_it():
+    """It was named among those that end; its daemon, which came back, found nothing committed. Nobody would ever end it, and nobody would know it."""
+    cast, _ = after_a_move(epoch=2)
+    cast.run(300)
+    assert [note.subject for note in cast.noted("attached")] == ["i/0.0.0"] and not cast.noted("stale_rank") and cast.epoch() == 2
+
+
+def test_a_life_of_an_excluded_node_ended_with_the_plan_that_did_not_know_it():
+    cast, a = after_a_move(epoch=1)
+    del a.ranks[R0]
+    other = a.host(R0, {"s": (9, 11)}, life=2)
+    a.ranks[R0]["epoch"], a.ranks[R0]["fenced"] = Epoch(1, "c"), True
+    cast.run(300)
+    assert not cast.noted("attached") and {note.subject for note in cast.noted("stale_rank")} == {"i/0.0.0"}
+    assert other in {stream for resumed in cast.sent(m.Resumed) for stream in resumed.ended}, "so that its node ends it"
