@@ -70,3 +70,12 @@ def test_what_was_lost_is_critical_and_the_history_says_why(cluster):
     code, out, _ = said(cluster, "history", "-o", "json")
     [entry] = json.loads(out)["history"]
     assert entry["recomputed"] == 0 and entry["lost"] == {}
+
+
+def test_bench_asks_a_live_daemon_and_names_those_that_there_are(cluster):
+    cluster.start()
+    cluster.until("all nodes are known", lambda: len(cluster.ask("coordinator", "status")["nodes"]) == 2)
+    code, found = cluster.cli("bench", "--quick", "--to", "a")
+    assert code == 0 and found["node"]["node"] == "a" and found["node"]["address"] == cluster.addresses["a"] and found["link"]["loopback"]
+    code, refused = cluster.cli("bench", "--to", "nobody")
+    assert code == 4 and "Try: a, b" in refused["error"]
