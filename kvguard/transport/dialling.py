@@ -121,7 +121,8 @@ class Dialled:
         else:
             self._shared.count("dial_failed")
             self._attempts += 1
-        if link.over_nixl and link.state == GREETING and (0 < link.deadline_ns <= time.monotonic_ns() or reason.startswith("the peer said: nixl")):
+        told = "the peer said: nixl" if link.state == GREETING else "the peer said: nixl silent"
+        if link.over_nixl and (reason.startswith(told) or link.state == GREETING and 0 < link.deadline_ns <= time.monotonic_ns()):
             link.nixl_fault = reason
         if link.nixl_fault:
             self._nixl_from_ns = time.monotonic_ns() + WITHOUT_NIXL_NS

@@ -258,9 +258,10 @@ class Link:
             self._shared.broken(self.name, "broken", f"{what}: {error}")
             self.fail(f"{what}: {error}")
         except (OSError, BadConfig) as error:
-            if self.over_nixl and (self.state != UP or isinstance(error, ChannelLost) and error.silent):
+            silent = isinstance(error, ChannelLost) and error.silent
+            if self.over_nixl and (self.state != UP or silent):
                 self.nixl_fault = str(error)
-            self.fail(f"{what}: {error}")
+            self.fail(f"{what} silent: {error}" if silent else f"{what}: {error}")
 
     # ---- the channel over NIXL ----
 

@@ -28,7 +28,7 @@ from kvguard.format import wire
 from kvguard.limits import HEADER_BYTES_MAX, KIB, PAYLOAD_BYTES_MAX
 from kvguard.transport import greeting
 from kvguard.transport.memory import PayloadMemory
-from kvguard.transport.nixl_agent import Agent, ChannelLost, NixlSettings, Registered
+from kvguard.transport.nixl_agent import Agent, ChannelLost, NixlSettings, Registered, life_name
 from kvguard.transport.nixl_zone import LENT_BYTES_MIN, PAGE_BYTES, Extents, Landing, Lending, Zone, pages_of
 from kvguard.transport.wakeup import IN, Wakeup
 
@@ -48,11 +48,6 @@ KNOCK_NS = 5_000_000  # after so long without a frame the peer may have stopped 
 RINGS_MAX = 64  # of one bell in a row for nothing: it is muted until the next look
 
 ZONE_BYTES_MIN = 2 * pages_of(HEADER_BYTES_MAX + PAYLOAD_BYTES_MAX + wire.PREFIX.size) * PAGE_BYTES
-
-
-def life_name() -> str:
-    """For one agent: of one channel of one incarnation, never used again. UCX cuts longer names."""
-    return f"kvg-{os.urandom(8).hex()}"
 
 
 class NixlChannel:

@@ -24,6 +24,7 @@ PACKAGES = ("nixl_cu12", "nixl_cu13")
 BACKEND = "UCX"
 LOG_BYTES_MAX = 1 << 20
 LOOPBACK_DEVICES = {"lo"}
+UCX = {"UCX_PROTO_INFO": "y", "UCX_HANDLE_ERRORS": "none"}  # what it chose is logged; this process's signals are its own
 WRITES = "remote memory write by ucp_put"
 TITLE = re.compile(r"\| (?P<agent>\S+) (?P<where>\S+) cfg#")
 ROW = re.compile(r"\|\s*\S+\s*\|[^|]*\|\s*(?P<config>[^|]*?)\s*\|")
@@ -158,6 +159,20 @@ def event_descriptors() -> set[int]:
     return found
 
 
+def rehearse(settings: NixlSettings) -> str:
+    """The first agent of a process loads plugins for half a second: not in the loop, please. Returns what is wrong with these settings, "" for nothing."""
+    try:
+        Agent(life_name(), settings).close()
+    except BadConfig as error:
+        return str(error)
+    return ""
+
+
+def life_name() -> str:
+    """For one agent: of one channel of one incarnation, never used again. UCX cuts longer names."""
+    return f"kvg-{os.urandom(8).hex()}"
+
+
 class Agent:
     """One life of one end of one channel. Raises BadConfig where UCX can't be opened with these settings, ChannelLost elsewhere.
 
@@ -172,7 +187,7 @@ class Agent:
         config.useProgThread = config.useListenThread = config.captureTelemetry = False  # its progress thread would burn a core
         config.syncMode = bindings.NIXL_THREAD_SYNC_NONE
         before = event_descriptors()
-        with environment({"UCX_NET_DEVICES": settings.devices, "UCX_TLS": settings.tls, "UCX_PROTO_INFO": "y", "UCX_LOG_FILE": self._library.log_path()}):
+        with environment({**UCX, "UCX_NET_DEVICES": settings.devices, "UCX_TLS": settings.tls, "UCX_LOG_FILE": self._library.log_path()}):
             try:
                 self._agent = bindings.nixlAgent(name, config)
                 self._backend = [self._agent.createBackend(BACKEND, {})]

@@ -20,7 +20,7 @@ from kvguard.transport.base import Incoming
 from kvguard.transport.dialling import Dialled
 from kvguard.transport.keys import Keys
 from kvguard.transport.links import QUEUE_BYTES_MAX, RETRY_NS, Link, Settings, Shared
-from kvguard.transport.nixl_agent import NixlSettings, Registered, load
+from kvguard.transport.nixl_agent import NixlSettings, Registered, load, rehearse
 from kvguard.transport.wakeup import Wakeup
 
 RECEIVED_MAX = 1024
@@ -64,6 +64,9 @@ class ZeromqTransport:
             from kvguard.transport.nixl_zone import Lending  # with numpy
 
             self._shared.lending = Lending(nixl.lent_bytes)
+            wrong = rehearse(nixl)
+            if wrong:  # the adapter may come back: each link tries again
+                self._shared.broken("", "nixl_unfit", wrong)
         self.counters, self.refusals = self._shared.counters, self._shared.refusals
         self._acceptor: Acceptor | None = None
         self._dialled: dict[str, Dialled] = {}

@@ -288,6 +288,15 @@ def test_a_peer_without_nixl_is_served_by_the_bulk_channel_loudly(without):
         world.close()
 
 
+def test_settings_that_open_nothing_are_said_at_once():
+    needs_nixl()
+    transport = ZeromqTransport("a", nixl=NixlSettings("lo", "rc"))
+    try:
+        assert transport.counters == {"nixl_unfit": 1} and "opens no 'rc' on 'lo'" in transport.receive()[0].reason
+    finally:
+        transport.close()
+
+
 @pytest.mark.parametrize("unfit", ["dialling", "accepting"])
 def test_where_ucx_cannot_be_opened_the_bulk_channel_serves(unfit):
     """The settings were right when the transport was made; since then an adapter has gone."""
