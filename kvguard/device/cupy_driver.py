@@ -24,6 +24,7 @@ from kvguard.errors import BadConfig, DeviceLost, KvguardError, Refused
 HOST_PORTABLE, HOST_MAPPED, HOST_READ_ONLY = 1, 2, 8  # cudaHostRegister's and cudaHostAlloc's
 NON_BLOCKING, NO_TIMING = 1, 2  # streams, events
 DEFAULT_KIND = 4  # cudaMemcpyDefault: addresses say where they are
+COMPILER_OPTIONS = ("--std=c++11",)
 NOT_READY = 600  # cudaErrorNotReady, which cudaEventQuery answers and nobody raises
 
 # What CUDA calls it -> (is the GPU lost, what it is, what to do).
@@ -246,7 +247,7 @@ class CupyDriver:
     def _function(self, name: str) -> Any:
         """A kernel, compiled for this GPU by NVRTC when the first one is asked for."""
         if not self._functions:
-            module = self._cupy.RawModule(code=kernels.source(), options=("--std=c++11",))
+            module = self._cupy.RawModule(code=kernels.source(), options=COMPILER_OPTIONS)
             names = [f"kvg_{verb}_{width}" for verb in ("gather", "scatter") for width in (16, 8, 4, 2, 1)]
             self._functions = {one: module.get_function(one) for one in (*names, "kvg_publish")}
         return self._functions[name]
