@@ -2,8 +2,9 @@
 
 Knows: when each was last heard, in time during which this loop ran; whose progress rises. Must not know: epochs, plans, links' transport.
 Invariants: `dead` needs silence for the whole threshold *and* no progress of anyone who depends on the node for as long, while work is scheduled
-(house rule "daemon gone is not node gone"); where nobody could see progress, a daemon whose connection its node's kernel closed has a restart's time; a node without ranks is dead by silence alone, because nothing is lost with it; a rank that its living node doesn't
-list any more has a grace period to re-attach; one emitter session per instance.
+(house rule "daemon gone is not node gone"); where nobody could see progress, a daemon whose connection its node's kernel closed has a restart's time; a node
+without ranks is dead by silence alone, because nothing is lost with it; a rank that its living node doesn't list any more has a grace period to re-attach; one
+emitter session per instance.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class Node:
     """One node as heard. Times `_ns` are fair, except `beat_ns` (real: what a verdict's age is counted from)."""
 
     __slots__ = (
-        "address", "arena_bytes", "arena_bytes_max", "beat_ns", "carriers", "ended", "incarnation", "link", "node", "promises", "reason", "replicas", "schedulers",
-        "seen_ns", "standbys", "state", "version",
+        "address", "arena_bytes", "arena_bytes_max", "beat_ns", "carriers", "ended", "incarnation", "link", "node", "promises", "reason", "replicas",
+        "schedulers", "seen_ns", "standbys", "state", "version",
     )  # fmt: skip
 
     def __init__(self, node: NodeId, seen_ns: int, now_ns: int):
