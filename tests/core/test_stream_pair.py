@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamworld import MS, World
@@ -76,13 +76,14 @@ def test_holder_ends_with_what_was_committed(addressable: bool, script: list) ->
 
 @settings(max_examples=60, deadline=None)
 @given(script=script)
+@example([("open", 0, 1), ("grow", 0, 12), ("open", 1, 4)])
 def test_a_full_store_sheds_whole_sequences_and_takes_them_later(script: list) -> None:
     """Faults 12, 17: the acknowledged prefix never has a hole, and what was refused comes once there is room."""
     with closing(World(budget_bytes=900)) as world:
         world.up()
         for deed in script:
             act(world, *deed)
-        world.store.budget.bytes_max = 1 << 20
+        world.store.budget.resize(1 << 20)
         world.drain()
         world.compare()
 
