@@ -22,7 +22,7 @@ from kvguard.daemon.lifelines import Lifelines, Watches
 from kvguard.daemon.salvage import goes_on_in, is_elsewhere, salvaged
 from kvguard.daemon.seats import LocalRank, Spare
 from kvguard.device.base import Device
-from kvguard.errors import BadConfig, Refused
+from kvguard.errors import BadConfig, KvguardError, Refused
 from kvguard.format import local
 from kvguard.format.messages import IDS_ONLY, Holding, KnownIds, PlanOrder, Rebuild
 from kvguard.limits import NAME_BYTES_MAX
@@ -92,7 +92,11 @@ class Ranks:
     def _welcome(self, connection: int, epoch: Epoch) -> None:
         """Attached, with what a pool on a GPU gives its engine: the ring that it packs its steps into."""
         rings = [rank.pool.welcome for rank in self.ranks.values() if rank.connection == connection and hasattr(rank.pool, "welcome")]
-        descriptors = rings[0]() if rings else []
+        descriptors: list[int] = []
+        try:
+            descriptors = rings[0]() if rings else []
+        except KvguardError as error:  # it packs nothing then, and its pool is read
+            log.error("no ring for %s: %s", connection, error)
         self._tell(connection, local.Attached(epoch), descriptors)
         for descriptor in descriptors:
             os.close(descriptor)

@@ -22,7 +22,7 @@ from kvguard.device.gpu_pool import GpuPool
 from kvguard.device.host import HostDevice
 from kvguard.device.opened import RING_BYTES, STAGED_BYTES, Mappings, OpenedPool
 from kvguard.device.owned import OwnedPool
-from kvguard.errors import BadConfig, KvguardError, Refused
+from kvguard.errors import BadConfig, DeviceLost, KvguardError, Refused, TimedOut
 from kvguard.format.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,8 @@ class CudaDevice:
                 taken += descriptors
                 return self._adopt(layout, descriptors)
             return self._open(layout, terms)
+        except (DeviceLost, TimedOut, BadConfig) as error:  # whoever attaches is refused; the process lives
+            raise Refused(str(error)) from error
         finally:
             for descriptor in descriptors:
                 if descriptor not in taken:

@@ -11,9 +11,10 @@ Invariants
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -24,9 +25,10 @@ from kvguard.device.gpu_pool import GpuPool
 from kvguard.device.host import Copies, HostDevice, HostPool, slots_of, slots_of_blocks
 from kvguard.device.kernels.plan import Plan
 from kvguard.device.paced import Paced
-from kvguard.errors import DeviceLost, Refused, TimedOut
+from kvguard.errors import DeviceLost, KvguardError, Refused, TimedOut
 from kvguard.format.layout import Layout
 
+log = logging.getLogger(__name__)
 RING_BYTES = 64 << 20
 STAGED_BYTES = 128 << 20  # of host memory: what was packed stays here until newer steps need the place
 MIRROR_BYTES = 8 << 20
@@ -109,9 +111,9 @@ class RingEnd:
         return self._unpacker.find(slots)
 
     def close(self) -> None:
-        self._driver.free(self.memory)
         self.words.close()
         self.staged = np.zeros((0, 1), np.uint8)
+        self._driver.free(self.memory)
 
 
 class OpenedPool:
@@ -140,7 +142,7 @@ class OpenedPool:
                 slots = self.plan.blocks * self.plan.block_tokens
                 self._ring = RingEnd(driver, layout, self.plan.unit_bytes, slots, self._paced, ring_bytes, staged_bytes)
         except BaseException:
-            mappings.close(terms.handle)
+            _quietly(lambda: mappings.close(terms.handle))
             raise
         self._closed = False
         self.from_ring = self.from_pool = 0
@@ -257,13 +259,19 @@ class OpenedPool:
         self.lost = self.lost or why
 
     def close(self) -> None:
-        """Unmap, give the ring back. Idempotent."""
+        """Unmap, give the ring back. Idempotent; never raises: what a lost GPU doesn't give back goes with this process."""
         if self._closed:
             return
         self._closed = True
-        if self._kernels is not None:
-            self._kernels.close()
-        if self._ring is not None:
-            self._ring.close()
         self._mirror.copies.forget()
-        self._mappings.close(self._handle)
+        for part in (self._kernels, self._ring):
+            if part is not None:
+                _quietly(part.close)
+        _quietly(lambda: self._mappings.close(self._handle))
+
+
+def _quietly(close: Callable[[], None]) -> None:
+    try:
+        close()
+    except KvguardError as error:
+        log.warning("not given back: %s", error)

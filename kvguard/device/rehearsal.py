@@ -62,9 +62,12 @@ class Rehearsal:
         """The next thing that waits, alone."""
         self._queue.popleft()()
 
-    def _put(self, work: Callable[[], None]) -> None:
+    def _refuse_lost(self) -> None:
         if self._lost:
             raise DeviceLost(f"{self._lost}. Try: restart this process once the GPU is well")
+
+    def _put(self, work: Callable[[], None]) -> None:
+        self._refuse_lost()
         self._queue.append(work)
         if not self.held:
             self.run()
@@ -72,6 +75,7 @@ class Rehearsal:
     # ---- memory -------------------------------------------------------------------------------------------------------------------
 
     def allocate(self, size: int, exportable: bool = True) -> int:
+        self._refuse_lost()
         file = os.memfd_create("kvguard-rehearsal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(file, size)
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
@@ -84,6 +88,7 @@ class Rehearsal:
         return address
 
     def free(self, address: int) -> None:
+        self._refuse_lost()
         os.close(self._mapped.pop(address).file)
 
     def allocation_of(self, address: int) -> Allocation:
@@ -93,10 +98,12 @@ class Rehearsal:
         raise Refused(f"no allocation holds the address {address:#x}. Try: a pointer of this device")
 
     def handle_of(self, address: int) -> bytes:
+        self._refuse_lost()
         one = self._mapped[address]
         return f"{os.getpid()} {one.file} {os.fstat(one.file).st_ino} {one.size}".encode().ljust(HANDLE_BYTES)
 
     def open_handle(self, handle: bytes) -> int:
+        self._refuse_lost()
         pid, number, inode, size = (int(part) for part in handle.split())
         if pid == os.getpid():
             raise Refused("a handle can't be opened in the process that exported it. Try: the pool itself")
@@ -144,8 +151,7 @@ class Rehearsal:
         """One queue for all streams keeps every such promise."""
 
     def is_done(self, event: int) -> bool:
-        if self._lost:
-            raise DeviceLost(f"{self._lost}. Try: restart this process once the GPU is well")
+        self._refuse_lost()
         return self.ends[event]
 
     def synchronise(self, stream: str) -> None:

@@ -396,3 +396,19 @@ def test_a_gpu_that_never_answers_is_lost(other, monkeypatch):
     driver.held = False
     driver.run()
     view.close()
+
+
+def test_whoever_attaches_to_a_lost_gpu_is_refused_and_what_was_mapped_closes_quietly(other):
+    driver = Rehearsal()
+    device = CudaDevice(lambda: (driver,), Capturing(ring_bytes=1, staged_bytes=1))
+    layout = LAYOUTS["usual"]
+    fds = other.pool("rehearsal", layout)
+    again = [os.dup(fd) for fd in fds]
+    view = device.open(layout, fds, writable=False)
+    driver.lose("Xid 79")
+    with pytest.raises(DeviceLost):
+        view.welcome()
+    with pytest.raises(Refused, match="Xid 79"):
+        device.open(layout, again, writable=False)
+    view.close()
+    view.close()

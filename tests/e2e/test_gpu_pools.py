@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -109,3 +110,16 @@ def test_a_daemon_that_comes_again_gives_another_ring(on_gpu, cluster):
     cluster.protected(RANK, 26)
     assert engine.tell("counts")["packed"] == before + 1
     assert engine.tell("sums")["sums"] == cluster.ask("b", "sums", instance="llama", rank=RANK)["sums"]
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU here")
+def test_a_daemon_without_its_gpu_refuses_engines_and_lives(cluster):
+    (cluster.directory / "conf.d").mkdir()
+    (cluster.directory / "conf.d" / "gpu.toml").write_text('[node]\ndevice = "cuda"\n')
+    cluster.start()
+    engine = cluster.engine("rank", "a", RANK)
+    refused = cluster.until("the refusal", lambda: engine.tell("status")["refused"])
+    assert "Try:" in refused and ("cupy" in refused or "driver" in refused)
+    assert engine.tell("step", commits=[["one", 3]]) == {"lengths": {"one": 3}}  # it serves on, without protection
+    assert cluster.ask("a", "status")["ranks"] == []
+    assert "no engine with a pool on a GPU can be protected" in (cluster.directory / "a.log").read_text()
