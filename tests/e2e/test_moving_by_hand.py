@@ -63,7 +63,7 @@ def test_a_rank_is_handed_off_without_loss(three):
     assert f"handed off from a to {target}" in entry["reason"] and entry["lost"] == {} and entry["positions"] == {"one": 40, "two": 5}
 
 
-def test_a_rank_that_decodes_all_the_while_rolls_back_one_position_at_most(cluster):
+def test_a_rank_that_decodes_all_the_while_rolls_back_what_was_on_its_way_and_says_how_much(cluster):
     cluster.start()
     engine = cluster.engine("rank", "a", RANK)
     engine.tell("step", commits=[["one", 40], ["two", 20]])
@@ -85,9 +85,11 @@ def test_a_rank_that_decodes_all_the_while_rolls_back_one_position_at_most(clust
     decoding.join(30.0)
     assert code == 0 and told.startswith("llama 0.0.0 lives on b now, in epoch 1: 2 sequences go on, 0 are lost, "), (told, errors, cluster.last_words())
     lengths = standby.hear(30.0)["lengths"]
-    assert reached["one"] > 40 and all(reached[name] - lengths[name] <= 1 for name in ("one", "two")), (reached, lengths)
+    assert reached["one"] > 40 and lengths["one"] >= 40 and lengths["two"] >= 20, (reached, lengths)
     [entry] = cluster.ask("coordinator", "history")["history"]
-    assert entry["recomputed"] <= 2 and standby.tell("intact")["wrong"] == []
+    # How far behind a replica is while a rank decodes is a matter of the machine's load. That it is said is not: a step that was killed may count as well.
+    rolled_back = sum(reached[name] - lengths[name] for name in ("one", "two"))
+    assert rolled_back <= entry["recomputed"] <= rolled_back + 2 and standby.tell("intact")["wrong"] == [], (entry, reached, lengths)
 
 
 def test_a_node_is_drained_and_taken_back(three):
