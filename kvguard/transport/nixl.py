@@ -101,6 +101,8 @@ class NixlChannel:
         """Load what the peer said, and write a first page to it."""
         if self._peer is not None or zone.pages * PAGE_BYTES < ZONE_BYTES_MIN or zone.pages > 1 << 24 or len(zone.life) != LIFE_BYTES or len(zone.agent) > 64:
             raise BadFrame(f"a zone of {zone.pages} pages, or a second one")
+        if not 0 < zone.address < (1 << 63) - zone.pages * PAGE_BYTES:
+            raise BadFrame(f"a zone at {zone.address:#x}")
         self._peer, self._extents = zone, Extents(zone.pages)
         self._source = Zone(zone.pages * PAGE_BYTES)
         self._agent.register(self._source.address, self._source.size)
@@ -205,6 +207,8 @@ class NixlChannel:
 
     def returned(self, message: greeting.Returned) -> None:
         """The peer doesn't need these frames' pages any more."""
+        if self._extents is None:
+            raise BadFrame("frames are returned before there is a zone that they could be in")
         for number in message.numbers:
             self._extents.give_back(number)
         self.flush()

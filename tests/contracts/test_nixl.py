@@ -15,14 +15,17 @@ import time
 
 import numpy as np
 import pytest
+from msgspec import structs
 from test_transport import DEADLINE_S, Pair, Sockets, ids, kv, needs_nixl, number_of
 
 from kvguard.errors import BadConfig, BadFrame
 from kvguard.limits import KIB, MIB
-from kvguard.transport import nixl_zone
+from kvguard.transport import greeting, nixl_zone
 from kvguard.transport.base import Broken, Down, Frame, Up
+from kvguard.transport.nixl import NixlChannel
 from kvguard.transport.nixl_agent import NixlSettings, Registered, chosen, load
 from kvguard.transport.nixl_zone import PAGE_BYTES, Extents, Landing, Lending, Zone, quarantined
+from kvguard.transport.wakeup import Wakeup
 from kvguard.transport.zeromq import ZeromqTransport
 
 TCP, CMA = NixlSettings("lo", "tcp"), NixlSettings("lo", "cma,tcp")
@@ -225,10 +228,27 @@ def test_a_note_that_lies_ends_the_link(pair, lie):
 
 
 def test_pages_that_are_given_back_twice_end_the_link(pair):
-    from kvguard.transport import greeting
-
     pair.a._find(pair.accepted).say(greeting.Returned((77,)))
     pair.until(lambda: pair.of(pair.b, Broken) and pair.of(pair.b, Down), "down")
+
+
+def test_what_the_peer_says_out_of_turn_or_of_no_address_is_its_fault():
+    """A channel's BadFrame and OSError end its link; anything else would end the daemon."""
+    needs_nixl()
+    lending, wakeup = Lending(MIB), Wakeup()
+    here, there = (NixlChannel(CMA, wakeup, lambda events: None, lambda message: None, MIB, lending) for _ in range(2))
+    try:
+        with pytest.raises(BadFrame, match="before there is a zone"):
+            here.returned(greeting.Returned((1,)))
+        for address in (-PAGE_BYTES, 0, 1 << 63, (1 << 64) - PAGE_BYTES):
+            with pytest.raises(BadFrame, match="a zone at"):
+                here.meet(structs.replace(there.zone(), address=address))
+        here.meet(there.zone())
+        with pytest.raises(BadFrame, match="has no pages"):
+            here.returned(greeting.Returned((0,)))
+    finally:
+        for one in (here, there, lending, wakeup):
+            one.close()
 
 
 def test_what_the_peer_never_takes_ends_the_link_and_the_next_one_does_without(world):
