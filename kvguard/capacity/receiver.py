@@ -18,6 +18,7 @@ import select
 import socket
 import struct
 import sys
+import time
 from collections.abc import Callable
 
 from kvguard.errors import BadConfig, BadFrame
@@ -32,7 +33,7 @@ FRAMES_MAX = 1 << 20
 LINE_BYTES_MAX = 4096
 STEP_S = 1.0  # between two looks whether the sender is still there
 CONNECT_S = 30.0
-IDLE_S = 60.0
+IDLE_S = 60.0  # without a word, or a frame
 NAME = "capacity"
 
 
@@ -126,9 +127,11 @@ def _job(lines) -> tuple[str, int, int]:
     try:
         asked = json.loads(line)
         way, frames, frame_bytes = asked["way"], asked["frames"], asked["bytes"]
+        if type(frames) is not int or type(frame_bytes) is not int:
+            raise TypeError(asked)
         if way not in ("raw", "bulk", "control", "echo") or not 0 < frames <= FRAMES_MAX or not 0 < frame_bytes <= PAYLOAD_BYTES_MAX:
             raise ValueError(asked)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Gone from error
     return way, frames, frame_bytes
 
@@ -161,14 +164,15 @@ def _fill(connection: socket.socket, view: memoryview) -> None:
 
 
 def _take_frames(transport: ZeromqTransport, frames: int, frame_bytes: int, over: Callable[[], bool]) -> None:
+    due = time.monotonic() + IDLE_S
     while frames:
-        if not transport.wait(STEP_S) and over():
+        if not transport.wait(STEP_S) and over() or time.monotonic() >= due:
             raise Gone
         for event in transport.receive():
             if isinstance(event, Frame):
                 if event.payload is None or len(event.payload) != frame_bytes:
                     raise BadFrame(f"a frame of other than {frame_bytes} bytes")
-                frames -= 1
+                frames, due = frames - 1, time.monotonic() + IDLE_S
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from kvguard.capacity import asked, link, meaning
+from kvguard.capacity import receiver as receiving
 from kvguard.capacity.machine import layout_of
 from kvguard.capacity.receiver import Receiver
 from kvguard.errors import BadConfig, Unreachable
@@ -50,11 +51,15 @@ def receiver():
 TOO_MUCH = b'{"way": "raw", "frames": 1, "bytes": %d}\n' % (PAYLOAD_BYTES_MAX + 1)
 
 
-@pytest.mark.parametrize("said", [b"{}\n", b"rubbish\n", TOO_MUCH, b'{"way": "x", "frames": 1, "bytes": 1}\n', b""])
+HALF = b'{"way": "bulk", "frames": 1.5, "bytes": 1}\n'
+
+
+@pytest.mark.parametrize("said", [b"{}\n", b"rubbish\n", TOO_MUCH, b'{"way": "x", "frames": 1, "bytes": 1}\n', HALF, b"[" * 4000 + b"\n", b""])
 def test_what_makes_no_sense_ends_the_conversation_and_not_the_receiver(receiver, said) -> None:
     host, port = receiver.address.removeprefix("tcp://").split(":")
+    served: list[bool] = []
     for _ in range(2):
-        serving = threading.Thread(target=receiver.serve_one, args=(10.0,))
+        serving = threading.Thread(target=lambda: served.append(receiver.serve_one(10.0)))
         serving.start()
         with socket.create_connection((host, int(port)), 10.0) as stranger:
             lines = stranger.makefile("rwb")
@@ -64,6 +69,20 @@ def test_what_makes_no_sense_ends_the_conversation_and_not_the_receiver(receiver
             stranger.shutdown(socket.SHUT_WR)
             assert lines.readline() == b""
         serving.join(10.0)
+        assert not serving.is_alive()
+    assert served == [True, True], "no conversation ended with an error of ours"
+
+
+def test_a_sender_that_asks_and_sends_nothing_keeps_nobody_out(receiver, monkeypatch) -> None:
+    monkeypatch.setattr(receiving, "IDLE_S", 0.5)
+    host, port = receiver.address.removeprefix("tcp://").split(":")
+    serving = threading.Thread(target=receiver.serve_one, args=(10.0,))
+    serving.start()
+    with socket.create_connection((host, int(port)), 10.0) as sender, sender.makefile("rwb") as lines:
+        lines.readline()
+        lines.write(b'{"way": "bulk", "frames": 5, "bytes": 10}\n')
+        lines.flush()
+        serving.join(20.0)
         assert not serving.is_alive()
 
 
