@@ -250,14 +250,14 @@ class Membership:
         state, reason = SUSPECT, f"{silent}, and idle: nothing is scheduled that could tell a dead node from a daemon that is gone"
         for instance, rank in ranks:
             rose, busy = self._evidence(instance, rank, node.node)
-            if node.ended and not self._has_witness(instance, rank, node.node) and fair_ns - node.seen_ns < self.patience.reattach_ns:
+            if node.ended and not self._has_witness(instance, rank, node.node, fair_ns) and fair_ns - node.seen_ns < self.patience.reattach_ns:
                 state, reason = SUSPECT, f"{silent}: its daemon ended, and nobody else could tell whether {instance} goes on"
                 break
             if rose > node.seen_ns and fair_ns - rose < self.patience.silence_ns:
                 state, reason = SUSPECT, f"{silent}, but progress of {instance} still rises: its daemon is gone, not the node"
                 break
             if busy is not None and fair_ns - max(node.seen_ns, busy) >= self.patience.silence_ns:
-                state, reason = DEAD, f"{silent}, work is scheduled, and {self._what_is_seen(instance, rank, node.node)}"
+                state, reason = DEAD, f"{silent}, work is scheduled, and {self._what_is_seen(instance, rank, node.node, fair_ns)}"
         changed = state != node.state or reason.partition(",")[2] != node.reason.partition(",")[2]
         node.state, node.reason = state, reason
         if state == DEAD:
@@ -277,14 +277,21 @@ class Membership:
             told.append(Verdict("ranks" if work else "gone", node.node, reason, node.beat_ns, ((instance, rank),)))
         return told
 
-    def _has_witness(self, instance: str, rank: Rank, node: NodeId) -> bool:
-        """Whether anyone elsewhere would see its progress, or nobody makes any: the emitter, a rank of the same dp, a recovery."""
-        session = self.sessions.get(instance)
-        others = [other for other_rank, other in self.members[instance].items() if other_rank.dp == rank.dp and other.node != node and not other.lost]
-        return (session is not None and not session.ended) or instance in self.recovering or bool(others)
+    def _has_witness(self, instance: str, rank: Rank, node: NodeId, fair_ns: int) -> bool:
+        """Whether anyone elsewhere would see its progress and tell, or nobody makes any: the emitter, a rank of the same dp, a recovery.
 
-    def _what_is_seen(self, instance: str, rank: Rank, node: NodeId) -> str:
-        return f"nothing of {instance} rises" if self._has_witness(instance, rank, node) else f"nobody else could see {instance} rise"
+        Who is silent too tells nothing: an emitter within its promise, a daemon that is restarted at the same time.
+        """
+        if instance in self.recovering:
+            return True
+        others = (other.node for other_rank, other in self.members[instance].items() if other_rank.dp == rank.dp and other.node != node and not other.lost)
+        heard = [self.nodes[other].seen_ns for other in others if other in self.nodes]
+        session = self.sessions.get(instance)
+        heard += [session.seen_ns] if session is not None and not session.ended else []
+        return any(fair_ns - seen_ns < self.patience.suspect_ns for seen_ns in heard)
+
+    def _what_is_seen(self, instance: str, rank: Rank, node: NodeId, fair_ns: int) -> str:
+        return f"nothing of {instance} rises" if self._has_witness(instance, rank, node, fair_ns) else f"nobody else could see {instance} rise"
 
     def _evidence(self, instance: str, rank: Rank, node: NodeId) -> tuple[int, int | None]:
         """When anyone who depends on this rank last progressed (-1: never), and since when work has been scheduled (None: it isn't).

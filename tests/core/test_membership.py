@@ -157,11 +157,26 @@ def test_a_daemon_that_ended_has_witnesses():
     watched = World("a", emitter=True, silence_ms=3000)
     watched.emitter(1)
     closed(watched, 100)
+    watched.ms = 900
+    watched.emitter(1)
     assert ("node", "a") in watched.judge(1000), "so would the emitter"
     quiesced = World("a")
     quiesced.membership.recovering[I] = 0
     closed(quiesced, 100)
     assert ("node", "a") in quiesced.judge(1000), "nobody makes progress during a recovery"
+
+
+def test_witnesses_that_are_silent_themselves_are_none():
+    """An emitter within its promise; daemons that are restarted all at once: their engines may well be at work."""
+    watched, pair = World("a", emitter=True, silence_ms=5000), World("a", "b")
+    watched.emitter(1)
+    for world, nodes in ((watched, "a"), (pair, "ab")):
+        for node in nodes:
+            closed(world, 100, node)
+        for ms in range(200, 2000, 100):
+            verdicts = world.judge(ms)
+            assert not any(what == "node" for what, _ in verdicts), (nodes, ms)
+        assert ("node", "a") in world.judge(2000) and "nobody else could see" in world.membership.nodes["a"].reason
 
 
 def test_a_daemon_that_is_back_is_no_longer_one_that_ended():
