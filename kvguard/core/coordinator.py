@@ -237,7 +237,7 @@ class Coordinator:
                 known.tell_node(node, resuming.word(known, instance, ended=(rank_beat.stream,)))
             return
         home = known.membership.nodes.get(member.node)
-        idle = member.beat is None or not member.beat.sequences
+        idle = not known.membership.is_working(instance, rank)
         if member.node == node or (idle and (home is None or home.state == DEAD or member.absent_ns is not None)):
             if idle:
                 self._adopt(node, rank_beat)

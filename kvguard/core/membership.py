@@ -219,6 +219,14 @@ class Membership:
                 if member.node == node and not member.lost:
                     yield instance, rank, member
 
+    def is_working(self, instance: str, rank: Rank) -> bool:
+        """Whether anyone may count on the process behind this rank: it or another of its dp has sequences, or the emitter has scheduled some."""
+        session = self.sessions.get(instance)
+        if session is not None and not session.ended and session.scheduled:
+            return True
+        others = (member for other, member in self.members[instance].items() if other.dp == rank.dp and not member.lost)
+        return any(member.beat is not None and member.beat.sequences for member in others)
+
     # ---- judgement
 
     def judge(self, fair_ns: int) -> list[Verdict]:

@@ -10,7 +10,7 @@ from kvguard.format.ledger import HistoryRecord
 from kvguard.types import NO_EPOCH, Epoch, Rank
 from tests.core.cast import INSTANCE, Cast, Daemon, Emitter
 
-R0 = Rank(0, 0, 0)
+R0, R1 = Rank(0, 0, 0), Rank(0, 1, 0)
 
 
 def lone(standbys: int = 1, **more) -> tuple[Cast, Daemon]:
@@ -137,3 +137,31 @@ def test_a_life_of_an_excluded_node_ended_with_the_plan_that_did_not_know_it():
     cast.run(300)
     assert not cast.noted("attached") and {note.subject for note in cast.noted("stale_rank")} == {"i/0.0.0"}
     assert other in {stream for resumed in cast.sent(m.Resumed) for stream in resumed.ended}, "so that its node ends it"
+
+
+def replaced(scheduled: int, standbys: int = 0) -> tuple[Cast, Daemon]:
+    """Two ranks without sequences so far; b dies with its daemon, is back, and another process attaches in its rank's place before anybody missed the first."""
+    cast, a = lone(standbys=0)
+    b = Daemon("b", 0)
+    a.host(R0, {})
+    b.host(R1, {})
+    cast.emitter.scheduled = 0
+    cast.join(b)
+    cast.run(300)
+    cast.emitter.scheduled = scheduled
+    cast.run(200)
+    cast.kill(b)
+    b.incarnation, b.alive = 2, True
+    b.host(R1, {}, life=2)
+    b.standbys = [3000 + no for no in range(standbys)]
+    cast.join(b)
+    return cast, b
+
+
+def test_work_may_be_on_its_way_to_a_rank_that_had_none_and_is_another_process_now():
+    """The emitter has scheduled a step, which went to the one that died: without an epoch it would wait for it for ever."""
+    cast, _ = replaced(scheduled=1, standbys=1)
+    cast.run(1000)
+    (resume,) = cast.emitter.resumes
+    assert resume.epoch == Epoch(1, "c") and [(str(e.rank), e.endpoint) for e in resume.members] == [("0.0.0", "engine of 0.0.0"), ("0.1.0", "spare 3000")]
+    assert "replaced" in cast.coordinator.history()[0]["reason"]
