@@ -76,7 +76,7 @@ class Round:
         self.record, self.since_ns, self.mark_ns, self.not_before_ns = record, fair_ns, now_ns, fair_ns
         self.reports: dict[NodeId, Report] = {}
         self.dones: dict[tuple[NodeId, str], Done] = {}
-        self.ordered: dict[Rank, bool] = {}
+        self.ordered: dict[Rank, bool] = {}  # ranks that were given to a standby (or may have been); whether that was said on its node's present link
         self.asked: dict[NodeId, str] = {}  # the link on which this phase was last said
         self.asked_ns: dict[NodeId, int] = {}  # and when its Fence was
         self.waiting, self.tried, self.heard = "", None, 0  # `heard`: how many reports have come, so that one that is said anew is planned with

@@ -73,3 +73,4 @@ def _load_round(known: Known, record: ledger.RecoveryRecord, start_ns: int) -> N
     if record.phase == PLANNED:
         known.forks[instance] = dict(zip(record.order.sequences, record.order.lineages, strict=True))
         known.births[instance] = record.order.births_by_name()
+        known.rounds[instance].ordered = {rebuild.rank: False for rebuild in record.order.rebuilds}  # the former life may have

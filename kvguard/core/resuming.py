@@ -32,8 +32,8 @@ def say_plan(known: Known, instance: str) -> None:
         if node in record.excluded:
             known.tell_node(node, Fence(instance, record.epoch, record.lost, record.reason))
         for rebuild in record.order.rebuilds:
-            if rebuild.node == node:
-                current.ordered.pop(rebuild.rank, None)
+            if rebuild.node == node and rebuild.rank in current.ordered:
+                current.ordered[rebuild.rank] = False
         known.tell_node(node, record.order)
 
 
@@ -103,7 +103,7 @@ def advance(known: Known, instance: str, start) -> None:
     more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
     current.waiting = "waiting for " + ", ".join(f"{node}: {part}" for node, part in missing[:4]) + more
     if known.fair_ns - current.since_ns >= known.settings.restore_ns:
-        slow = [rebuild for rebuild in record.order.rebuilds if rebuild.rank in current.ordered and (rebuild.node, f"rank {rebuild.rank}") in missing]
+        slow = [rebuild for rebuild in record.order.rebuilds if current.ordered.get(rebuild.rank) and (rebuild.node, f"rank {rebuild.rank}") in missing]
         refused = tuple((rebuild.node, rebuild.standby) for rebuild in slow)
         late = tuple(node for node, part in missing if part.startswith("transfer "))
         survivors = tuple(rank for rank, node in _survivors(record).items() if (node, f"rank {rank}") in missing)
@@ -129,7 +129,7 @@ def _order_rebuilds(known: Known, current: Round, rebuilds) -> None:
     for rebuild in rebuilds:
         pushes = [(holder, f"transfer {stream}") for holder, target, _, stream in record.order.transfers if target == rebuild.node]
         ready = all(part in current.dones for part in ((rebuild.node, "holders"), *pushes))
-        open_ = rebuild.rank not in current.ordered and (rebuild.node, f"rank {rebuild.rank}") not in current.dones
+        open_ = not current.ordered.get(rebuild.rank) and (rebuild.node, f"rank {rebuild.rank}") not in current.dones
         if ready and open_ and known.tell_node(rebuild.node, RebuildOrder(record.instance, record.epoch, rebuild)):
             current.ordered[rebuild.rank] = True
 

@@ -3,7 +3,7 @@
 Knows: a planned round, what was ordered and done of it. Must not know: how a round begins, what is planned in it.
 Invariants: a standby that is taking its rank is waited for as long as it may come, because the next fence would kill it as one whose rank is given away;
 nothing new is given away meanwhile; the wait ends with settle_ns at the latest (I7). Nothing of it is durable: nodes say failures again, to a coordinator that
-restarts as to any other.
+restarts as to any other, which takes it that its former life has given every rank of the plan away.
 """
 
 from __future__ import annotations

@@ -187,6 +187,26 @@ def test_a_coordinator_that_dies_meanwhile_hears_of_it_again(kill_after):
     assert_nothing_wasted(cast, a, [3])
 
 
+@pytest.mark.parametrize("first", ["standby", "failure"])
+def test_a_node_says_its_failures_to_a_new_coordinator_before_anything_else(first):
+    """With its hello (core/node.py): then nothing says yet that a standby elsewhere has its order since the coordinator's former life."""
+    cast, a, c = two_lost()
+    c.errors["rank 0.2.0"] = "out of memory"
+    cast.drain()
+    assert cast.epoch() == 2 and a.slow
+    a.slow = []
+    cast._begin()
+    of_a, others = [[event for event in cast.queue if (getattr(event, "link", "") == a.link) == mine] for mine in (True, False)]
+    at = next(i for i, event in enumerate(others) if isinstance(event, Arrived) and event.link == c.link) + 1
+    others.insert(at, Arrived(c.link, m.Done("i", c.promise, "c", "rank 0.2.0", "out of memory")))
+    cast.queue = of_a[:2] + others + of_a[2:] if first == "standby" else others + of_a
+    cast.run(300)
+    assert a.slow and cast.epoch() == 2
+    arrive(cast, a)
+    cast.run(1000)
+    assert_nothing_wasted(cast, a, [3])
+
+
 def test_paused_meanwhile():
     """What waited is held like any other recovery, and done once nobody pauses it any more."""
     cast, a, c = two_lost()
