@@ -241,6 +241,10 @@ class Coordinator:
         if member.node == node or (idle and (home is None or home.state == DEAD or member.absent_ns is not None)):
             if idle:
                 self._adopt(node, rank_beat)
+                if instance in known.emitters:  # it may have sent work to the former one since it was last heard, and knows only that one's endpoint
+                    places = () if known.phase(instance) else sorted(known.membership.members[instance].items())
+                    lost = tuple(other for other, place in places if place.lost)  # of a recovery that failed
+                    rounds.go_round(known, instance, Failure(lost, f"rank {rank} on {node} is another process, with an empty pool"))
             else:
                 self._lose(node, member.stream, "its process was replaced by another with an empty pool", 0.0, True)
             return

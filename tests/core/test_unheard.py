@@ -165,3 +165,14 @@ def test_work_may_be_on_its_way_to_a_rank_that_had_none_and_is_another_process_n
     (resume,) = cast.emitter.resumes
     assert resume.epoch == Epoch(1, "c") and [(str(e.rank), e.endpoint) for e in resume.members] == [("0.0.0", "engine of 0.0.0"), ("0.1.0", "spare 3000")]
     assert "replaced" in cast.coordinator.history()[0]["reason"]
+
+
+def test_the_emitter_of_an_idle_instance_hears_of_another_process_by_an_epoch():
+    """What it has sent since it was last heard can't be known, and it dials whom its last resumption named. Nobody is lost, no standby is needed."""
+    cast, _ = replaced(scheduled=0)
+    cast.run(1000)
+    (resume,) = cast.emitter.resumes
+    assert resume.epoch == Epoch(1, "c") and [str(e.rank) for e in resume.members] == ["0.0.0", "0.1.0"] and not cast.sent(m.RebuildOrder)
+    assert cast.coordinator.history()[0]["reason"] == "rank 0.1.0 on b is another process, with an empty pool"
+    cast.run(1000)
+    assert cast.epoch() == 1

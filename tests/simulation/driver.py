@@ -169,6 +169,8 @@ class Driver:
             elif life in world.finished:
                 self.over.append(entry.sequence)
                 continue
+            elif len(ids) < prompt:
+                sequence.ids = list(world.prompts[life])  # preempted in its prompt: the rest is what its client asked
             self._place(sequence, entry.position)
             for block in sequence.blocks:
                 self.refs[block] += 1
@@ -176,8 +178,7 @@ class Driver:
         for name, old in former.items():
             if old.opened or old.kv:
                 world.count("sequences_lost")
-            again = Running(name, old.ids[: old.prompt] if world.sampled else old.ids, old.prompt, old.target, old.life)
-            self.sequences[name] = again
+            self.sequences[name] = self._begun_again(old) if world.sampled else Running(name, old.ids, old.prompt, old.target, old.life)
         self.over = [name for name in dict.fromkeys(self.over) if world.checks.is_open(self, name)]
         held = [(name, world.checks.blocks_of(self, name)[1]) for name in self.over]
         taken = {block: None for blocks in [*(blocks for _, blocks in held), *self.void.values()] for block in blocks}
@@ -187,6 +188,14 @@ class Driver:
         self.started = True
         self.say(messages.Adopted(world.instance, self.incarnation, self.adopted))
         world.count("adopted")
+
+    def _begun_again(self, old: Running) -> Running:
+        """Sampled anew from its prompt: another life of the name, so that what comes back of the old one is told from it."""
+        world = self.world
+        world.finished[old.life] = True
+        world.names += 1
+        world.prompts[world.names] = tuple(old.ids[: old.prompt])
+        return Running(old.name, old.ids[: old.prompt], old.prompt, old.target, world.names)
 
     def _move(self, resume: messages.Resume) -> None:
         """All that was served goes on elsewhere; here nothing is left, and the next processes of this instance begin empty."""
@@ -283,8 +292,10 @@ class Driver:
                 sequence.paused_steps -= 1
                 resting = True
                 continue
-            if sequence.name not in over:
-                self._extend(sequence, commits, slots, grown)
+            if sequence.name in over:  # its name is free after this step
+                resting = True
+                continue
+            self._extend(sequence, commits, slots, grown)
         used = {block for block, _, _ in slots}
         if not commits and self.sequences and not resting:
             self._make_room(acts, freed)
