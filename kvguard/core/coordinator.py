@@ -191,8 +191,9 @@ class Coordinator:
         for rank_beat in new:
             if not self._is_over(node, rank_beat):
                 self._adopt(node, rank_beat)  # also one that died before it was heard of: below it is lost like any other
-        for rank_beat in strange:
-            self._strange(node, rank_beat)
+        replaced = [rank_beat.stream for rank_beat in strange if self._strange(node, rank_beat)]
+        for stream in replaced:
+            self._tell_replaced(node, stream.instance, stream.rank)
         for rank_beat in message.ranks:
             member = known.membership.members.get(rank_beat.stream.instance, {}).get(rank_beat.stream.rank)
             if member is None or member.stream != rank_beat.stream or member.node != node or member.lost:
@@ -225,31 +226,36 @@ class Coordinator:
         if not known.phase(instance):
             sessions.welcome(known, instance)
 
-    def _strange(self, node: NodeId, rank_beat: RankBeat) -> None:
-        """A rank under another stream or on another node than the one known."""
+    def _strange(self, node: NodeId, rank_beat: RankBeat) -> bool:
+        """A rank under another stream or on another node than the one known. True: it is the rank from now on; nobody worked with the former one."""
         known, instance, rank = self.known, rank_beat.stream.instance, rank_beat.stream.rank
         member = known.membership.members[instance][rank]
         if member.lost or rank_beat.state == "lost":
-            return  # a recovery has it: its replacement counts when Done says so
+            return False  # a recovery has it: its replacement counts when Done says so
         if rank_beat.epoch.counter < known.epoch(instance).counter:
             known.note_once("stale_rank", f"{instance}/{rank}", f"a former life on {node} still is in epoch {rank_beat.epoch.counter}", node, rank_beat.stream)
             if not known.phase(instance) and instance not in known.failed:  # it slept through the plan that would have ended it, and holds memory for nobody
                 known.tell_node(node, resuming.word(known, instance, ended=(rank_beat.stream,)))
-            return
+            return False
         home = known.membership.nodes.get(member.node)
         idle = not known.membership.is_working(instance, rank)
         if member.node == node or (idle and (home is None or home.state == DEAD or member.absent_ns is not None)):
             if idle:
                 self._adopt(node, rank_beat)
-                if instance in known.emitters:  # it may have sent work to the former one since it was last heard, and knows only that one's endpoint
-                    places = () if known.phase(instance) else sorted(known.membership.members[instance].items())
-                    lost = tuple(other for other, place in places if place.lost)  # of a recovery that failed
-                    rounds.go_round(known, instance, Failure(lost, f"rank {rank} on {node} is another process, with an empty pool"))
             else:
                 self._lose(node, member.stream, "its process was replaced by another with an empty pool", 0.0, True)
-            return
+            return idle
         known.duplicates[instance, rank, node] = known.now_ns
         known.note_once("duplicate_rank", f"{instance}/{rank}", f"alive on {member.node}, and claimed by {node}: the first keeps it", node, rank_beat.stream)
+        return False
+
+    def _tell_replaced(self, node: NodeId, instance: str, rank: Rank) -> None:
+        """By an epoch: the emitter may have sent work to the former process since it was last heard, and dials whom its last resumption named."""
+        known = self.known
+        session = known.membership.sessions.get(instance)
+        if session is not None and not session.ended and not known.phase(instance):
+            lost = tuple(other for other, place in sorted(known.membership.members[instance].items()) if place.lost)
+            rounds.start(known, instance, lost, f"rank {rank} on {node} is another process, with an empty pool")
 
     def _fault(self, node: NodeId, message: Fault) -> None:
         known, instance, rank = self.known, message.stream.instance, message.stream.rank

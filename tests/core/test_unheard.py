@@ -176,3 +176,31 @@ def test_the_emitter_of_an_idle_instance_hears_of_another_process_by_an_epoch():
     assert cast.coordinator.history()[0]["reason"] == "rank 0.1.0 on b is another process, with an empty pool"
     cast.run(1000)
     assert cast.epoch() == 1
+
+
+def test_with_two_of_them_one_epoch_is_enough():
+    """One heartbeat tells of both: what begins with the first knows the second."""
+    cast, a = lone(standbys=0)
+    cast.emitter.scheduled = 0
+    for life in (1, 2):
+        for rank in (R0, R1):
+            a.host(rank, {}, life)
+        cast.run(1000)
+    assert cast.epoch() == 1 and len(cast.emitter.resumes) == 1 and len(cast.noted("attached")) == 4
+    assert [str(e.rank) for e in cast.emitter.resumes[0].members] == ["0.0.0", "0.1.0"]
+
+
+def test_without_an_emitter_there_is_nobody_to_tell():
+    """Whoever is the next says hello, and that raises an epoch."""
+    cast, a = lone(standbys=0)
+    a.host(R0, {})
+    cast.emitter.scheduled = 0
+    cast.run(300)
+    cast.kill(cast.emitter)
+    cast.run(1500)
+    a.host(R0, {}, life=2)
+    cast.run(500)
+    assert cast.epoch() == 0 and len(cast.noted("attached")) == 2
+    cast.connect(Emitter(2))
+    cast.run(500)
+    assert cast.epoch() == 1 and len(cast.emitter.resumes) == 1
