@@ -323,11 +323,13 @@ def _is_left_behind(known: Known, node: NodeId, stream: StreamId) -> bool:
 def is_ended(known: Known, stream: StreamId, epoch: Epoch | None = None) -> bool:
     """Whether it is a life that ended because its sequences moved elsewhere.
 
-    One that lives, in `epoch`, ended with every such plan since, known to it or not (its node was away); not where it had nothing and took up the newer epoch.
+    One that lives, in `epoch`, ended with every such plan of its dp since, known to it or not (its node was away); not where it had nothing and took up the
+    newer epoch.
     """
     for record in known.history:
         if record.instance == stream.instance and record.ended:
-            if stream in record.ended if epoch is None else stream.rank in record.ranks and epoch.counter < record.epoch.counter:
+            theirs = any(rank.dp == stream.rank.dp for rank in record.ranks)
+            if stream in record.ended if epoch is None else theirs and epoch.counter < record.epoch.counter:
                 return True
     return False
 
