@@ -17,7 +17,10 @@ DONE = b"[DONE]"
 
 
 class Lost(KvguardError):
-    """An instance that doesn't go on with an answer. `kind`: connection | status | garbage | idle | fenced | ended: the label it is counted under."""
+    """An instance that doesn't go on with an answer. `kind`: unreached | connection | status | garbage | idle | fenced | ended: the label it is counted under.
+
+    Whoever is unreached was asked nothing; with `connection`, that isn't known.
+    """
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)

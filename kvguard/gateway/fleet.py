@@ -109,7 +109,7 @@ class Fleet:
 
     def doubt(self, member: Member, lost: Lost) -> None:
         """After a loss: one request's trouble (status) says nothing of the instance, and a fence says it all itself."""
-        if lost.kind == "connection":
+        if lost.kind in ("unreached", "connection"):
             member.watch.up = False
         elif lost.kind in ("garbage", "idle", "ended"):
             member.doubted_until = asyncio.get_running_loop().time() + DOUBT_S

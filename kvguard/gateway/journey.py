@@ -93,6 +93,7 @@ class Journey:
             key = key_of(self.request, self._attempts)
             self._attempts += 1
             self._asked.append((member, key))
+            life = member.watch.life
             member.watch.begin(key)
             salt, cached = secrets.token_urlsafe(32) if answer.ids else "", None
             try:
@@ -105,7 +106,9 @@ class Journey:
                             return
                 raise Lost("ended", "[DONE] before the end of the answer")
             except Lost as lost:
-                self._lost(member, lost)
+                if lost.kind == "unreached":
+                    self._asked_rung = ""
+                self._lost(member, life, lost)
             finally:
                 member.watch.left(key)
                 self._count(cached)
@@ -133,11 +136,12 @@ class Journey:
             self._failed.clear()
         return piece
 
-    def _lost(self, member: Member, lost: Lost) -> None:
+    def _lost(self, member: Member, life: int, lost: Lost) -> None:
+        """`life`: the one that was asked; the instance may have another by now."""
         log.warning("%s: %s lost after %d ids: %s: %s", self.request, member.name, len(self.answer.ids), lost.kind, lost)
         self._around.counters.lost.labels(lost.kind).inc()
         self._around.fleet.doubt(member, lost)
-        self._failed[member.name] = member.watch.life
+        self._failed[member.name] = life
         self._lost_at = self._lost_at or asyncio.get_running_loop().time()
 
     async def _next(self, lost: Member, key: str) -> tuple[Member, dict | None]:

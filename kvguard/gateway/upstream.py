@@ -130,6 +130,8 @@ class Upstream:
             return await self._client.send(request, stream=True)
         except httpx.ReadTimeout as error:
             raise Lost("idle", f"no answer for {self._idle_s:g} s") from error
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise Lost("unreached", f"{type(error).__name__}: {error}") from error
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise Lost("connection", f"{type(error).__name__}: {error}") from error
 

@@ -138,9 +138,11 @@ class Watch:
                 continue
             break
         self.recoveries += 1
+        self.up = False  # whoever answers now has another life, however soon the server came back
         await self._take(resumption)
         self.fenced.clear()
         self._loop.add_reader(self._emitter.fileno(), self._on_fence)
+        self.looked(await self._healthy())
 
     async def _take(self, resumption: Resumption) -> None:
         found: dict[str, ResumeToken] = {}

@@ -140,6 +140,8 @@ class Demo:
         finished = client.finished("before", options.timeout_s)
         before = client.digest("before")
         client.release("before")
+        # The status is as old as the last heartbeat: what it counts as acknowledged at the strike must be of the run that is struck.
+        world.wait_until("the undisturbed run to be let go", lambda: faults.totals(world)[0] == 0, options.timeout_s)
         self.say("the same again, with a fault" if options.kill != "none" else "the same again")
         if options.corrupt == "frame":
             faults.arm_corrupt_frame(world.engine_at(client.endpoints[self.stage])[0], world)

@@ -82,6 +82,7 @@ def test_a_key_is_rotated_under_load(cluster, whose):
         for name in others:
             rotated.verb(str(rotated.file(name)), "--allow", f"{whose}={new}")
             rotated.reload(name)
+        cluster.until("the load is held as well", lambda: rotated.rank()["acked"] > 20)
         held = rotated.rank()["acked"]
         rotated.verb(str(rotated.file(whose)), "--switch")
         rotated.reload(whose)
