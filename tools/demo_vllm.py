@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 from front import Gateway  # tests/vllm, on PYTHONPATH
-from world import MODEL, World
+from world import MODEL, World, end_at_sigterm
 
 DIM, RED, GREEN, PLAIN = ("\033[2m", "\033[31m", "\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "", "", "")
 
@@ -77,6 +77,7 @@ def show(world: World, gateway: Gateway, arguments: argparse.Namespace) -> bool:
 
 
 def main() -> int:
+    end_at_sigterm()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--question", default="Explain in a few sentences how a lighthouse works.")
     parser.add_argument("--max-tokens", type=int, default=120)

@@ -34,7 +34,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "vllm"))
 from front import Gateway
-from world import MODEL, World
+from world import MODEL, World, end_at_sigterm
 
 from kvguard.transport.ask import ask
 
@@ -239,6 +239,7 @@ def parts_ms(world: World) -> dict:
 @click.option("--seed", default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), default=None)
 def main(kills: int, streams: int, servers: int, minutes: float, tokens: int, seed: int, output: str | None) -> None:
+    end_at_sigterm()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kvguard-vllm-kills-") as directory:
         names = tuple("abcdefgh"[:servers])

@@ -42,6 +42,11 @@ def model_directory() -> str:
     return str(default_cache() / CACHE_NAME)
 
 
+def end_at_sigterm() -> None:
+    """For tools: SIGTERM (of `timeout`, say) leaves as Ctrl-C does, through everything that stops what was started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def shared_files(group: int) -> set[str]:
     """What the processes of a group have mapped of engines' files in /dev/shm: other engines on this machine have theirs there, too."""
     found: set[str] = set()
