@@ -23,6 +23,7 @@ def gateway(cluster):
     def connect(instance: str, moves: bool = True) -> emitter.Emitter:
         made.append(emitter.connect(instance, cluster.coordinator_address, moves=moves))
         made[-1].scheduled(1)
+        made[-1].welcome(20.0)  # one that comes when there are sequences already is a new emitter, which has to resume
         return made[-1]
 
     yield connect
@@ -51,9 +52,12 @@ def begin(cluster) -> None:
     cluster.start()
 
 
-def two_instances(cluster):
+def two_instances(cluster, nodes=("a", "b")):
+    """Both known to the coordinator: nothing can move to an instance that it hasn't heard of."""
     begin(cluster)
-    return cluster.engine("rank", "a", RANK, "llama-a"), cluster.engine("rank", "b", RANK, "llama-b")
+    engines = [cluster.engine("rank", node, RANK, instance) for node, instance in zip(nodes, ("llama-a", "llama-b"), strict=True)]
+    cluster.until("both instances known", lambda: {one["instance"] for one in cluster.ask("coordinator", "status")["ranks"]} == {"llama-a", "llama-b"}, 60.0)
+    return engines
 
 
 def resumed(one: emitter.Emitter):
@@ -97,8 +101,7 @@ def test_a_killed_instance_goes_on_in_the_other(cluster, gateway, seed):
 
 def test_on_one_node_the_dead_pool_is_read(cluster, gateway):
     """Everything that was committed, replicated or not; the node's memory is the dead process's own."""
-    begin(cluster)
-    a, b = cluster.engine("rank", "a", RANK, "llama-a"), cluster.engine("rank", "a", RANK, "llama-b")
+    a, b = two_instances(cluster, nodes=("a", "a"))
     front = gateway("llama-a")
     a.tell("step", commits=[["one", 70]])
     held(cluster, "llama-a", 70, "b")

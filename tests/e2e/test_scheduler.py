@@ -17,6 +17,7 @@ def emitting(cluster):
     made = emitter.connect("llama", cluster.coordinator_address)
     try:
         made.scheduled(1)
+        made.welcome(20.0)
         yield made
     finally:
         made.close()
