@@ -131,6 +131,7 @@ def test_what_is_refused_and_why(cluster, gateway):
     assert "another model" in other.tell("fetch", token=token, timeout_s=5.0)["refused"]
     assert b.tell("fetch", token=token, timeout_s=5.0)["position"] == 70
     again = cluster.engine("rank", "a", RANK, "llama-a")  # the instance is started again: empty, in the new epoch
+    cluster.until("it to be welcomed", lambda: again.tell("status")["epoch"] == 1)  # its daemon's word for the epoch stands in the table before
     assert again.tell("step", commits=[["fresh", 20]]) == {"lengths": {"fresh": 20}}
     held(cluster, "llama-a", 20, "b")
     assert again.tell("status")["epoch"] == 1
