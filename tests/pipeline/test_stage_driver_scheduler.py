@@ -149,7 +149,8 @@ def test_a_sequence_that_is_not_named_starts_over(undisturbed) -> None:
     assert outcome(instance)[0] == undisturbed[0.0][0] and not of(instance, "diverged")
 
 
-def test_ranks_that_disagree_start_over_and_say_so(undisturbed) -> None:
+def in_mid_work():
+    """(instance, what a resumption would name, each rank's rows) after seven steps."""
     instance = started()
     for _ in range(7):
         instance.step()
@@ -158,6 +159,12 @@ def test_ranks_that_disagree_start_over_and_say_so(undisturbed) -> None:
         Restored(name, min(track.position, len(track.ids) - 1), tuple(track.ids), "pool", pack_request(track.request))
         for name, track in scheduler.tracks.items() if name in states[0]
     ]  # fmt: skip
+    return instance, restored, states
+
+
+def test_ranks_that_disagree_start_over_and_say_so(undisturbed) -> None:
+    instance, restored, states = in_mid_work()
+    scheduler = instance.scheduler
     states[1]["r-0"] = (states[1]["r-0"][0], (39, *states[1]["r-0"][1][1:]))
     states[1]["r-1"] = (states[1]["r-1"][0], (*states[1]["r-1"][1][:5], 39))
     states[0]["r-2"] = (states[0]["r-2"][0] - 1, states[0]["r-2"][1])
@@ -171,14 +178,8 @@ def test_ranks_that_disagree_start_over_and_say_so(undisturbed) -> None:
 
 
 def test_another_runs_kv_under_this_name_is_not_gone_on_with(undisturbed) -> None:
-    instance = started()
-    for _ in range(7):
-        instance.step()
-    scheduler, states = instance.scheduler, [{name: (row.position, tuple(row.blocks)) for name, row in rank.rows.items()} for rank in instance.ranks]
-    restored = [
-        Restored(name, min(track.position, len(track.ids) - 1), tuple(track.ids), "pool", pack_request(track.request))
-        for name, track in scheduler.tracks.items() if name in states[0]
-    ]  # fmt: skip
+    instance, restored, states = in_mid_work()
+    scheduler = instance.scheduler
     former = msgspec.structs.replace(scheduler.tracks["r-1"].request, born=1)
     restored = [token._replace(request=pack_request(former), ids=(9,) * len(token.ids)) if token.sequence == "r-1" else token for token in restored]
     scheduler.fenced()
