@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import statistics
@@ -200,7 +201,7 @@ def strike(cluster: Cluster, engine: Engine, name: str, delay_s: float) -> dict:
 
 def measured(mebibytes: int, daemons: tuple[str, ...], kills: int, delay_s: float) -> list[dict]:
     """One row by daemon, medians over kills; the worst where less is worse."""
-    directory = Path(tempfile.mkdtemp(prefix="kvguard-bench-", dir="/dev/shm"))
+    directory = Path(tempfile.mkdtemp(prefix=f"kvguard-bench-{os.getpid()}-", dir="/dev/shm"))
     sequences = max(1, mebibytes * MIB // (POSITIONS * 2 * LAYERS * HEADS * DIM * 2))
     cluster = Cluster(directory, (mebibytes + 64) * MIB * 5 // 4)
     rows = []

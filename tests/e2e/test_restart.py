@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import tempfile
@@ -21,7 +22,7 @@ RANK = "0.1.0"
 @pytest.fixture
 def tmp_path():
     """Where the cluster's runtime directories are: memory, as /run is."""
-    directory = Path(tempfile.mkdtemp(prefix="kvguard-test-", dir="/dev/shm"))
+    directory = Path(tempfile.mkdtemp(prefix=f"kvguard-test-{os.getpid()}-", dir="/dev/shm"))
     yield directory
     shutil.rmtree(directory)
 
