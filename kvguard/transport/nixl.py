@@ -93,9 +93,9 @@ class NixlChannel:
     # ---- how it comes to be -------------------------------------------------------------------------------------------------------
 
     def zone(self) -> greeting.Zone:
-        """What the peer needs to write here; to be told over the authenticated control connection alone."""
+        """What the peer needs to write here, and nowhere else; to be told over the authenticated control connection alone."""
         landing = self._landing.zone
-        return greeting.Zone(self._agent.name, self._agent.metadata(), landing.address, landing.size // PAGE_BYTES, self._life)
+        return greeting.Zone(self._agent.name, self._agent.metadata(landing.address, landing.size), landing.address, landing.size // PAGE_BYTES, self._life)
 
     def meet(self, zone: greeting.Zone) -> None:
         """Load what the peer said, and write a first page to it."""

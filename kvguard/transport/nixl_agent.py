@@ -209,9 +209,11 @@ class Agent:
         with self._lost("memory can't be registered"):
             self._agent.registerMem(bindings.nixlRegDList(kind, [(address, size, device or 0, "")]), self._backend)
 
-    def metadata(self) -> bytes:
+    def metadata(self, address: int, size: int) -> bytes:
+        """What a peer needs to reach this agent and to write to these registered bytes: the keys of nothing else that is registered, before or after."""
+        lent = self._library.bindings.nixlRegDList(self._library.bindings.DRAM_SEG, [(address, size, 0, "")])
         with self._lost("no metadata"):
-            return self._agent.getLocalMD()
+            return self._agent.getLocalPartialMD(lent, True, self._backend)
 
     def meet(self, name: str, metadata: bytes) -> None:
         """Load the peer's metadata, which came over an authenticated connection."""

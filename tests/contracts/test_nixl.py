@@ -23,7 +23,7 @@ from kvguard.limits import KIB, MIB
 from kvguard.transport import greeting, nixl_zone
 from kvguard.transport.base import Broken, Down, Frame, Up
 from kvguard.transport.nixl import NixlChannel
-from kvguard.transport.nixl_agent import NixlSettings, Registered, chosen, load
+from kvguard.transport.nixl_agent import Agent, ChannelLost, NixlSettings, Registered, chosen, life_name, load
 from kvguard.transport.nixl_zone import PAGE_BYTES, Extents, Landing, Lending, Zone, quarantined
 from kvguard.transport.wakeup import Wakeup
 from kvguard.transport.zeromq import ZeromqTransport
@@ -183,6 +183,28 @@ def test_the_transport_that_ucx_chose_is_said(pair):
     expected = "nixl cma/memory" if pair.world.nixl is CMA else "nixl tcp/lo"
     assert pair.b.carriers() == {"peer:a": expected} and pair.a.carriers() == {pair.accepted: expected}
     assert load().version
+
+
+def test_what_a_peer_is_told_reaches_its_zone_and_nothing_else(pair):
+    """The zone is one of several pieces of memory that the agent has registered; the others (lent, own, a GPU's) are nobody's to write to."""
+    writer, reader = channel_of(pair), channel_of(pair, pair.accepted)
+    later = Zone(MIB)
+    pair.a.register(later.address, later.size)
+    told, source = writer._peer, writer._source.address
+    others = (reader._lending.zone, reader._source, later)
+    stranger = Agent(life_name(), pair.world.nixl)  # another one with the same metadata: nothing that was learnt by use
+    stranger.register(source, writer._source.size)
+    stranger.meet(told.agent, told.metadata)
+    for agent in (writer._agent, stranger):
+        for zone in others:
+            for target in (zone.address, zone.address + zone.size - PAGE_BYTES):
+                with pytest.raises(ChannelLost, match="NOT_FOUND"):
+                    agent.write([(source, PAGE_BYTES)], target, b"")
+        with pytest.raises(ChannelLost, match="NOT_FOUND"):
+            agent.write([(source, PAGE_BYTES)], told.address + told.pages * PAGE_BYTES - 8, b"")
+    stranger.close()
+    assert not any(zone.bytes[:PAGE_BYTES].any() for zone in (others[0], later))
+    carries(pair)  # with its zone it goes on
 
 
 def test_each_life_of_a_link_has_an_agent_of_its_own(pair):
