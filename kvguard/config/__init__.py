@@ -205,6 +205,10 @@ def relations(cls: type[Config], values: dict[str, object], where) -> list[Fault
         ("transport", "nixl_devices"), lambda t, d: t == "nixl" and not d, "needs nixl_devices: UCX would listen at every interface",
         lambda *_: 'nixl_devices = "mlx5_0:1"',
     )  # fmt: skip
+    judge(
+        ("nixl_quarantine_s", "nixl_stuck_ms"), lambda q, s: 0 < q * 1000 < s, "is less than nixl_stuck_ms: a stuck write could still be under way",
+        lambda _, s: f"nixl_quarantine_s = {-(-s // 1000)}, or 0",
+    )  # fmt: skip
     anywhere = ("tcp://0.0.0.0:", "tcp://[::]:")
     judge(
         ("advertise", "listen"), lambda a, b: (a or b).startswith(anywhere), "others can't reach this node at a wildcard address",

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvguard.config.setting import LEVELS, REQUIRED, setting
-from kvguard.limits import MIB, PAYLOAD_BYTES_MAX, WINDOW_BYTES_DEFAULT
+from kvguard.limits import HEADER_BYTES_MAX, MIB, PAYLOAD_BYTES_MAX, WINDOW_BYTES_DEFAULT
+
+NIXL_ZONE_BYTES_MIN = 2 * (HEADER_BYTES_MAX + PAYLOAD_BYTES_MAX) + MIB  # two of the largest frames, one on each side of half a zone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,13 @@ class NodeConfig:
     transport: str = setting("zeromq", "word", "what payloads between nodes travel over: TCP beside ZeroMQ, or NIXL (extra rdma)", choices=("zeromq", "nixl"))
     nixl_devices: str = setting("", "text", 'the network devices that NIXL may use, as UCX names them: "mlx5_0:1"; it has no authentication of its own')
     nixl_tls: str = setting("rc,dc,ud", "text", "UCX's transports to choose from; tcp lets whoever reaches the device write into this daemon")
+    nixl_zone_bytes: int = setting(32 * MIB, "bytes", "over NIXL: memory of this daemon that one peer may write, for each link", NIXL_ZONE_BYTES_MIN, 1 << 34)
+    nixl_lent_bytes: int = setting(32 * MIB, "bytes", "over NIXL: memory that captures are made in and sent from, for all links", MIB, 1 << 34)
+    nixl_stuck_ms: int = setting(10_000, "int", "over NIXL: a write that the peer doesn't take for so long ends the link; payloads take TCP", 1000, 600_000)
+    nixl_quarantine_s: int = setting(
+        0, "int", "over NIXL: how long a dead link's addresses stay out of use, so that a write that was stuck lands nowhere; 0: while this daemon lives",
+        0, 31_536_000,
+    )  # fmt: skip
     keep_replicas: str = setting(
         "auto", "word", "where replicas stay while this daemon is away: with the service manager, in files of a runtime_dir on a tmpfs, or nowhere (no); "
         "auto: the first of these that there is", choices=("auto", "service", "files", "no"),

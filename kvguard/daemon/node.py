@@ -57,7 +57,10 @@ FIRSTS = {NodeWelcome: "coordinator", Hello: "hello", Held: "held"}  # moments o
 
 
 def nixl_of(config: NodeConfig) -> NixlSettings | None:
-    return NixlSettings(config.nixl_devices, config.nixl_tls) if config.transport == "nixl" else None
+    if config.transport != "nixl":
+        return None
+    sizes = config.nixl_zone_bytes, config.nixl_lent_bytes
+    return NixlSettings(config.nixl_devices, config.nixl_tls, *sizes, config.nixl_stuck_ms, quarantine_s=config.nixl_quarantine_s)
 
 
 class NodeDaemon:
@@ -230,7 +233,7 @@ class NodeDaemon:
 
     def _delivered(self, link: str, message: Delivered) -> None:
         if link == COORDINATOR:
-            self.shell.store.delivered(message.instance, message.sequences)
+            self.shell.store.delivered(message.instance, message.lives())
 
     def close(self) -> None:
         if self.scrapes is not None:

@@ -29,7 +29,7 @@ from kvguard.limits import HEADER_BYTES_MAX, KIB, PAYLOAD_BYTES_MAX
 from kvguard.transport import greeting
 from kvguard.transport.memory import PayloadMemory
 from kvguard.transport.nixl_agent import Agent, ChannelLost, NixlSettings, Registered, life_name
-from kvguard.transport.nixl_zone import LENT_BYTES_MIN, PAGE_BYTES, Extents, Landing, Lending, Zone, pages_of
+from kvguard.transport.nixl_zone import LENT_BYTES_MIN, PAGE_BYTES, Extents, Landing, Lending, Zone, pages_of, release
 from kvguard.transport.wakeup import IN, Wakeup
 
 NOTE = struct.Struct("<16sQIIIIQ")  # life, number, first page, pages, payload bytes, header bytes, sum
@@ -63,7 +63,8 @@ class NixlChannel:
         self._settings, self._wakeup, self._call, self._say, self._queue_bytes_max = settings, wakeup, call, say, queue_bytes_max
         self._lending = lending
         self._agent = Agent(life_name(), settings)
-        self._landing = Landing(max(settings.zone_bytes, ZONE_BYTES_MIN))
+        release(time.monotonic_ns())
+        self._landing = Landing(max(settings.zone_bytes, ZONE_BYTES_MIN), settings.quarantine_s)
         self._source: Zone | None = None
         for zone in (self._landing.zone, lending.zone):
             self._agent.register(zone.address, zone.size)
@@ -355,4 +356,6 @@ _retiring: list[Landing] = []
 
 def retire(landing: Landing) -> None:
     """Quarantine this zone, and those whose last payloads have been dropped since the last time."""
-    _retiring[:] = [former for former in (*_retiring, landing) if not former.retire()]
+    now_ns = time.monotonic_ns()
+    release(now_ns)
+    _retiring[:] = [former for former in (*_retiring, landing) if not former.retire(now_ns)]

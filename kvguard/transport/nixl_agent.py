@@ -42,7 +42,8 @@ class ChannelLost(OSError):
 class NixlSettings:
     """`devices`: UCX_NET_DEVICES, always said: UCX listens at every interface else. `tls`: UCX_TLS. `zone_bytes`: what one peer may have landed here.
 
-    `lent_bytes`: memory to make payloads in, of the whole process.
+    `lent_bytes`: memory to make payloads in, of the whole process. `stuck_ms`: a write that nobody takes for so long ends its link. `quarantine_s`: how long
+    the addresses of a zone whose link is over are given to nobody else; 0 for as long as the process lives.
     """
 
     devices: str
@@ -51,6 +52,7 @@ class NixlSettings:
     lent_bytes: int = 32 << 20
     stuck_ms: int = 10_000
     beat_ms: int = 1_000
+    quarantine_s: int = 0
 
     def check(self, insecure: bool) -> None:
         """Raises BadConfig. UCX's TCP writes wherever in a process whoever can connect says, and asks nobody for a key."""

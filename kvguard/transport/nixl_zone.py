@@ -2,8 +2,8 @@
 
 Knows: mappings, pages, frame numbers. Must not know: NIXL, links, what lands.
 Invariants: a page has at most one frame at a time; a frame's number is its pages' generation and is never used twice; the address range of a zone is given
-to nobody else once a peer has known it (at most QUARANTINE_MAX of them), so that a write that comes late faults at the writer instead of landing in memory
-that belongs to somebody else by then.
+to nobody else once a peer has known it (for as long as was said, and at most QUARANTINE_MAX of them), so that a write that comes late faults at the writer
+instead of landing in memory that belongs to somebody else by then.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 MAP_FIXED, MAP_NORESERVE, PROT_NONE, MADV_HUGEPAGE = 0x10, 0x4000, 0, 14
 FAILED = ctypes.c_void_p(-1).value
-_quarantined: deque[tuple[int, int]] = deque()  # address, bytes: a process's, not a transport's, because addresses are
+_quarantined: deque[tuple[int, int, int]] = deque()  # address, bytes, until when (0: for ever): a process's, not a transport's, because addresses are
 
 
 def pages_of(size: int) -> int:
@@ -58,13 +58,13 @@ class Zone:
         del self.bytes
         _libc.munmap(self.address, self.size)
 
-    def quarantine(self) -> None:
-        """Give the memory back and keep the addresses, unusable."""
+    def quarantine(self, until_ns: int = 0) -> None:
+        """Give the memory back and keep the addresses, unusable, until then (time.monotonic_ns(); 0: for as long as the process lives)."""
         del self.bytes
         _map(self.address, self.size, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED)
-        _quarantined.append((self.address, self.size))
+        _quarantined.append((self.address, self.size, until_ns))
         while len(_quarantined) > QUARANTINE_MAX:
-            _libc.munmap(*_quarantined.popleft())
+            _libc.munmap(*_quarantined.popleft()[:2])
 
 
 def _map(address: int, size: int, access: int, flags: int) -> int:
@@ -76,7 +76,14 @@ def _map(address: int, size: int, access: int, flags: int) -> int:
 
 def quarantined() -> list[tuple[int, int]]:
     """(address, bytes) of what is held back, the oldest first."""
-    return list(_quarantined)
+    return [held[:2] for held in _quarantined]
+
+
+def release(now_ns: int) -> None:
+    """Let the addresses go whose time is over."""
+    for held in [held for held in _quarantined if 0 < held[2] <= now_ns]:
+        _quarantined.remove(held)
+        _libc.munmap(*held[:2])
 
 
 class Extents:
@@ -155,10 +162,10 @@ class Lending:
 
 
 class Landing:
-    """The reader's side of a zone: pages that hold a frame until nobody looks at it any more."""
+    """The reader's side of a zone: pages that hold a frame until nobody looks at it any more. `quarantine_s`: see NixlSettings."""
 
-    def __init__(self, size: int):
-        self.zone = Zone(size)
+    def __init__(self, size: int, quarantine_s: int = 0):
+        self.zone, self._quarantine_s = Zone(size), quarantine_s
         self._owner = np.zeros(self.zone.size // PAGE_BYTES, np.uint64)  # 0, or the number of the frame that is there
         self._pages: dict[int, tuple[int, int]] = {}
         self._views: dict[int, weakref.ref] = {}
@@ -212,10 +219,10 @@ class Landing:
             gone.append(number)
         return gone
 
-    def retire(self) -> bool:
-        """The link is over: quarantine, once nobody looks at what has landed. False while somebody does: call again."""
+    def retire(self, now_ns: int = 0) -> bool:
+        """The link is over: quarantine from `now_ns` on, once nobody looks at what has landed. False while somebody does: call again."""
         self.unseen()
         if self._views:
             return False
-        self.zone.quarantine()
+        self.zone.quarantine(now_ns + self._quarantine_s * 1_000_000_000 if self._quarantine_s else 0)
         return True

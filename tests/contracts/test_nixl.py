@@ -18,13 +18,16 @@ import pytest
 from msgspec import structs
 from test_transport import DEADLINE_S, Pair, Sockets, ids, kv, needs_nixl, number_of
 
+from kvguard import config
+from kvguard.config.daemons import NIXL_ZONE_BYTES_MIN
+from kvguard.daemon.node import nixl_of
 from kvguard.errors import BadConfig, BadFrame
 from kvguard.limits import KIB, MIB
 from kvguard.transport import greeting, nixl_zone
 from kvguard.transport.base import Broken, Down, Frame, Up
-from kvguard.transport.nixl import NixlChannel
+from kvguard.transport.nixl import ZONE_BYTES_MIN, NixlChannel
 from kvguard.transport.nixl_agent import Agent, ChannelLost, NixlSettings, Registered, chosen, life_name, load
-from kvguard.transport.nixl_zone import PAGE_BYTES, Extents, Landing, Lending, Zone, quarantined
+from kvguard.transport.nixl_zone import PAGE_BYTES, Extents, Landing, Lending, Zone, quarantined, release
 from kvguard.transport.wakeup import Wakeup
 from kvguard.transport.zeromq import ZeromqTransport
 
@@ -120,6 +123,18 @@ def test_the_quarantine_is_bounded(monkeypatch):
     assert len(quarantined()) == nixl_zone.QUARANTINE_MAX
 
 
+def test_addresses_come_back_when_their_quarantine_is_over():
+    now_ns = time.monotonic_ns()
+    landing, for_ever = Landing(8 * PAGE_BYTES, quarantine_s=5), Landing(8 * PAGE_BYTES)
+    address = landing.zone.address, landing.zone.size
+    assert landing.retire(now_ns) and for_ever.retire(now_ns)
+    release(now_ns + 5_000_000_000 - 1)
+    assert address in quarantined()
+    others = quarantined()
+    release(now_ns + 5_000_000_000)
+    assert quarantined() == [held for held in others if held != address]
+
+
 def test_lent_memory_comes_back_and_runs_out():
     lending = Lending(1 * MIB)
     start = lending.zone.address
@@ -146,6 +161,20 @@ def test_devices_are_written_out_and_tcp_stays_at_home():
     for settings in (NixlSettings(""), NixlSettings("eth0", "rc,tcp"), NixlSettings("lo,eth0", "tcp")):
         with pytest.raises(BadConfig, match="Try: "):
             settings.check(insecure=False)
+
+
+def test_settings_of_a_node_reach_its_transport(tmp_path):
+    file = tmp_path / "node.toml"
+    text = '[node]\nname = "a"\ntransport = "nixl"\nnixl_devices = "lo"\nnixl_tls = "cma,tcp"\n'
+    file.write_text(text + 'nixl_zone_bytes = "64MiB"\nnixl_lent_bytes = "2MiB"\nnixl_stuck_ms = 2500\nnixl_quarantine_s = 60\n')
+    assert nixl_of(config.load(config.NodeConfig, file, {}, {})) == NixlSettings("lo", "cma,tcp", 64 * MIB, 2 * MIB, 2500, quarantine_s=60)
+    file.write_text(text)
+    assert nixl_of(config.load(config.NodeConfig, file, {}, {})) == NixlSettings("lo", "cma,tcp"), "one default, said twice"
+    assert NIXL_ZONE_BYTES_MIN >= ZONE_BYTES_MIN, "what the configuration lets through is what is used"
+    for line, key in (("nixl_quarantine_s = 9", "nixl_quarantine_s"), ('nixl_zone_bytes = "24MiB"', "nixl_zone_bytes"), ("nixl_lent_bytes = 0", "nixl_lent_bytes")):
+        file.write_text(text + line + "\n")
+        with pytest.raises(BadConfig, match=rf"node.toml:6: {key}: .*Try: ."):
+            config.load(config.NodeConfig, file, {}, {})
 
 
 def test_what_ucx_chose_is_read_from_its_log():
