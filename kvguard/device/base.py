@@ -53,7 +53,13 @@ class Packing(Pool, Protocol):
 
 
 class Salvageable(Pool, Protocol):
-    """A daemon's view of memory that goes with its process's death. Asked for by name: a host pool has neither."""
+    """A daemon's view of memory that goes with its process's death. Asked for by name: a host pool has nothing of this.
+
+    `gpu`: where it is, so that pools of one GPU are read by one thread, beside the daemon's own. `copied_bytes`: rises while copies go on.
+    """
+
+    gpu: str
+    copied_bytes: int
 
     def welcome(self) -> list[int]:
         """Descriptors that travel with Attached; the caller's to close."""

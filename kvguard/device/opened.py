@@ -7,12 +7,14 @@ Invariants
 - A slot's bytes come from its latest record in the ring, or from the pool itself; never from an older one.
 - After a fault of the GPU nothing is read any more: `lost` says why, and every later call raises DeviceLost with it.
 - One mapping has one close, however many pools lie in it.
+- A pool is opened and welcomed in one thread; whatever reads or closes it comes from one thread at a time.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -36,24 +38,27 @@ ROWS_MIN = 16
 
 
 class Mappings:
-    """Other processes' allocations, each mapped once. Belongs to one driver and one thread."""
+    """Other processes' allocations, each mapped once. Belongs to one driver; pools open in one thread and close in another."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._open: dict[bytes, list[int]] = {}  # handle -> [address, users]
+        self._lock = threading.Lock()
 
     def open(self, handle: bytes) -> int:
-        if handle not in self._open:
-            self._open[handle] = [self._driver.open_handle(handle), 0]
-        self._open[handle][1] += 1
-        return self._open[handle][0]
+        with self._lock:
+            if handle not in self._open:
+                self._open[handle] = [self._driver.open_handle(handle), 0]
+            self._open[handle][1] += 1
+            return self._open[handle][0]
 
     def close(self, handle: bytes) -> None:
-        entry = self._open[handle]
-        entry[1] -= 1
-        if not entry[1]:
-            del self._open[handle]
-            self._driver.close_handle(entry[0])
+        with self._lock:
+            entry = self._open[handle]
+            entry[1] -= 1
+            if not entry[1]:
+                del self._open[handle]
+                self._driver.close_handle(entry[0])
 
 
 class Mirror:
@@ -146,6 +151,16 @@ class OpenedPool:
             raise
         self._closed = False
         self.from_ring = self.from_pool = 0
+
+    @property
+    def gpu(self) -> str:
+        """Where it is: what is read from one GPU is read by one thread."""
+        return self.driver.uuid
+
+    @property
+    def copied_bytes(self) -> int:
+        """Rises while copies go on; may be read from any thread."""
+        return self._paced.copied_bytes
 
     def welcome(self) -> list[int]:
         """What the engine is answered with: its ring, or nothing where the daemon gathers itself."""

@@ -2,8 +2,8 @@
 
 Knows: memfds, numpy, the kernels' Python twin. Must not know: pools, layouts, why.
 Invariants: kernels do what twin.py says, which the tests compare with the source; everything put on streams happens in the order in which it was put there, at
-once or, with `held`, when `run` is called; a handle opens while its exporter lives and never after, a mapping lives until it is closed: as on CUDA.
-Says nothing about speed.
+once or, with `held`, when `run` is called; any thread may call; a handle opens while its exporter lives and never after, a mapping lives until it is closed:
+as on CUDA. Says nothing about speed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Rehearsal:
         self._lost = ""
         self._mapped: dict[int, _Mapped] = {}
         self._queue: deque[Callable[[], None]] = deque()
+        self._lock = threading.RLock()  # a driver may be called from any thread
         self.ends: list[bool] = []  # of each event, whether it was reached
         self.launched: list[str] = []
         self.held_pages: set[int] = set()  # host memory that is registered, by address
@@ -55,8 +57,9 @@ class Rehearsal:
 
     def run(self) -> None:
         """Whatever waits, in order."""
-        while self._queue:
-            self.step()
+        with self._lock:
+            while self._queue:
+                self.step()
 
     def step(self) -> None:
         """The next thing that waits, alone."""
@@ -68,9 +71,10 @@ class Rehearsal:
 
     def _put(self, work: Callable[[], None]) -> None:
         self._refuse_lost()
-        self._queue.append(work)
-        if not self.held:
-            self.run()
+        with self._lock:
+            self._queue.append(work)
+            if not self.held:
+                self.run()
 
     # ---- memory -------------------------------------------------------------------------------------------------------------------
 
@@ -92,7 +96,7 @@ class Rehearsal:
         os.close(self._mapped.pop(address).file)
 
     def allocation_of(self, address: int) -> Allocation:
-        for base, one in self._mapped.items():
+        for base, one in list(self._mapped.items()):
             if base <= address < base + one.size:
                 return Allocation(base, one.size, one.exportable)
         raise Refused(f"no allocation holds the address {address:#x}. Try: a pointer of this device")
@@ -142,8 +146,9 @@ class Rehearsal:
         return "current"
 
     def record(self, stream: str) -> int:
-        number = len(self.ends)
-        self.ends.append(False)
+        with self._lock:
+            number = len(self.ends)
+            self.ends.append(False)
         self._put(lambda: self.ends.__setitem__(number, True))
         return number
 
