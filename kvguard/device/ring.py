@@ -78,11 +78,16 @@ class Packer:
     """The engine's end. `skipped`: steps whose slots were said and not packed; `gaps`: steps that were not even said."""
 
     def __init__(self, words: Words, rows: int) -> None:
+        """Another engine may have packed into this ring before: its records are kept clear of, and void."""
         self.words, self.rows = words, rows
-        self._head = int(words.words[AT_HEAD])
-        self._row = self._slot = 0
-        self._starts: list[int] = []  # of the records that the daemon hasn't consumed: where their slots begin
-        self.skipped = self.gaps = 0
+        self._head, self._row = int(words.words[AT_HEAD]), int(words.words[AT_HEAD_ROWS])
+        tail = max(int(words.words[AT_TAIL]), self._head - RECORDS)
+        said = [words.records[number % RECORDS].tolist() for number in range(tail, self._head)]
+        self._starts = [first for _, _, first, _ in said]  # of the records that the daemon hasn't consumed: where their slots begin
+        self._slot = said[-1][2] + said[-1][1] if said else 0
+        self.skipped, self.gaps = int(words.words[AT_SKIPPED]), int(words.words[AT_GAPS])
+        if self._head:
+            self.gap()
 
     def record(self, slots: np.ndarray) -> tuple[int, int] | None:
         """Say that int64 `slots` are written now: (record number, first row modulo rows) to gather them into, or None where there is no room."""
@@ -157,10 +162,13 @@ class Unpacker:
             self._waiting.append((self._seen, row if packed else -1, slots, end))
 
     def finished(self) -> list[tuple[int, np.ndarray, int]]:
-        """[(ring row, slots, staged row)] in order, to be copied and then told to `copied`; a ring row below zero: nothing to copy. Calls look()."""
-        self.look()
+        """[(ring row, slots, staged row)] in order, to be copied and then told to `copied`; a ring row below zero: nothing to copy. Calls look().
+
+        `done` is read first: a later one may be of another engine, which says a gap before it packs anything.
+        """
         done, out = int(self.words.words[AT_DONE]), []
         _order()
+        self.look()
         for number, row, slots, end in self._waiting:
             if row >= 0 and number > done:
                 break
