@@ -7,6 +7,7 @@ namespace are this machine's is chosen; a stranger who is sent to knock has a ke
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from datetime import datetime
 from typing import Protocol
 
 from kvguard.daemon import whereabouts
-from kvguard.drill import blows
+from kvguard.drill import blows, kept
 from kvguard.drill.blows import COORDINATOR, Target
 from kvguard.drill.scenarios import Scenario
 from kvguard.errors import KvguardError, Refused, TimedOut
@@ -121,8 +122,10 @@ def strike(reach: Reaches, scenario: Scenario, seed: int, target: Target, wait_s
         before = demand_whole(reach)
         history = reach.coordinator("history")["history"]
         epochs = {one["instance"]: one["epoch"] for one in before["instances"]}
-        struck_ns = time.monotonic_ns()
         killed = _processes_killed(reach, target) if scenario.name == "pause-rank" else 0
+        ask = functools.partial(reach.node, target.node, target.address)
+        held = kept.held(ask, bool(blows.service_of(target.pid))) if scenario.name in DAEMONS else None
+        struck_ns = time.monotonic_ns()
         evidence = _blow(reach, scenario, target, pidfd, epochs)
     after, samples = _until_whole(reach, epochs, lambda status: _missing(reach, scenario, target, epochs, status), wait_s)
     whole_ms = (time.monotonic_ns() - struck_ns) / 1e6
@@ -141,6 +144,7 @@ def strike(reach: Reaches, scenario: Scenario, seed: int, target: Target, wait_s
             "epoch_before": epochs.get(watched, 0), "epoch_after": rose.get(watched, 0), "history": [one for one in entries if one["instance"] == watched],
             "promises": promises, "silent": silent, "conflicts": [], "watch": samples.document(), "whole_ms": whole_ms, "waves": 0,
             "counters": counters, "replicas_equal_pools": None, "strangers": _strangers(reach, after),
+            "kept": kept.found(ask, held) if held is not None else None,
         },
     }  # fmt: skip
 

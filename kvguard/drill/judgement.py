@@ -223,13 +223,30 @@ def authentication(scenario: Scenario, run: dict) -> Finding:
                  for name, what in strangers.items()])  # fmt: skip
 
 
-@_bench_only
 def crash_consistency(scenario: Scenario, run: dict) -> Finding:
-    observed, evidence = run["observed"], run["fault"]["evidence"]
+    observed = run["observed"]
     if scenario.name in ("kill-daemon", "restart-daemon"):
         before = observed["epoch_before"]
-        return _all([(all(promise >= before for promise in observed["promises"].values()) and not observed["silent"],
-                      f"the daemon came back with what it had promised (epoch {before})")])  # fmt: skip
+        promised = all(promise >= before for promise in observed["promises"].values()) and not observed["silent"]
+        return _all([(promised, f"the daemon came back with what it had promised (epoch {before})"), *_kept(observed.get("kept"))])
+    return _loaded_again(scenario, run)
+
+
+def _kept(kept: dict | None) -> list[tuple[bool | None, str]]:
+    """What was promised of a daemon's replicas: drill/kept.py."""
+    if kept is None or not kept["promised"] or not kept["replicas"]:
+        return []
+    held, back = kept["replicas"], kept["read_back"]
+    said = f"the replicas that it held stayed with the service manager ({held} held, {back} read back, {kept['unreadable']} unreadable)"
+    return [
+        (back >= held and not kept["unreadable"], said), (not kept["unsound"], f"{kept['unsound']} of their positions didn't match their sums"),
+        (kept["verified"], "every byte of them was read again and matches its sum"),
+    ]  # fmt: skip
+
+
+@_bench_only
+def _loaded_again(scenario: Scenario, run: dict) -> Finding:
+    observed, evidence = run["observed"], run["fault"]["evidence"]
     if scenario.name == "kill-coordinator":
         return _all([
             (observed["epoch_after"] == observed["epoch_before"], "the coordinator came back with its epoch"),

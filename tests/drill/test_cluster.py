@@ -41,8 +41,10 @@ class Cluster:
     def node(self, name: str, address: str, verb: str, arguments: dict | None = None) -> dict:
         place = self.processes if name == "n1" else {**self.processes, "boot_id": "another machine"}
         killed = 1 if self.child.poll() is not None else 0
+        if verb in ("replicas", "verify"):
+            return {"replicas": [{"stream": name, "verified": True if verb == "verify" else None} for name in ("s", "s", "t")]}
         return {"processes": place, "hang_ms": 1000, "ranks": [{"instance": "llama", "rank": "0.1.0", "stream": "s"}], "epochs": {"llama": 4},
-                "counters": {"processes_killed": killed}}  # fmt: skip
+                "counters": {"processes_killed": killed}, "store": {"replicas_read_back": 2}}  # fmt: skip
 
     def stranger(self, name: str, address: str) -> str | None:
         return "refused"
@@ -213,7 +215,9 @@ def test_a_daemon_is_restarted_by_its_service_manager_or_not_at_all(child, monke
     monkeypatch.setattr(blows, "service_of", lambda pid: ("--user", "kvguard-node.service"))
     ((_, seen),) = cluster.run(Renewed(child, [status()]), SCENARIOS["restart-daemon"], 1, 1, lambda consequence: None)
     assert (tmp_path / "asked").read_text() == "--user restart kvguard-node.service\n"
-    assert child.wait(5) == -signal.SIGTERM and seen["fault"]["fired"] and documents.judged(SCENARIOS["restart-daemon"], 1, "cluster", seen)["passed"]
+    run = documents.judged(SCENARIOS["restart-daemon"], 1, "cluster", seen)
+    assert child.wait(5) == -signal.SIGTERM and seen["fault"]["fired"] and run["passed"] and run["invariants"]["I11"] == "held"
+    assert seen["observed"]["kept"] == {"promised": True, "replicas": 2, "read_back": 2, "unreadable": 0, "unsound": 0, "verified": True}
     called.write_text("#!/bin/sh\necho not permitted >&2\nexit 4\n")
     with pytest.raises(KvguardError, match="ended with 4: not permitted"):
         blows.restart(blows.Target("", "", "n1", "", child.pid, 1, 1000), -1)

@@ -96,3 +96,19 @@ def test_what_a_live_cluster_cannot_show_is_not_called_held() -> None:
     run = evidence("kill-rank") | {"target": "cluster", "identical": None, "logits_identical": None, "kv_identical": None}
     verdict = judge(SCENARIOS["kill-rank"], run)
     assert verdict.passed and {name for name, finding in verdict.invariants.items() if finding.state == HELD} == {"I3", "I7"}
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ({}, ""), ({"read_back": 1}, "2 held, 1 read back, 0 unreadable"), ({"unreadable": 1}, "1 unreadable"), ({"unsound": 3}, "3 of their positions"),
+        ({"verified": False}, "every byte of them"), ({"read_back": 0, "promised": False}, ""), ({"read_back": 0, "replicas": 0}, ""),
+    ],
+)
+@pytest.mark.parametrize("name", ["kill-daemon", "restart-daemon"])
+def test_replicas_that_a_service_manager_did_not_keep_are_no_success(name, kept, said) -> None:
+    run = evidence(name) | {"target": "cluster", "identical": None, "logits_identical": None, "kv_identical": None}
+    run["observed"]["kept"] = {"promised": True, "replicas": 2, "read_back": 2, "unreadable": 0, "unsound": 0, "verified": True, **kept}
+    verdict = judge(SCENARIOS[name], run)
+    assert verdict.invariants["I11"].state == (VIOLATED if said else HELD) and verdict.passed == (not said)
+    assert any(said in failure for failure in verdict.failures) or not said
