@@ -9,7 +9,8 @@ Invariants
 - After start-up nothing here raises into vLLM, or makes a step wait: a fault of kvguard costs protection, loudly and counted, never an answer.
 - What can't be protected is refused at start, with the reason; an engine whose daemon is away starts and serves, unprotected, and says so once.
 - Generations of blocks rise (`Rows.before`) before the forward pass that may overwrite them is launched, and a step is committed behind its last KV write.
-- A moved request that can't be restored is computed; at least its last position always is.
+- A moved request that can't be restored by every worker is computed by all; at least its last position always is.
+- A worker is one rank; one that can't be followed any more ends the attachment of all, because what some of them have can't be resumed.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from kvguard.engine.vllm_ids import IdRows
 from kvguard.engine.vllm_ledger import Ledger
 from kvguard.engine.vllm_loads import Loads
 from kvguard.engine.vllm_moves import Moves
+from kvguard.engine.vllm_place import place_of
 from kvguard.engine.vllm_pool import SlabContext, attention_of, proved_pool
 from kvguard.engine.vllm_rows import Rows
 from kvguard.engine.vllm_settings import VERSIONS_TESTED, Settings, faults_of, fingerprint_of_model, version_warning
 from kvguard.errors import BadConfig
 from kvguard.limits import ROWS_MAX
-from kvguard.types import Rank
 
 try:
     from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -46,6 +47,7 @@ try:
         KVConnectorWorkerMetadata,
         SupportsHMA,
     )
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 except ImportError as error:
     raise ImportError(f"kvguard's connector is made for vLLM {' and '.join(VERSIONS_TESTED)}; {vllm.__version__} has another interface: {error}") from error
 
@@ -60,14 +62,14 @@ class KvguardMetadata(KVConnectorMetadata):
 
 
 class KvguardWorkerMetadata(KVConnectorWorkerMetadata):
-    """How loads ended, on their way back."""
+    """How loads ended, on their way back; `broken`: why a worker can't go on, "" where all can."""
 
-    def __init__(self, ends: list[LoadEnd]) -> None:
-        self.ends = ends
+    def __init__(self, ends: list[LoadEnd], broken: str = "") -> None:
+        self.ends, self.broken = ends, broken
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, KvguardWorkerMetadata)
-        return KvguardWorkerMetadata(self.ends + other.ends)
+        return KvguardWorkerMetadata(self.ends + other.ends, self.broken or other.broken)
 
 
 def log_like_vllm() -> None:
@@ -103,7 +105,7 @@ class KvguardConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config, role: KVConnectorRole, kv_cache_config) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         log_like_vllm()
-        self.broken = ""
+        self.broken, self._said_broken = "", False
         self.settings = Settings.of(self._kv_transfer_config.kv_connector_extra_config or {})
         faults = faults_of(vllm_config, kv_cache_config, torch.device(vllm_config.device_config.device_type).type)
         if faults:
@@ -181,8 +183,13 @@ class KvguardConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output) -> None:
         """Behind the scheduler's own update: the step's ids are known, and said before the next step begins."""
         meta = connector_output.kv_connector_worker_meta
-        for end in meta.ends if isinstance(meta, KvguardWorkerMetadata) else ():
-            self.moves.ended(end)
+        if isinstance(meta, KvguardWorkerMetadata):
+            for end in meta.ends:
+                self.moves.ended(end)
+            if meta.broken:
+                self.give_up(f"a worker: {meta.broken}")
+        for request_id in connector_output.finished_recving or ():
+            self.moves.ended_everywhere(request_id)
         if self.rows is not None:
             self.rows.tell(self.ledger.requests())
 
@@ -217,17 +224,18 @@ class KvguardConnector(KVConnectorBase_V1, SupportsHMA):
             raise BadConfig("vLLM did not make its KV cache where the connector could place it. Try: a vLLM within the tested range")
         names = self._kv_cache_config.kv_cache_groups[0].layer_names
         model = fingerprint_of_model(self._vllm_config.model_config, self.settings.model)
-        pool = proved_pool([kv_caches[name] for name in names], slab, attention_of(self._vllm_config, names), model)
+        place = place_of(self._vllm_config, names, get_pp_group().rank_in_group, get_tp_group().rank_in_group)
+        pool = proved_pool([kv_caches[name] for name in names], slab, attention_of(self._vllm_config, names), model, place.shard)
         guard = attach(
-            self.settings.instance, Rank(0, 0, 0), pool, endpoint=self.settings.endpoint, socket=self.settings.socket or None, rows=self._rows_wanted(),
+            self.settings.instance, place.rank, pool, endpoint=self.settings.endpoint, socket=self.settings.socket or None, rows=self._rows_wanted(),
             positions_max=self._vllm_config.model_config.max_model_len,
         )  # fmt: skip
         self.rows = Rows(guard)
         self.loads = Loads(guard.fetch, self.settings.fetch_timeout_s)
         layout = pool.layout
         _log.info(
-            "kvguard: %r attached at %s: %d blocks of %d tokens, %d bytes a token, %s, fingerprint %016x",
-            self.settings.instance, socket_path(self.settings.socket or None), layout.blocks, layout.block_tokens, layout.token_bytes,
+            "kvguard: rank %s of %r attached at %s: %d blocks of %d tokens, %d bytes a token, %s, fingerprint %016x",
+            place.rank, self.settings.instance, socket_path(self.settings.socket or None), layout.blocks, layout.block_tokens, layout.token_bytes,
             "tokens addressable" if layout.addressable else "whole blocks", layout.fingerprint,
         )  # fmt: skip
 
@@ -267,7 +275,8 @@ class KvguardConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         ends, self._ends = self._ends, []
-        return KvguardWorkerMetadata(ends) if ends else None
+        broken, self._said_broken = "" if self._said_broken else self.broken, bool(self.broken)
+        return KvguardWorkerMetadata(ends, broken) if ends or broken else None
 
     # ---- both ---------------------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Knows: vLLM's Request by attribute, moved tokens. Must not know: torch, tables, 
 Invariants
 - A token is tried once: whatever fails, and whatever is preempted later, is computed.
 - At least one position is left to compute; nothing is loaded where a local prefix exists (its blocks may be others', too).
+- How a load ended is known when every worker's part of it has: restored where all parts are, else computed.
 - A restored request shares its blocks with nobody unless that was asked for: it gets a cache salt of its own before its first lookup.
 """
 
@@ -25,10 +26,11 @@ _NEW, _LOADING, _DONE = range(3)
 class _Moved:
     """`outcome`: what the answer's kv_transfer_params say in the end."""
 
-    __slots__ = ("token", "position", "state", "outcome")
+    __slots__ = ("token", "position", "state", "outcome", "ends")
 
     def __init__(self, token: dict, position: int) -> None:
         self.token, self.position, self.state = token, position, _NEW
+        self.ends: list[LoadEnd] = []
         self.outcome: dict[str, Any] = {"restored": 0, "why": "it did not come to loading"}
 
     def computed(self, why: str) -> None:
@@ -90,16 +92,25 @@ class Moves:
         return loads
 
     def ended(self, end: LoadEnd) -> None:
+        """One worker's part of a load."""
         moved = self._moved.get(end.request_id)
-        if moved is None:
+        if moved is not None:
+            moved.ends.append(end)
+
+    def ended_everywhere(self, request_id: str) -> None:
+        """Every worker's part has ended."""
+        moved = self._moved.get(request_id)
+        if moved is None or moved.state != _LOADING or not moved.ends:
             return
-        if end.error:
+        errors = [end.error for end in moved.ends if end.error]
+        if errors:
             self.counts["computed"] += 1
-            moved.computed(end.error)
-        else:
-            self.counts["restored"] += 1
-            moved.state = _DONE
-            moved.outcome = {"restored": end.position, "bytes": end.moved_bytes, "restore_ms": round(end.load_ms, 3)}
+            moved.computed(errors[0])
+            return
+        self.counts["restored"] += 1
+        moved.state = _DONE
+        position, size = min(end.position for end in moved.ends), sum(end.moved_bytes for end in moved.ends)
+        moved.outcome = {"restored": position, "bytes": size, "restore_ms": round(max(end.load_ms for end in moved.ends), 3)}
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """What the router is told with the answer, in its kv_transfer_params."""

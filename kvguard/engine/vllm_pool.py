@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from kvguard.device.host import HostDevice, HostPool
 from kvguard.device.proof import prove
 from kvguard.errors import BadConfig, Refused
-from kvguard.format.layout import Layout, Region, whole
+from kvguard.format.layout import Layout, Region, Shard
 
 SCRATCH_BLOCKS = 3
 
@@ -117,8 +117,9 @@ REGISTRY: dict[tuple[str, str, str], Callable[[_Pages], tuple[Region, ...]]] = {
 }
 
 
-def layout_of(caches: list[torch.Tensor], slab: Slab, attention: Attention, model: str) -> Layout:
-    """The layout of layers' caches, each [blocks, heads, slots, 2 * dim], views of `slab`. Raises BadConfig: an unknown backend, other shapes."""
+def layout_of(caches: list[torch.Tensor], slab: Slab, attention: Attention, model: str, shard: Shard) -> Layout:
+    """The layout of layers' caches, each [blocks, heads, slots, 2 * dim], views of `slab`, which are `shard` of the model. Raises BadConfig: an unknown backend,
+    other shapes."""
     make = REGISTRY.get((attention.backend, attention.isa, attention.kv_dtype))
     if make is None:
         known = ", ".join(sorted({f"{backend}/{isa}/{dtype}" for backend, isa, dtype in REGISTRY}))
@@ -129,10 +130,9 @@ def layout_of(caches: list[torch.Tensor], slab: Slab, attention: Attention, mode
     said = f"vllm {model} {attention.backend} {attention.isa} {attention.kv_dtype} {attention.compute_dtype}"
     if attention.kv_dtype in _FP8:
         said += f" {attention.scales}"
-    layers, heads = len(caches), pages.heads
     dtype = str(caches[0].dtype).removeprefix("torch.")
     return Layout(
-        said, dtype, pages.itemsize if addressable else 1, caches[0].shape[0], pages.tokens, regions, whole(layers, heads), addressable, slab.size,
+        said, dtype, pages.itemsize if addressable else 1, caches[0].shape[0], pages.tokens, regions, shard, addressable, slab.size,
     )  # fmt: skip
 
 
@@ -155,9 +155,9 @@ def _pages_of(caches: list[torch.Tensor], slab: Slab, head_dim: int) -> _Pages:
 # ---- the proof --------------------------------------------------------------------------------------------------------------------
 
 
-def proved_pool(caches: list[torch.Tensor], slab: Slab, attention: Attention, model: str) -> HostPool:
+def proved_pool(caches: list[torch.Tensor], slab: Slab, attention: Attention, model: str, shard: Shard) -> HostPool:
     """The pool over vLLM's caches, its layout proved. Raises BadConfig, or Refused with what differed."""
-    layout = layout_of(caches, slab, attention, model)
+    layout = layout_of(caches, slab, attention, model, shard)
     layout.check(slab.size)
     pages = _pages_of(caches, slab, attention.head_dim)
     scratch = Slab(SCRATCH_BLOCKS * pages.page_bytes * pages.layers)
@@ -166,7 +166,7 @@ def proved_pool(caches: list[torch.Tensor], slab: Slab, attention: Attention, mo
             layer.view(caches[0].dtype).view(SCRATCH_BLOCKS, *caches[0].shape[1:])
             for layer in scratch.tensor.view(pages.layers, SCRATCH_BLOCKS * pages.page_bytes)
         ]
-        small = layout_of(copies, scratch, attention, model)
+        small = layout_of(copies, scratch, attention, model, shard)
         if small.fingerprint != layout.fingerprint:
             raise Refused("the scratch blocks are of another layout than the pool")
         token = _Token(attention, pages)

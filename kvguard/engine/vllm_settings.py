@@ -18,6 +18,11 @@ from kvguard.errors import BadConfig
 
 VERSIONS_TESTED = ("0.32", "0.33")
 _SAMPLE_BYTES = 64 * 1024
+_REFUSED_PARALLELISM = {
+    "data_parallel_size": "engines of one server that choose among themselves who resumes what. Try: a server, and an instance, of its own for each",
+    "decode_context_parallel_size": "ranks would hold different positions of one sequence, and its position would not be theirs",
+    "prefill_context_parallel_size": "ranks would hold different positions of one sequence, and its position would not be theirs",
+}
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,9 @@ def faults_of(vllm_config: Any, kv_cache_config: Any, device: str) -> list[str]:
     if device != "cpu":
         faults.append(f"KV on {device!r}: this adapter maps pools in host memory only")
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+    for name, reason in _REFUSED_PARALLELISM.items():
         if (getattr(parallel, name, 1) or 1) != 1:
-            faults.append(f"{name}={getattr(parallel, name)}: restoring several ranks of one vLLM is not proved")
+            faults.append(f"{name}={getattr(parallel, name)}: {reason}")
     if getattr(model, "is_encoder_decoder", False):
         faults.append("an encoder-decoder model: cross-attention KV isn't a function of the ids")
     if getattr(model, "runner_type", "generate") != "generate":

@@ -3,7 +3,7 @@
 Knows: what vLLM's V1 runner does with a SchedulerOutput and in which order it calls a connector. Must not know: how the connector keeps its rows.
 
 The "model": the digest of position p is blake2b(digest of p - 1, id of p); the next id is a function of it. Drafts are guessed, some right, some wrong; what they
-write stays in the pool until it is overwritten, as on a device.
+write stays in the pool until it is overwritten, as on a device. With several workers each has a pool of its own, and other bytes of the same positions.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import pickle
 import random
 
 import numpy as np
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
+
 
 from kvguard.engine import Layout, Rank, allocate, attach
 from kvguard.engine.look import TableReader
@@ -27,8 +29,9 @@ VOCABULARY = 40
 BYTES = 32
 
 
-def digests_of(ids: list[int]) -> list[bytes]:
-    found, last = [], b""
+def digests_of(ids: list[int], stage: int = 0) -> list[bytes]:
+    """KV of `ids` on a stage; the first one's decides what the model says."""
+    found, last = [], b"" if not stage else bytes([stage])
     for token in ids:
         last = hashlib.blake2b(last + token.to_bytes(4, "little"), digest_size=BYTES).digest()
         found.append(last)
@@ -56,13 +59,13 @@ def layout(blocks: int, tokens: int) -> Layout:
 class Worker(KvguardConnector):
     """The connector's worker role over the fake runner's pool."""
 
-    def __init__(self, vllm_config, kv_cache_config, pool, fetch, rows: int) -> None:
-        self._given = pool, fetch, rows
+    def __init__(self, vllm_config, kv_cache_config, pool, fetch, rows: int, stage: int = 0) -> None:
+        self._given, self.stage = (pool, fetch, rows), stage
         super().__init__(vllm_config, KVConnectorRole.WORKER, kv_cache_config)
 
     def _begin_worker(self) -> None:
         pool, fetch, rows = self._given
-        guard = attach(self.settings.instance, Rank(0, 0, 0), pool, socket=self.settings.socket, rows=rows, positions_max=512)
+        guard = attach(self.settings.instance, Rank(0, self.stage, 0), pool, socket=self.settings.socket, rows=rows, positions_max=512)
         self.rows, self.loads, self._ends = Rows(guard), Loads(fetch, 5.0), []
 
 
@@ -77,7 +80,7 @@ class Observer:
     """Another process's view of the table: at any moment every committed byte is what the ids of its row say."""
 
     def __init__(self, worker: Worker, pool) -> None:
-        guard = worker.rows.guard
+        guard, self.stage = worker.rows.guard, worker.stage
         self.table, self.pool, self.tokens = TableReader(os.dup(guard.table.fd)), pool, pool.layout.block_tokens
         self._blocks: dict[int, list[int]] = {}
         self.committed: dict[int, int] = {}
@@ -112,7 +115,7 @@ class Observer:
             first = 0 if whole else max(0, self._seen.get(key, 0) - self.tokens)
             if committed <= first:
                 continue
-            wanted = digests_of(ids[:committed])
+            wanted = digests_of(ids[:committed], self.stage)
             places = range(first, committed)
             out = bytearray(BYTES * len(places))
             here, slots = [blocks[position // self.tokens] for position in places], [position % self.tokens for position in places]
@@ -124,34 +127,45 @@ class Observer:
 
 
 class Runner:
-    """`execute` a SchedulerOutput as a worker does, connector included."""
+    """`execute` a SchedulerOutput as an engine's workers do, connectors included, one behind the other as stages of a pipeline are."""
 
-    def __init__(self, worker: Worker, pool, seed: int, drafts: int = 0) -> None:
-        self.worker, self.pool, self.drafts = worker, pool, drafts
-        self.observer = Observer(worker, pool)
+    def __init__(self, workers: list[Worker], pools: list, seed: int, drafts: int = 0) -> None:
+        self.workers, self.pools, self.drafts = workers, pools, drafts
+        self.observers = [Observer(worker, pool) for worker, pool in zip(workers, pools, strict=True)]
+        self.worker, self.observer = workers[0], self.observers[0]
         self._random = random.Random(seed)
         self._requests: dict[str, _Cached] = {}
         self._last_drafts: dict[str, list[int]] = {}
         self.rejected = self.accepted = 0
+        self._aggregator = KVOutputAggregator(len(workers))  # vLLM's own word on when something is true of all workers
 
     def execute(self, output) -> ModelRunnerOutput:
-        meta = pickle.loads(pickle.dumps(output.kv_connector_metadata))  # as it travels to a worker's process
-        self.worker.handle_preemptions(meta)
-        assert not self.worker.broken, self.worker.broken
+        metas = [pickle.loads(pickle.dumps(output.kv_connector_metadata)) for _ in self.workers]  # as it travels to their processes
+        for worker, meta in zip(self.workers, metas, strict=True):
+            worker.handle_preemptions(meta)
+            assert not worker.broken, worker.broken
+            worker.bind_connector_metadata(meta)
         self._take(output)
-        self.worker.bind_connector_metadata(meta)
         sampled = self._forward(output) if output.total_num_scheduled_tokens else {}
-        self.worker.start_load_kv(None)
-        self.worker.wait_for_save()
-        found = KVConnectorOutput()
-        results = self.worker.get_transfer_results(output.finished_req_ids)
-        found.finished_sending, found.finished_recving, found.failed_recving = results.finished_sending, results.finished_recving, results.failed_recving
-        found.kv_connector_worker_meta = self.worker.build_connector_worker_meta()
-        self.worker.clear_connector_metadata()
-        assert not self.worker.broken, self.worker.broken
-        self.observer.check()
         names = list(sampled)
-        return ModelRunnerOutput(names, {name: n for n, name in enumerate(names)}, [sampled[name] for name in names], kv_connector_output=found)
+        outputs = []
+        for worker, observer in zip(self.workers, self.observers, strict=True):
+            found = self._after(worker, output)
+            assert not worker.broken, worker.broken
+            observer.check()
+            outputs.append(ModelRunnerOutput(names, {name: n for n, name in enumerate(names)}, [sampled[name] for name in names], kv_connector_output=found))
+        return self._aggregator.aggregate(outputs, output_rank=len(outputs) - 1)
+
+    @staticmethod
+    def _after(worker: Worker, output) -> KVConnectorOutput:
+        worker.start_load_kv(None)
+        worker.wait_for_save()
+        found = KVConnectorOutput()
+        results = worker.get_transfer_results(output.finished_req_ids)
+        found.finished_sending, found.finished_recving, found.failed_recving = results.finished_sending, results.finished_recving, results.failed_recving
+        found.kv_connector_worker_meta = worker.build_connector_worker_meta()
+        worker.clear_connector_metadata()
+        return found
 
     def take_drafts(self) -> DraftTokenIds:
         """What the drafter proposes for the next step (not with async scheduling, where they stay with the runner)."""
@@ -195,7 +209,7 @@ class Runner:
                 request.drafts = [token if self._random.random() < 0.6 else (token + 1) % VOCABULARY for token in guess]
                 self._last_drafts[name] = request.drafts
             if self._random.random() < 0.1:
-                self.observer.check()
+                self._random.choice(self.observers).check()
         return sampled
 
     def _drafts_of(self, name: str, request: _Cached, scheduled: list[int]) -> list[int]:
@@ -204,11 +218,12 @@ class Runner:
         return [own[n] if token < 0 else token for n, token in enumerate(scheduled)]
 
     def _write(self, request: _Cached, start: int, inputs: list[int]) -> None:
-        tokens = self.pool.layout.block_tokens
-        digests = digests_of(request.ids[:start] + inputs)
+        tokens = self.pools[0].layout.block_tokens
         places = [position for position in range(start, start + len(inputs)) if position // tokens < len(request.blocks)]
         here, slots = [request.blocks[position // tokens] for position in places], [position % tokens for position in places]
-        self.pool.scatter(here, slots, [1] * len(places), memoryview(b"".join(digests[position] for position in places)))
+        for stage, pool in enumerate(self.pools):
+            digests = digests_of(request.ids[:start] + inputs, stage)
+            pool.scatter(here, slots, [1] * len(places), memoryview(b"".join(digests[position] for position in places)))
 
 
 def make_pool(blocks: int, tokens: int):

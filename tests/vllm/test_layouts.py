@@ -12,9 +12,11 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from kvguard.engine import vllm_pool
 from kvguard.engine.vllm_pool import Attention, Slab, SlabContext, attention_of, layout_of, proved_pool
 from kvguard.errors import BadConfig, Refused
+from kvguard.format.layout import Shard, whole
 
 pytestmark = pytest.mark.vllm
 LAYERS, BLOCKS, HEADS, DIM = 3, 5, 2, 64
+SHARD = whole(LAYERS, HEADS)
 
 
 def attention(tokens: int, dtype: torch.dtype, kv_dtype: str = "auto", scale: float = 1.0, isa: str = "") -> Attention:
@@ -48,7 +50,7 @@ def caches():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_plain_kv_is_proved(caches, tokens, dtype):
     made, slab = caches(tokens, dtype)
-    pool = proved_pool(made, slab, attention(tokens, dtype), "m")
+    pool = proved_pool(made, slab, attention(tokens, dtype), "m", SHARD)
     assert pool.layout.blocks == BLOCKS and pool.layout.token_bytes == LAYERS * 2 * HEADS * DIM * dtype.itemsize
     assert not slab.tensor.any(), "the proof leaves nothing behind"
 
@@ -58,7 +60,7 @@ def test_scales_of_quantised_kv_are_part_of_the_fingerprint(caches, kv_dtype):
     if not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
         pytest.skip("vLLM has quantised KV on a CPU with AVX-512 or AMX alone")
     made, slab = caches(32, torch.uint8)
-    first, second = (proved_pool(made, slab, attention(32, torch.bfloat16, kv_dtype, scale), "m").layout for scale in (1.0, 0.5))
+    first, second = (proved_pool(made, slab, attention(32, torch.bfloat16, kv_dtype, scale), "m", SHARD).layout for scale in (1.0, 0.5))
     assert not first.addressable and first.fingerprint != second.fingerprint
 
 
@@ -66,14 +68,22 @@ def test_what_decides_how_bytes_lie_is_in_the_fingerprint(caches):
     found = set()
     for tokens, dtype in ((32, torch.bfloat16), (64, torch.bfloat16), (32, torch.float16)):
         made, slab = caches(tokens, dtype)
-        found |= {layout_of(made, slab, attention(tokens, dtype), model).fingerprint for model in ("m", "n")}
+        found |= {layout_of(made, slab, attention(tokens, dtype), model, SHARD).fingerprint for model in ("m", "n")}
     assert len(found) == 6
+
+
+def test_the_shard_is_in_the_fingerprint_and_must_be_what_the_tensors_hold(caches):
+    made, slab = caches(32, torch.bfloat16)
+    parts = [SHARD, Shard((3, 6, 6), (0, 2, 2)), Shard((0, 3, 3), (2, 4, 4)), Shard((0, 3, 6), (0, 2, 2))]
+    assert len({proved_pool(made, slab, attention(32, torch.bfloat16), "m", shard).layout.fingerprint for shard in parts}) == 4
+    with pytest.raises(BadConfig, match="1 heads, but the regions hold"):
+        proved_pool(made, slab, attention(32, torch.bfloat16), "m", Shard((0, 3, 3), (1, 2, 4)))
 
 
 def test_an_unknown_backend_is_refused(caches):
     made, slab = caches(32, torch.bfloat16)
     with pytest.raises(BadConfig, match="CPU_ATTN/abacus/auto is not in the registry"):
-        layout_of(made, slab, attention(32, torch.bfloat16, isa="abacus"), "m")
+        layout_of(made, slab, attention(32, torch.bfloat16, isa="abacus"), "m", SHARD)
 
 
 def test_a_layout_that_is_not_what_the_backend_writes_is_refused(caches, monkeypatch):
@@ -90,7 +100,7 @@ def test_a_layout_that_is_not_what_the_backend_writes_is_refused(caches, monkeyp
 
     monkeypatch.setitem(vllm_pool.REGISTRY, ("CPU_ATTN", right.isa, "auto"), rows_for_keys)
     with pytest.raises(Refused, match="which the layout doesn't name there|left .* bytes as they were"):
-        proved_pool(made, slab, right, "m")
+        proved_pool(made, slab, right, "m", SHARD)
 
 
 def test_layers_that_share_kv_or_differ_are_refused():

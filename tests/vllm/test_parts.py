@@ -10,16 +10,18 @@ import pytest
 
 from kvguard import engine
 from kvguard.engine.fetch import Fetched
-from kvguard.engine.vllm_facts import Begun, Grown, Load, StepFacts
+from kvguard.engine.vllm_facts import Begun, Grown, Load, LoadEnd, StepFacts
 from kvguard.engine.vllm_ids import IdRows
 from kvguard.engine.vllm_ledger import Ledger, sequence_name
 from kvguard.engine.vllm_loads import AT_ONCE_MAX, Loads
+from kvguard.engine.vllm_moves import Moves
+from kvguard.engine.vllm_place import heads_of, place_of
 from kvguard.engine.vllm_policy import refusal_of_parameters
 from kvguard.engine.vllm_rows import Rows
 from kvguard.engine.vllm_settings import Settings, faults_of, version_warning
 from kvguard.errors import BadConfig, Refused
 from kvguard.format import local
-from kvguard.format.layout import Layout, Region, whole
+from kvguard.format.layout import Layout, Region, Shard, whole
 from kvguard.format.lineage import birth_of
 from kvguard.format.messages import PlanOrder
 from kvguard.format.moves import encode
@@ -100,13 +102,53 @@ def configured(spec, groups: int = 1, **parallel):
         (FullAttentionSpec(block_size=32), 2, {}, "cpu", "2 KV cache groups"),
         (FullAttentionSpec(block_size=32, sliding_window=128), 1, {}, "cpu", "sliding_window=128"),
         (SlidingWindowSpec(block_size=32), 1, {}, "cpu", "SlidingWindowSpec"),
-        (FullAttentionSpec(block_size=32), 1, {"tensor_parallel_size": 2}, "cpu", "tensor_parallel_size=2"),
+        (FullAttentionSpec(block_size=32), 1, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, "cpu", ""),
+        (FullAttentionSpec(block_size=32), 1, {"data_parallel_size": 2}, "cpu", "data_parallel_size=2"),
+        (FullAttentionSpec(block_size=32), 1, {"decode_context_parallel_size": 2}, "cpu", "different positions"),
         (FullAttentionSpec(block_size=16), 1, {}, "cpu", "blocks of 16"),
     ],
 )
 def test_what_cant_be_protected_is_refused_with_its_reason(spec, groups, parallel, device, fault):
     faults = faults_of(*configured(spec, groups, **parallel), device)
     assert len(faults) == bool(fault) and all(fault in one for one in faults)
+
+
+# ---- ranks and shards -----------------------------------------------------------------------------------------------------------
+
+
+def placed(pp: int = 0, tp: int = 0, stages: int = 1, ranks: int = 1, heads: int = 8, names=("model.layers.0.self_attn.attn",), layers: int = 4, mla: bool = False):
+    model = SimpleNamespace(get_total_num_hidden_layers=lambda: layers, get_total_num_kv_heads=lambda: heads, use_mla=mla)
+    config = SimpleNamespace(model_config=model, parallel_config=SimpleNamespace(pipeline_parallel_size=stages, tensor_parallel_size=ranks))
+    return place_of(config, list(names), pp, tp)
+
+
+def test_a_worker_is_a_rank_with_its_shard():
+    stage = [f"model.layers.{n}.self_attn.attn" for n in (2, 3)]
+    assert placed() == (Rank(0, 0, 0), whole(1, 8))
+    assert placed(names=["whatever", "else"]).shard == whole(2, 8), "one stage's layers may have any name"
+    assert placed(1, 1, 2, 2, names=stage) == (Rank(0, 1, 1), Shard((2, 4, 4), (4, 8, 8)))
+
+
+def test_heads_that_ranks_hold_alike_are_one_shard():
+    assert [heads_of(3, 3, tp) for tp in range(3)] == [(0, 1, 3), (1, 2, 3), (2, 3, 3)]
+    assert [heads_of(2, 4, tp) for tp in range(4)] == [(0, 1, 2), (0, 1, 2), (1, 2, 2), (1, 2, 2)]
+    assert placed(tp=0, ranks=4, heads=1).shard == placed(tp=3, ranks=4, heads=1).shard
+    assert placed(tp=0, ranks=4, mla=True).shard == placed(tp=3, ranks=4, mla=True).shard == whole(1, 1)
+    with pytest.raises(BadConfig, match="3 KV heads can't be shared evenly by 2"):
+        heads_of(3, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["model.layers.0.attn", "model.layers.2.attn"], r"\[0, 2\] of 4, not one run"),
+        (["model.layers.3.attn", "model.layers.4.attn"], "of 4, not one run"),
+        (["model.layers.0.attn.1"], "doesn't say which layer"),
+    ],
+)
+def test_a_stage_that_is_no_run_of_layers_is_refused(names, said):
+    with pytest.raises(BadConfig, match=said):
+        placed(stages=2, names=names)
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------------------
@@ -313,6 +355,22 @@ def test_every_load_ends_and_none_after_its_deadline_begins():
     ends = all_ends(loads, 2)
     assert ends["refused"].error == "gone" and "moved token" in ends["no token"].error
     loads.close()
+
+
+def test_a_load_in_parts_is_restored_where_every_part_is():
+    moves = Moves(True, False)
+    for name, error in (("whole", ""), ("half", "gone")):
+        request = request_of(name, [1] * 9)
+        request.kv_transfer_params, request.num_tokens = {"kvguard": TOKEN}, 9
+        moves.arrived(request)
+        assert moves.matched(request, 0) == (6, True)
+        moves.allocated(request, [3, 4], 6)
+        moves.ended(LoadEnd(name, 6, 100, 1.0))
+        moves.ended(LoadEnd(name, 0 if error else 6, 50, 2.0, error))
+        moves.ended_everywhere(name)
+    assert moves.finished(request_of("whole", []))["kvguard"] == {"restored": 6, "bytes": 150, "restore_ms": 2.0}
+    assert moves.finished(request_of("half", []))["kvguard"] == {"restored": 0, "why": "gone"}
+    assert moves.counts == {"restored": 1, "computed": 1, "refused": 0}
 
 
 # ---- the pool -------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 from world import model_directory
@@ -48,9 +49,9 @@ def engine_config():
 
 
 class Bench:
-    """A scheduler with its connector, a fake runner with its own, and the loop that an engine core runs."""
+    """A scheduler with its connector, a fake runner with its own, and the loop that an engine core runs. `fetch`: one for each stage."""
 
-    def __init__(self, seed: int, blocks: int, drafts: int, depth: int, fetch=None) -> None:
+    def __init__(self, seed: int, blocks: int, drafts: int, depth: int, *fetch) -> None:
         config = engine_config()
         config.cache_config.num_gpu_blocks = blocks
         config.scheduler_config.async_scheduling = depth > 1
@@ -62,11 +63,15 @@ class Bench:
             cache = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=tensors, kv_cache_groups=[KVCacheGroupSpec(["fake"], spec)])
             kind = AsyncScheduler if depth > 1 else Scheduler
             self.scheduler = kind(config, cache, StructuredOutputManager(config), block_size=TOKENS)
-            self.pool = make_pool(blocks, TOKENS)
-            self.worker = Worker(config, cache, self.pool, fetch, rows=64)
+            self.pools = [make_pool(blocks, TOKENS) for _ in fetch or (None,)]
+            self.workers = [Worker(config, cache, pool, one, 64, stage) for stage, (pool, one) in enumerate(zip(self.pools, fetch or (None,), strict=True))]
         finally:
             config.speculative_config = self.speculative
-        self.runner = Runner(self.worker, self.pool, seed, drafts)
+        for one, pool in zip(fetch, self.pools, strict=False):
+            if one is not None:
+                one.pool = pool
+        self.worker, self.pool = self.workers[0], self.pools[0]
+        self.runner = Runner(self.workers, self.pools, seed, drafts)
         self.depth, self.drafts = depth, drafts
         self.flying: deque = deque()
         self.outputs: dict[str, list[int]] = {}
@@ -116,7 +121,8 @@ class Bench:
 
     def close(self) -> None:
         self.scheduler.shutdown()
-        self.worker.shutdown()
+        for worker in self.workers:
+            worker.shutdown()
 
 
 @pytest.fixture
@@ -139,12 +145,14 @@ def prompts(draw: random.Random) -> list[int]:
     return head + [draw.randrange(VOCABULARY) for _ in range(draw.randrange(1, 60))]
 
 
-@pytest.mark.parametrize("depth", [1, 2], ids=["sync", "async"])
-@pytest.mark.parametrize("drafts", [0, 3], ids=["plain", "speculative"])
-@pytest.mark.parametrize("seed", range(2))
-def test_every_committed_byte_is_right(bench, seed, drafts, depth):
+CASES = [(seed, drafts, depth, 1) for seed in range(2) for drafts in (0, 3) for depth in (1, 2)] + [(2, 0, 1, 2), (3, 0, 2, 3), (4, 3, 2, 2)]
+
+
+@pytest.mark.parametrize(("seed", "drafts", "depth", "stages"), CASES)
+def test_every_committed_byte_is_right(bench, seed, drafts, depth, stages):
+    """`depth` 2: with async scheduling. `drafts`: with speculation. `stages`: workers, each with KV of its own."""
     draw = random.Random(f"{seed} {drafts} {depth}")
-    world = bench(seed, 15, drafts, depth)  # far fewer blocks than six long sequences need: preemption
+    world = bench(seed, 15, drafts, depth, *[None] * stages)  # far fewer blocks than six long sequences need: preemption
     wanted, live = {}, {}
     for number in range(16):
         prompt, tokens = prompts(draw), draw.randrange(1, 150)
@@ -161,12 +169,12 @@ def test_every_committed_byte_is_right(bench, seed, drafts, depth):
     for name, tokens in wanted.items():
         got = world.outputs[name]
         assert got == (tokens if live[name] else tokens[: len(got)]), name
-    observer = world.runner.observer
-    observer.check()
-    assert not observer.committed, "rows were left behind"
-    assert observer.checked > 500 and world.preemptions > 0
+    for observer, worker in zip(world.runner.observers, world.workers, strict=True):
+        observer.check()
+        assert not observer.committed, "rows were left behind"
+        assert observer.checked > 500 and world.preemptions > 0
+        assert not worker.rows.counts, worker.rows.counts
     assert (world.runner.accepted > 20 and world.runner.rejected > 20) or not drafts
-    assert not world.worker.rows.counts, world.worker.rows.counts
 
 
 def test_what_is_running_is_committed_up_to_the_last_input(bench):
@@ -208,8 +216,8 @@ def token_of(name: str, position: int) -> dict:
 class Fetching:
     """guard.fetch with an oracle's KV; `fate`: what becomes of a sequence."""
 
-    def __init__(self, known: dict[str, list[int]], fate: dict[str, str]) -> None:
-        self.known, self.fate, self.asked = known, fate, []
+    def __init__(self, known: dict[str, list[int]], fate: dict[str, str], stage: int = 0) -> None:
+        self.known, self.fate, self.stage, self.asked = known, fate, stage, []
         self.released = threading.Event()
         self.pool = None
 
@@ -220,7 +228,7 @@ class Fetching:
             assert self.released.wait(20)
         if fate == "refused":
             raise Refused("the daemon is gone")
-        digests = digests_of(self.known[moved.sequence][: moved.position])
+        digests = digests_of(self.known[moved.sequence][: moved.position], self.stage)
         for position, digest in enumerate(digests):
             data = b"\xaa" * len(digest) if fate == "torn" else digest
             self.pool.scatter([blocks[position // TOKENS]], [position % TOKENS], [1], memoryview(data))
@@ -239,8 +247,7 @@ def test_moved_sequences_go_on_whatever_becomes_of_their_load(bench, depth):
     draw = random.Random(depth)
     known = {f"s{n}": [draw.randrange(VOCABULARY) for _ in range(draw.randrange(50, 200))] for n in range(len(fates))}
     fetching = Fetching(known, {f"s{n}": fate for n, fate in enumerate(fates)})
-    world = bench(3, 80, 0, depth, fetch=fetching)
-    fetching.pool = world.pool
+    world = bench(3, 80, 0, depth, fetching)
     for n, name in enumerate(known):
         position = len(known[name]) + 5 if n == 6 else len(known[name]) - 1  # one token knows more than the prompt has
         known[name] = known[name] + continuation(known[name], 10)
@@ -261,10 +268,33 @@ def test_moved_sequences_go_on_whatever_becomes_of_their_load(bench, depth):
     assert sorted(fetching.asked) == sorted(known)
 
 
+def test_a_moved_sequence_is_restored_on_every_stage_or_computed_on_all(bench):
+    """The second of two workers is late with one load, refuses another and has a bug in a third; the first one has everything at once."""
+    fates = ["", "late", "refused", "torn", "bug"]
+    draw = random.Random(7)
+    known = {f"s{n}": [draw.randrange(VOCABULARY) for _ in range(draw.randrange(50, 200))] for n in range(len(fates))}
+    first, second = Fetching(known, {}), Fetching(known, {f"s{n}": fate for n, fate in enumerate(fates)}, 1)
+    world = bench(5, 80, 0, 1, first, second)
+    for n, name in enumerate(known):
+        known[name] = known[name] + continuation(known[name], 10)
+        world.add(f"cmpl-{name}-0-{n:08x}", known[name][:-10], 30, token_of(name, len(known[name]) - 11))
+    for _ in range(30):
+        world.turn()
+    assert not world.outputs["cmpl-s1-0-00000001"], "one of its two parts is still missing"
+    second.released.set()
+    world.drain()
+    for n, name in enumerate(known):
+        request, outcome = f"cmpl-{name}-0-{n:08x}", world.finished[f"cmpl-{name}-0-{n:08x}"]["kvguard"]
+        assert world.outputs[request] == continuation(known[name][:-10], 30), (name, fates[n])
+        assert outcome["restored"] == (len(known[name]) - 11 if fates[n] in ("", "late") else 0), (name, outcome)
+        assert outcome.get("bytes", 0) == 2 * 32 * outcome["restored"], "of both"
+    assert sorted(first.asked) == sorted(second.asked) == sorted(known)
+    assert world.scheduler.connector.moves.counts == {"restored": 2, "computed": 3, "refused": 0}
+
+
 def test_a_request_aborted_while_it_loads_gives_its_blocks_back(bench):
     fetching = Fetching({"s": list(range(30)) * 3}, {"s": "late"})
-    world = bench(3, 80, 0, 1, fetch=fetching)
-    fetching.pool = world.pool
+    world = bench(3, 80, 0, 1, fetching)
     free = world.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     world.add("cmpl-s-0-00000001", list(range(30)) * 3, 30, token_of("s", 80))
     world.turn(), world.turn()
@@ -281,7 +311,7 @@ def test_a_request_aborted_while_it_loads_gives_its_blocks_back(bench):
 
 @pytest.mark.parametrize("bad", [{"instance": "x"}, "text", 7, {**token_of("s", 5), "epoch": [-1, ""]}], ids=["fields", "text", "number", "epoch"])
 def test_a_token_that_is_none_is_computed_and_said(bench, bad):
-    world = bench(3, 80, 0, 1, fetch=Fetching({}, {}))
+    world = bench(3, 80, 0, 1, Fetching({}, {}))
     world.add("cmpl-s-0-00000001", [1, 2, 3], 5, bad)
     world.drain()
     assert world.outputs["cmpl-s-0-00000001"] == continuation([1, 2, 3], 5)
@@ -290,7 +320,7 @@ def test_a_token_that_is_none_is_computed_and_said(bench, bad):
 
 def test_what_would_mean_something_else_is_not_restored(bench):
     fetching = Fetching({"s": list(range(30)) * 3}, {})
-    world = bench(3, 80, 0, 1, fetch=fetching)
+    world = bench(3, 80, 0, 1, fetching)
     world.add("cmpl-s-0-00000001", list(range(30)) * 3, 5, token_of("s", 80), presence_penalty=0.5)
     world.drain()
     assert "presence_penalty" in world.finished["cmpl-s-0-00000001"]["kvguard"]["why"] and not fetching.asked
@@ -299,8 +329,7 @@ def test_what_would_mean_something_else_is_not_restored(bench):
 def test_restored_blocks_are_nobody_elses(bench):
     ids = [n % VOCABULARY for n in range(100)]
     fetching = Fetching({"s": ids}, {})
-    world = bench(3, 80, 0, 1, fetch=fetching)
-    fetching.pool = world.pool
+    world = bench(3, 80, 0, 1, fetching)
     world.add("cmpl-before-0-00000001", ids, 3)
     world.drain()
     request = world.add("cmpl-s-0-00000002", ids, 3, token_of("s", 99))
@@ -334,22 +363,37 @@ def test_a_bug_of_ours_costs_protection_and_no_answer(bench, side, monkeypatch):
     assert world.worker.broken and world.worker.rows is None and rows.guard._detached
 
 
-def execute_with_faults(runner: Runner, output):
-    """Runner.execute for a connector that may give up."""
-    worker = runner.worker
-    meta = output.kv_connector_metadata
-    worker.handle_preemptions(meta)
-    runner._take(output)
-    worker.bind_connector_metadata(meta)
-    runner.observer.check = lambda whole=False: None
-    sampled = runner._forward(output) if output.total_num_scheduled_tokens else {}
-    worker.start_load_kv(None)
-    worker.wait_for_save()
-    worker.get_transfer_results(output.finished_req_ids)
-    worker.clear_connector_metadata()
-    from vllm.v1.outputs import ModelRunnerOutput
+def test_a_bug_in_one_worker_ends_the_protection_of_all(bench, monkeypatch):
+    """What the others have can't be resumed, and must not look as if it could."""
+    world = bench(1, 64, 0, 1, None, None)
+    world.add("cmpl-one-0-00000001", [1, 2, 3, 4, 5], 40)
+    for _ in range(5):
+        world.turn()
+    guards = [worker.rows.guard for worker in world.workers]
 
-    return ModelRunnerOutput(list(sampled), {name: n for n, name in enumerate(sampled)}, list(sampled.values()))
+    def bug(*_, **__):
+        raise ZeroDivisionError("a bug of ours")
+
+    monkeypatch.setattr(world.workers[1].rows, "after", bug)
+    monkeypatch.setattr(world.runner, "execute", lambda output: execute_with_faults(world.runner, output))
+    world.turn(), world.turn()
+    assert all(guard._detached for guard in guards) and "a bug of ours" in world.worker.broken and world.scheduler.connector.broken
+    world.drain()
+    assert world.outputs["cmpl-one-0-00000001"] == continuation([1, 2, 3, 4, 5], 40)
+
+
+def execute_with_faults(runner: Runner, output):
+    """Runner.execute for connectors that may give up."""
+    meta = output.kv_connector_metadata
+    for worker, observer in zip(runner.workers, runner.observers, strict=True):
+        worker.handle_preemptions(meta)
+        worker.bind_connector_metadata(meta)
+        observer.check = lambda whole=False: None
+    runner._take(output)
+    sampled = runner._forward(output) if output.total_num_scheduled_tokens else {}
+    names, rows = list(sampled), list(sampled.values())
+    outputs = [ModelRunnerOutput(names, {name: n for n, name in enumerate(names)}, rows, kv_connector_output=runner._after(worker, output)) for worker in runner.workers]
+    return runner._aggregator.aggregate(outputs)
 
 
 def test_a_request_that_is_not_understood_is_served_and_the_others_stay_protected(bench, monkeypatch):
