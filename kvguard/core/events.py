@@ -238,6 +238,20 @@ class ReplicasSeen(Event, frozen=True):
     arena_bytes_max: int
 
 
+class PoolLost(Event, frozen=True):
+    """Nothing of this rank's pool can be read any more, until it attaches with other memory."""
+
+    stream: StreamId
+    incarnation: int
+    reason: str
+
+
+class DevicesSeen(Event, frozen=True):
+    """All devices of this node that can't be used now, each with the reason."""
+
+    faults: tuple[tuple[str, str], ...]
+
+
 class ResyncAsked(Event, frozen=True):
     """An operator doubts the replicas of an instance, or of one of its ranks (None: of all): both halves of their streams begin anew."""
 

@@ -29,6 +29,7 @@ class LocalStream:
         self.ending: dict[NodeId, str] = {}  # holders that others replace, and why
         self.alive, self.salvageable, self.death = True, False, ""
         self.condemned: tuple[str, str, int] | None = None  # once it was told to die: what its death is called, why, since when
+        self.unreadable = ""  # why nothing more of its pool can be read
         self.told = False  # to the coordinator, in this daemon's life: that it is attached
         self.looks = 0
         self.ids_before: dict[int, int] = {}  # of a scheduler's rows, at the last beat (core/schedulers.py)
@@ -119,6 +120,8 @@ class LocalStream:
             return "lost", self.death
         if self.epoch != promised:
             return "recovering", f"epoch {self.epoch.counter} is over, {promised.counter} is promised"
+        if self.unreadable:
+            return "unprotected", f"its pool can't be read: {self.unreadable}"
         if not self.senders:
             return "unprotected", self.unheld_reason
         if not answering:

@@ -54,11 +54,12 @@ class FairClock:
 
 
 class Node:
-    """One node as heard. Times `_ns` are fair, except `beat_ns` (real: what a verdict's age is counted from)."""
+    """One node as heard. Times `_ns` are fair, except `beat_ns` (real: what a verdict's age is counted from), `told_ns` and `figures_ns` (real: of which
+    moment its last heartbeat is, and what that said of its arena; None before the first)."""
 
     __slots__ = (
-        "address", "arena_bytes", "arena_bytes_max", "beat_ns", "carriers", "ended", "incarnation", "link", "node", "promises", "reason", "replicas",
-        "schedulers", "seen_ns", "standbys", "state", "version",
+        "address", "arena_bytes", "arena_bytes_max", "beat_ns", "carriers", "device_faults", "ended", "figures_ns", "incarnation", "link", "node", "promises",
+        "reason", "replicas", "schedulers", "seen_ns", "standbys", "state", "told_ns", "version",
     )  # fmt: skip
 
     def __init__(self, node: NodeId, seen_ns: int, now_ns: int):
@@ -70,18 +71,22 @@ class Node:
         self.replicas: tuple = ()
         self.schedulers: tuple[SchedulerBeat, ...] = ()
         self.carriers: tuple[tuple[NodeId, str], ...] = ()
+        self.device_faults: tuple[tuple[str, str], ...] = ()
         self.arena_bytes = self.arena_bytes_max = 0
+        self.told_ns: int | None = None
+        self.figures_ns: int | None = None
         self.ended = False  # its link went down without a silence before: its daemon's process ended, on a node that lived
 
 
 class Member:
     """A rank where it lives. `absent_ns`: since when its living node doesn't list it; `lost`: the verdict is spoken, a recovery has it.
 
-    `worked`: it has (or may have) had sequences, so that its holders have something to keep.
+    `worked`: it has (or may have) had sequences, so that its holders have something to keep. `beat_ns`: real, when the last heartbeat with it came.
     """
 
     __slots__ = (
-        "absent_ns", "beat", "endpoint", "fingerprint", "former", "holders", "incarnation", "lost", "node", "progress", "rose_ns", "stream", "worked",
+        "absent_ns", "beat", "beat_ns", "endpoint", "fingerprint", "former", "holders", "incarnation", "lost", "node", "progress", "rose_ns", "stream",
+        "worked",
     )  # fmt: skip
 
     def __init__(self, node: NodeId, stream: StreamId, incarnation: int, endpoint: str):
@@ -89,6 +94,7 @@ class Member:
         self.holders: tuple[NodeId, ...] = ()
         self.former: tuple[NodeId, ...] = ()
         self.beat: RankBeat | None = None
+        self.beat_ns: int | None = None
         self.progress, self.rose_ns = -1, -1
         self.absent_ns: int | None = None
         self.lost, self.worked = False, True
@@ -138,7 +144,7 @@ class Membership:
         if node is None:
             node = self.nodes[message.node] = Node(message.node, fair_ns, now_ns)
         if reborn:
-            node.standbys, node.replicas, node.schedulers, node.carriers = (), (), (), ()
+            node.standbys, node.replicas, node.schedulers, node.carriers, node.device_faults = (), (), (), (), ()
             for _, _, member in self._on(message.node):
                 member.absent_ns = fair_ns
         node.link, node.address, node.version, node.incarnation, node.promises = link, message.address, message.version, message.incarnation, message.promises
@@ -152,7 +158,8 @@ class Membership:
             return [], []
         self._heard(node, fair_ns, now_ns, "heartbeats")
         node.standbys, node.replicas, node.arena_bytes, node.arena_bytes_max = message.standbys, message.replicas, message.arena_bytes, message.arena_bytes_max
-        node.schedulers, node.carriers = message.schedulers, message.carriers
+        node.schedulers, node.carriers, node.device_faults = message.schedulers, message.carriers, message.device_faults
+        node.told_ns, node.figures_ns = now_ns, now_ns - round(message.figures_age_ms * MS)
         new, strange, listed = [], [], {}
         for rank_beat in message.ranks:
             if rank_beat.state == "standby":
@@ -211,6 +218,8 @@ class Membership:
         member.progress = max(member.progress, rank_beat.progress)
         member.worked = member.worked or rank_beat.sequences > 0
         member.fingerprint = rank_beat.fingerprint or member.fingerprint
+        node = self.nodes.get(member.node)
+        member.beat_ns = node.told_ns if node is not None else None
         member.beat, member.absent_ns, member.endpoint, member.incarnation = rank_beat, None, rank_beat.endpoint, rank_beat.incarnation
 
     def _on(self, node: NodeId):

@@ -18,6 +18,7 @@ from kvguard.core.orders import Orders
 from kvguard.core.outbound import Outbound
 from kvguard.core.progress import Progress
 from kvguard.core.promises import NEWER, SAME, Promises
+from kvguard.core.seen import Seen
 from kvguard.core.sender import SenderSettings
 from kvguard.format import messages
 from kvguard.limits import WINDOW_BYTES_DEFAULT
@@ -58,7 +59,7 @@ class Node:
         self._faults = Faults(settings.node, COORDINATOR, self.promises)
         self._running: dict[str, Epoch] = {}  # the epoch whose recovery is known to be over
         self._fences: dict[str, messages.Fence] = {}  # to be answered with a report, or answered and not yet followed by a plan
-        self._replicas = events.ReplicasSeen((), 0, 0)
+        self._seen = Seen()
         self._beat_ns: int | None = None
         self._beats = 0
         out, into = self.outbound, self.inbound
@@ -67,7 +68,8 @@ class Node:
             events.TurnEnded: self._turn_ended, events.StreamAttached: self._attached, events.Looked: out.looked, events.StepsSeen: self._steps_seen,
             events.StreamDetached: self._detached, events.ProcessDied: self._died, events.StandbyAttached: self._standby, events.Captured: out.captured,
             events.EngineRestored: self._restored, events.Probed: into.completed, events.Applied: into.completed, events.PlanCarried: self._carried,
-            events.ReplicasSeen: self._replicas_seen, events.DeathSuspected: self._suspected,
+            events.ReplicasSeen: self._seen.store, events.DeathSuspected: self._suspected, events.PoolLost: out.pool_lost,
+            events.DevicesSeen: self._seen.devices,
             events.ResyncAsked: lambda now, event: into.doubted(event) + out.doubted(now, event),
         }  # fmt: skip
         self._messages = {
@@ -151,10 +153,6 @@ class Node:
     def _stream_end(self, now: int, event: events.Arrived) -> Effects:
         return self.inbound.stream_end(event.message)
 
-    def _replicas_seen(self, now: int, event: events.ReplicasSeen) -> Effects:
-        self._replicas = event
-        return ()
-
     # ---- time ----
 
     def _tick(self, now: int, event: events.Tick) -> Effects:
@@ -171,15 +169,16 @@ class Node:
         return out
 
     def _beat(self, now: int) -> Send:
-        settings, seen = self.settings, self._replicas
+        settings, seen, held = self.settings, self._seen, self._seen.replicas
         self._beats += 1
         own = [local for local in self.outbound.streams.values() if not is_scheduler(local.stream.rank) and not self._kept(local, finished=True)]
         ranks = tuple(local.tell_beat(now, self.promises.of(local.stream.instance)) for local in own)
         return Send(
             COORDINATOR,
             messages.Beat(
-                settings.node, settings.incarnation, self._beats, ranks, tuple(self.standbys.values()), seen.replicas, seen.arena_bytes, seen.arena_bytes_max,
-                schedulers.beats(self.outbound, now, self.promises), self.outbound.carriers(),
+                settings.node, settings.incarnation, self._beats, ranks, tuple(self.standbys.values()), held.replicas, held.arena_bytes, held.arena_bytes_max,
+                schedulers.beats(self.outbound, now, self.promises), self.outbound.carriers(), seen.device_faults,
+                seen.age_ms(now),
             ),
         )
 
@@ -197,7 +196,7 @@ class Node:
             local = self.outbound.streams[event.stream] = LocalStream(event, self._progress())
         elif local.incarnation != event.incarnation or not local.alive:
             local.progress, local.condemned = self._progress(), None
-            local.alive, local.death = True, ""
+            local.alive, local.death, local.unreadable = True, "", ""
         local.incarnation, local.endpoint = event.incarnation, event.endpoint
         if verdict not in (SAME, NEWER):
             local.epoch = event.epoch

@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import count
 
 from kvguard.core.effects import Dial, Effect, ForgetStream, FreeBuffer, HangUp, Note, Send
-from kvguard.core.events import Arrived, Captured, Event, LinkUp, Looked, ResyncAsked
+from kvguard.core.events import Arrived, Captured, Event, LinkUp, Looked, PoolLost, ResyncAsked
 from kvguard.core.local import LocalStream
 from kvguard.core.sender import Sender, SenderSettings
 from kvguard.format.messages import Assign, Held, StreamEnd
@@ -170,6 +170,13 @@ class Outbound:
             if event.id in sender.flow.captures:
                 return sender.step(now, event)
         return (FreeBuffer(event.buffer),) if event.buffer else ()
+
+    def pool_lost(self, now: int, event: PoolLost) -> Effects:
+        local = self.streams.get(event.stream)
+        if local is None or not local.alive or local.incarnation != event.incarnation:
+            return ()
+        local.unreadable = event.reason
+        return (Note("unprotected", str(event.stream), local.unreadable),)
 
     def answered(self, now: int, event: Arrived) -> Effects:
         """Held or Ack, to the sender whose session it names."""

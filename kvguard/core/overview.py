@@ -1,7 +1,8 @@
 """The documents that people and scripts read: kvguard.status/1 and the history.
 
 Knows: interfaces' field names. Must not know: how anything is decided.
-Invariant (I8): a rank is called protected only by its own daemon's fresh word in the present epoch, never by the coordinator's hope.
+Invariant (I8): a rank is called protected only by its own daemon's fresh word in the present epoch, never by the coordinator's hope;
+figures that a heartbeat brought say how old they are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from kvguard.core.membership import Member as Place
 from kvguard.types import Rank
 
 CLAIM_NS = 2_000_000_000  # a claim that was not said again for so long is over
+NOTHING = (0,) * 7
 
 
 def status(known: Known) -> dict:
@@ -21,7 +23,9 @@ def status(known: Known) -> dict:
         {"node": node.node, "state": node.state, "reason": _node_reason(known, node), "drain": _drain(known, node.node),
          "heartbeat_age_ms": (known.now_ns - node.beat_ns) / MS, "version": node.version,
          "address": node.address, "arena_bytes": node.arena_bytes, "arena_bytes_max": node.arena_bytes_max, "standbys": len(node.standbys),
-         "carriers": dict(node.carriers) if node.state != DEAD else {}}
+         "carriers": dict(node.carriers) if node.state != DEAD else {},
+         "device_faults": [{"device": device, "reason": reason} for device, reason in node.device_faults] if node.state != DEAD else [],
+         "figures_age_ms": _age_ms(known, node.figures_ns)}
         for node in sorted(known.membership.nodes.values(), key=lambda node: node.node)
     ]  # fmt: skip
     ranks = [_rank(known, instance, rank, place) for instance, places in sorted(known.membership.members.items()) for rank, place in sorted(places.items())]
@@ -30,7 +34,7 @@ def status(known: Known) -> dict:
     ranks[:0] = [_duplicate(known, *claim) for claim, seen_ns in sorted(known.duplicates.items()) if known.now_ns - seen_ns < CLAIM_NS]
     names = dict.fromkeys((*sorted(known.epochs), *sorted(known.membership.members)))
     instances = [_instance(known, name) for name in names]
-    coordinator = {"issuer": known.issuer, "state": "running"}
+    coordinator = {"issuer": known.issuer, "state": "running", "heartbeat_ms": known.settings.patience.heartbeat_ns / MS}
     return {
         "schema": "kvguard.status/1", "coordinator": coordinator, "paused": known.paused, "nodes": nodes, "instances": instances, "ranks": ranks,
         "schedulers": _schedulers(known), "handoffs": [*known.handed, *map(handing.described, known.handoffs.values())], "held": held(known),
@@ -82,10 +86,18 @@ def _rank(known: Known, instance: str, rank: Rank, place: Place) -> dict:
         state, reason = "unprotected", f"not re-attached to {place.node} yet"
     elif state == "unprotected" and not place.holders:
         reason = known.reasons.get((instance, rank), reason) or reason
-    numbers = (0,) * 7
+    numbers = NOTHING
     if beat is not None:
         numbers = (beat.sequences, beat.unprotected_sequences, beat.committed, beat.acked, beat.lag_tokens, beat.lag_bytes, beat.lag_ms)
-    return {"instance": instance, "rank": str(rank), "node": place.node, "holders": list(place.holders), "state": state, "reason": reason, **_numbers(numbers)}
+    return {
+        "instance": instance, "rank": str(rank), "node": place.node, "holders": list(place.holders), "state": state, "reason": reason, **_numbers(numbers),
+        "figures_age_ms": _age_ms(known, place.beat_ns),
+    }  # fmt: skip
+
+
+def _age_ms(known: Known, at_ns: int | None) -> float | None:
+    """How old what a heartbeat said is: its figures are of the moment when it came, not of this one. None: none has come."""
+    return None if at_ns is None else (known.now_ns - at_ns) / MS
 
 
 def _numbers(numbers: tuple) -> dict:
@@ -101,6 +113,7 @@ def _schedulers(known: Known) -> list[dict]:
             found.append({
                 "instance": beat.stream.instance, "dp": beat.stream.rank.dp, "node": node.node, "holders": list(beat.holders), "state": state, "reason": reason,
                 "sequences": beat.sequences, "ids": beat.ids, "acked_ids": beat.acked_ids, "epoch": beat.epoch.counter, "stream": str(beat.stream),
+                "figures_age_ms": _age_ms(known, node.told_ns),
             })  # fmt: skip
     return found
 
@@ -109,11 +122,11 @@ def _duplicate(known: Known, instance: str, rank: Rank, node: str) -> dict:
     """A second live process of a rank: it is not served by anybody, and says so as long as it claims the place."""
     home = known.membership.members.get(instance, {}).get(rank)
     reason = f"a second process claims rank {rank}, which lives on {home.node if home else 'another node'}: the first keeps it"
-    return {"instance": instance, "rank": str(rank), "node": node, "holders": [], "state": "unprotected", "reason": reason, **_numbers((0,) * 7)}
+    return {"instance": instance, "rank": str(rank), "node": node, "holders": [], "state": "unprotected", "reason": reason, **_numbers(NOTHING)}
 
 
 def _standby(node: str, instance: str, standby: int) -> dict:
-    return {"instance": instance, "rank": "", "node": node, "holders": [], "state": "standby", "reason": f"incarnation {standby}", **_numbers((0,) * 7)}
+    return {"instance": instance, "rank": "", "node": node, "holders": [], "state": "standby", "reason": f"incarnation {standby}", **_numbers(NOTHING)}
 
 
 def history(known: Known) -> list[dict]:

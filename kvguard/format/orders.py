@@ -83,6 +83,7 @@ class Beat(Message, frozen=True):
     """Every heartbeat_ms. `replicas`: (stream, sequences, bytes) held here for others. `schedulers`: living and dead ones whose tables are mapped here.
 
     `carriers`: (node, what payloads to it travel over: "tcp", "control", or "nixl" and the transport that UCX chose).
+    `device_faults`: (device, why it can't be used). `figures_age_ms`: of `replicas` and the arena's figures when this was said.
     """
 
     node: NodeId
@@ -95,6 +96,8 @@ class Beat(Message, frozen=True):
     arena_bytes_max: int
     schedulers: tuple[SchedulerBeat, ...] = ()
     carriers: tuple[tuple[NodeId, str], ...] = ()
+    device_faults: tuple[tuple[str, str], ...] = ()
+    figures_age_ms: float = 0.0
 
 
 class Fault(Message, frozen=True):
