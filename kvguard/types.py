@@ -65,6 +65,13 @@ class Fork(NamedTuple):
 Lineage = tuple[Fork, ...]  # oldest first; epochs rise strictly, starts never fall
 
 
+class Life(NamedTuple):
+    """One of the sequences that bear a name one after the other, told by its birth (format/lineage.py: birth_of); 0: unknown, any of them."""
+
+    sequence: SequenceId
+    birth: int = 0
+
+
 class Span(NamedTuple):
     """Half-open range of positions."""
 

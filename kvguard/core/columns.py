@@ -12,7 +12,7 @@ from operator import itemgetter
 
 from msgspec import structs
 
-from kvguard.format.lineage import agreed, is_other
+from kvguard.format.lineage import agreed, is_one_of, is_other
 from kvguard.format.messages import Holding
 from kvguard.types import Lineage, NodeId, SequenceId, StreamId
 
@@ -41,7 +41,21 @@ def newest_lives(held: list[tuple[NodeId, Holding]]) -> list[tuple[NodeId, Holdi
 
 
 def _of_lives(holding: Holding, newest: dict[SequenceId, int]) -> Holding:
-    kept = [i for i, (sequence, generation) in enumerate(zip(holding.sequences, holding.generations, strict=True)) if generation >= newest[sequence]]
+    pairs = zip(holding.sequences, holding.generations, strict=True)
+    return _picked(holding, [i for i, (sequence, generation) in enumerate(pairs) if generation >= newest[sequence]])
+
+
+def not_over(held: list[tuple[NodeId, Holding]], over: dict[SequenceId, Ints]) -> list[tuple[NodeId, Holding]]:
+    """The same holdings, without copies of sequences that are over (their births, by name): they say nothing of what bears the name by now."""
+    return [(node, holding if over.keys().isdisjoint(holding.sequences) else _not_over(holding, over)) for node, holding in held] if over else held
+
+
+def _not_over(holding: Holding, over: dict[SequenceId, Ints]) -> Holding:
+    pairs = zip(holding.sequences, holding.births or (0,) * len(holding.sequences), strict=True)
+    return _picked(holding, [i for i, (sequence, birth) in enumerate(pairs) if not is_one_of(birth, over.get(sequence, ()))])
+
+
+def _picked(holding: Holding, kept: list[int]) -> Holding:
     if len(kept) == len(holding.sequences):
         return holding
     columns = ("sequences", "generations", "lineages", "positions", "ids", *(("births",) if holding.births else ()))

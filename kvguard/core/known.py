@@ -14,11 +14,13 @@ from kvguard.core.membership import MS, Membership, Patience
 from kvguard.core.membership import Member as Place
 from kvguard.format import ledger
 from kvguard.format.ledger import HistoryRecord, MemberRecord, RecoveryRecord
+from kvguard.format.lineage import is_one_of
 from kvguard.format.messages import Done, Member, Message, Report, Resume
-from kvguard.types import NO_EPOCH, Epoch, Lineage, NodeId, Rank, SequenceId, StreamId
+from kvguard.types import NO_EPOCH, Epoch, Life, Lineage, NodeId, Rank, SequenceId, StreamId
 
 HISTORY_MAX = 1000  # recoveries kept; older ones are deleted from the store too
 DELIVERED_MAX = 100_000  # names of answered sequences remembered, so that a plan doesn't bring them back
+BIRTHS_MAX = 8  # and how many lives of one name, the newest
 STRAYS_MAX = 1000  # oddities told once each
 HANDED_MAX = 32  # ended handoffs that the status still tells of
 
@@ -82,7 +84,7 @@ class Round:
         self.waiting, self.tried, self.heard = "", None, 0  # `heard`: how many reports have come, so that one that is said anew is planned with
         self.plan_open = self.changed = False
         self.settling: Settling | None = None
-        self.undelivered: dict[SequenceId, bool] | None = None  # of those that moved, once they are waited for
+        self.undelivered: dict[SequenceId, int] | None = None  # births of those that moved, once they are waited for
 
 
 class Handoff:
@@ -115,7 +117,7 @@ class Known:
         self.emitters: dict[str, int] = {}
         self.duplicates: dict[tuple[str, Rank, NodeId], int] = {}  # when a rank that lives elsewhere was last claimed by that node
         self.replaced: dict[str, deque[int]] = {}  # incarnations of emitters that another one ended: they don't come back by dialling again
-        self.delivered: dict[str, dict[SequenceId, bool]] = {}
+        self.delivered: dict[str, dict[SequenceId, tuple[int, ...]]] = {}  # births by name
         self.starts: dict[str, list[int]] = {}
         self.held: dict[str, tuple] = {}  # while paused: what would have been started
         self.failed: dict[str, str] = {}
@@ -203,6 +205,9 @@ class Known:
         if higher:
             self.epochs[instance] = epoch
         return higher
+
+    def is_delivered(self, instance: str, life: Life) -> bool:
+        return is_one_of(life.birth, self.delivered.get(instance, {}).get(life.sequence, ()))
 
     def linked(self) -> list[NodeId]:
         """Also nodes called dead whose link stands: what is sent waits for them if they only sleep."""

@@ -13,8 +13,9 @@ from kvguard.core.ledger import Ledger
 from kvguard.core.pieces import Copy
 from kvguard.core.progress import Progress
 from kvguard.core.sender import Sender
+from kvguard.format.lineage import birth_of, is_other
 from kvguard.format.messages import RankBeat
-from kvguard.types import Epoch, NodeId, SequenceId
+from kvguard.types import Epoch, Life, NodeId
 
 
 class LocalStream:
@@ -73,10 +74,11 @@ class LocalStream:
         """Everything that was found in the replica has been acknowledged by the target."""
         return self.looks > 0 and node in self.senders and self.senders[node].caught_up()
 
-    def releasable(self) -> dict[SequenceId, int]:
-        """By sequence, how many ids every holder has acknowledged."""
+    def releasable(self, life: Life) -> int:
+        """How many ids of it every holder has acknowledged; 0 where another life bears the name here."""
         holders = [sender for node, sender in self.senders.items() if node not in self.ending]
-        return {row.sequence: min((sender.flow.copies[number].acked_ids for sender in holders), default=0) for number, row in self.ledger.rows.items()}
+        rows = [number for number, row in self.ledger.rows.items() if row.sequence == life.sequence and not is_other(birth_of(row.request), life.birth)]
+        return min((sender.flow.copies[number].acked_ids for sender in holders for number in rows), default=0)
 
     def best(self, number: int) -> int:
         """The furthest position of a row that a holder that answers has acknowledged."""

@@ -22,7 +22,7 @@ from kvguard.core.seen import Seen
 from kvguard.core.sender import SenderSettings
 from kvguard.format import messages
 from kvguard.limits import WINDOW_BYTES_DEFAULT
-from kvguard.types import Epoch, NodeId, Rank, SequenceId, StreamId, is_scheduler
+from kvguard.types import Epoch, NodeId, Rank, StreamId, is_scheduler
 
 COORDINATOR = "coordinator"
 FROM_COORDINATOR = (messages.NodeWelcome, messages.Assign, messages.Fence, messages.PlanOrder, messages.RebuildOrder, messages.Resumed)
@@ -94,10 +94,6 @@ class Node:
         for local in self.outbound.all():
             assert local.fenced or local.epoch == self.promises.of(local.stream.instance), "a stream of an epoch that is over goes on"
         assert (self._beat_ns is not None) == self.linked
-
-    def releasable(self, instance: str) -> dict[SequenceId, int]:
-        """By sequence, how many ids every holder of every local rank has acknowledged: what `ack = "strict"` may let out."""
-        return self.outbound.releasable(instance)
 
     # ---- links ----
 

@@ -14,7 +14,7 @@ from kvguard.core.events import Arrived, Captured, Event, LinkUp, Looked, PoolLo
 from kvguard.core.local import LocalStream
 from kvguard.core.sender import Sender, SenderSettings
 from kvguard.format.messages import Assign, Held, StreamEnd
-from kvguard.types import NodeId, Rank, SequenceId, StreamId, is_scheduler, scheduler_of
+from kvguard.types import Life, NodeId, Rank, StreamId, is_scheduler, scheduler_of
 
 Effects = tuple[Effect, ...]
 
@@ -225,9 +225,6 @@ class Outbound:
         pushes = [local for local in self.pushes.values() if local.stream.instance == instance]
         return tuple(effect for local in pushes for effect in self.forget(local, self.pushes))
 
-    def releasable(self, instance: str) -> dict[SequenceId, int]:
-        out: dict[SequenceId, int] = {}
-        for local in self.of(instance):
-            for sequence, ids in local.releasable().items() if local.alive and not is_scheduler(local.stream.rank) else ():
-                out[sequence] = min(ids, out.get(sequence, ids))
-        return out
+    def releasable(self, instance: str, rank: Rank, life: Life) -> int | None:
+        """How many ids of it every holder of a local rank has acknowledged: what `ack = "strict"` may let out. None where the rank doesn't live here."""
+        return next((local.releasable(life) for local in self.of(instance) if local.stream.rank == rank and local.alive), None)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from kvguard.core import ladder, moving
-from kvguard.core.columns import Copy, Longest, align, authoritative, births, estrange, highest, lowest, newest_lives, table, valid
+from kvguard.core.columns import Copy, Longest, align, authoritative, births, estrange, highest, lowest, newest_lives, not_over, table, valid
 from kvguard.format.lineage import forked
 from kvguard.format.messages import Holding, PlanOrder, Rebuild, Report, StandbyBeat
 from kvguard.limits import FORKS_MAX
@@ -29,8 +29,8 @@ class Situation(NamedTuple):
 
     `members`: every rank of the instance and its node. `lost`: which of them. `reports`: one per node that answered.
     `standbys`: not yet claimed, fitting or not. `forks`, `births`: lineages that former plans decided, and of which life of the name, by sequence.
-    `excluded`: nodes whose copies don't count. `over`: sequences known to be delivered. `emitter_lives`: the emitter knows ids that were never replicated.
-    `moves`: it can submit sequences elsewhere, and needn't wait for a standby; `hosts`: to whom. `wishes`: which seats operators want.
+    `excluded`: nodes whose copies don't count. `over`: what is known to be delivered, births by name. `emitter_lives`: the emitter knows ids that were never
+    replicated. `moves`: it can submit sequences elsewhere, and needn't wait for a standby; `hosts`: to whom. `wishes`: which seats operators want.
     """
 
     instance: str
@@ -42,7 +42,7 @@ class Situation(NamedTuple):
     addresses: dict[NodeId, str] = {}
     forks: dict[SequenceId, Lineage] = {}
     excluded: tuple[NodeId, ...] = ()
-    over: frozenset[SequenceId] = frozenset()
+    over: dict[SequenceId, Ints] = {}
     emitter_lives: bool = False
     moves: bool = False
     hosts: tuple[moving.Host, ...] = ()
@@ -89,6 +89,7 @@ def plan(situation: Situation) -> Plan | Unplannable:
     """The order for `situation`, or why there is none. Raises nothing for any reports that passed the decoder."""
     held = [(report.node, holding) for report in situation.reports if report.node not in situation.excluded for holding in report.holdings]
     held = newest_lives([(node, holding) for node, holding in held if holding.stream.instance == situation.instance])
+    held = not_over(held, situation.over)
     live = _live_pools(situation, held)
     lost = tuple(sorted(rank for rank in situation.members if rank not in live))
     if not situation.members:
@@ -196,7 +197,7 @@ def _compose(situation: Situation, groups: list[_Group], seats: dict, lost: tupl
     for group in groups:
         choices = [ladder.choose(need, seats[need.rank], len(group.base)) for need in group.needs]
         positions = lowest([group.caps, *(choice.positions for choice in choices)])
-        kept = _kept(situation, group, seen, gone)
+        kept = _kept(group, seen, gone)
         parts.append(_columns(situation.epoch, group, choices, positions, kept))
         kept_of.append((kept, choices, positions))
     total = sum(len(kept) for kept, _, _ in kept_of)
@@ -218,11 +219,11 @@ def _compose(situation: Situation, groups: list[_Group], seats: dict, lost: tupl
     return Plan(order, lost, tuple(gone), tuple(former), tuple(one for group in groups for one in group.strange))
 
 
-def _kept(situation: Situation, group: _Group, seen: dict, gone: list[tuple[SequenceId, str]]) -> list[int]:
+def _kept(group: _Group, seen: dict, gone: list[tuple[SequenceId, str]]) -> list[int]:
     """Which of the group's sequences go on; those whose ids nobody knows are told in `gone`."""
-    kept = [i for i, sequence in enumerate(group.base) if group.ids.counts[i] and sequence not in situation.over and sequence not in seen]
+    kept = [i for i, sequence in enumerate(group.base) if group.ids.counts[i] and sequence not in seen]
     for i, sequence in enumerate(group.base):
-        if not group.ids.counts[i] and sequence not in situation.over and sequence not in seen:
+        if not group.ids.counts[i] and sequence not in seen:
             written = max((column[i] for column in group.written), default=0)
             gone.append((sequence, f"nobody knows its token ids; {written} positions of KV without them are worth nothing"))
     seen.update(dict.fromkeys(group.base))
@@ -244,7 +245,7 @@ def _moved(situation: Situation, held: list[tuple[NodeId, Holding]], lost: tuple
     places: tuple[Places, ...] = ()
     for dp in sorted({rank.dp for rank in situation.members}):
         group = _group(situation, dp, held, live, ending)
-        kept = _kept(situation, group, seen, gone)
+        kept = _kept(group, seen, gone)
         strange += group.strange
         if not group.needs:
             parts.append(_columns(situation.epoch, group, [], group.caps, kept))

@@ -17,7 +17,7 @@ from kvguard.core.membership import Member as Place
 from kvguard.format import moves
 from kvguard.format.ledger import PLANNED, RESUMED, HistoryRecord, RecoveryRecord
 from kvguard.format.messages import Done, Fence, RebuildOrder, Resume, Resumed, ResumeSequence
-from kvguard.types import Epoch, NodeId, Rank, SequenceId, StreamId, is_scheduler
+from kvguard.types import Epoch, Life, NodeId, Rank, SequenceId, StreamId, is_scheduler
 
 
 def say_plan(known: Known, instance: str) -> None:
@@ -208,16 +208,20 @@ def _end_moved(known: Known, record: RecoveryRecord) -> None:
         known.keep_member(record.instance, rank)
 
 
-def away(known: Known, instance: str) -> tuple[SequenceId, ...]:
-    """Names that are elsewhere by now: what is left of them here is nothing that a plan may bring back. Not those whose Resume nobody has adopted."""
+def _moved(record: RecoveryRecord) -> tuple[Life, ...]:
+    births = record.order.births_by_name()
+    return tuple(Life(name, births.get(name, 0)) for name in _proofs(record))
+
+
+def away(known: Known, instance: str) -> tuple[Life, ...]:
+    """Sequences that are elsewhere by now: what is left of them here is nothing that a plan may bring back. Not those whose Resume nobody has adopted."""
     current = known.rounds.get(instance)
     if current is None:
         return ()
-    names = current.record.away
+    lives = current.record.away_lives()
     if current.record.phase == RESUMED and current.record.order is not None and instance not in known.resumes:
-        names += tuple(_proofs(current.record))
-    delivered = known.delivered.get(instance, {})
-    return tuple(dict.fromkeys(name for name in names if name not in delivered))
+        lives += _moved(current.record)
+    return tuple(dict.fromkeys(life for life in lives if not known.is_delivered(instance, life)))
 
 
 def _keep_resume(known: Known, instance: str, resume: Resume) -> None:
@@ -256,8 +260,7 @@ def _unpin_moved(known: Known, instance: str) -> None:
     """Once all that moved is delivered; at the latest when the bound has passed, counted."""
     current = known.rounds[instance]
     if current.undelivered is None:
-        delivered = known.delivered.get(instance, {})
-        current.undelivered = {sequence: True for sequence in _proofs(current.record) if sequence not in delivered}
+        current.undelivered = {life.sequence: life.birth for life in _moved(current.record) if not known.is_delivered(instance, life)}
     left = len(current.undelivered)
     if left and known.fair_ns - current.since_ns < known.settings.moved_ns:
         return

@@ -52,7 +52,7 @@ def start(
     record = RecoveryRecord(
         instance, epoch, FENCING, reason, tuple(sorted(dict.fromkeys(ranks))), {str(rank): member_record(place) for rank, place in sorted(places.items())},
         tuple(dict.fromkeys(excluded)), tuple(sorted(dict.fromkeys(dead_writers))), attempt, tuple(dict.fromkeys(refused)), timing_ms=timing,
-        verdict_ns=known.now_ns, away=away, targets=targets,
+        verdict_ns=known.now_ns, away=tuple(life.sequence for life in away), targets=targets, away_births=tuple(life.birth for life in away),
     )  # fmt: skip
     current = known.rounds[instance] = Round(record, known.fair_ns, known.now_ns)
     known.epochs[instance] = epoch
@@ -199,11 +199,12 @@ def _try_plan(known: Known, instance: str) -> None:
         current.tried = key
         members = {rank: place.node for rank, place in sorted(known.membership.members[instance].items())}
         lives = known.emitter_lives(instance)
-        # What is over a living emitter knows best, and a name that was delivered may have been given to another sequence since.
-        over = frozenset() if lives else frozenset(known.delivered.get(instance, ()))
+        over = {} if lives else dict(known.delivered.get(instance, {}))  # a living emitter knows best
+        for name, birth in record.away_lives():
+            over[name] = (*over.get(name, ()), birth)
         situation = Situation(
             instance, record.epoch, members, record.lost, tuple(current.reports.values()), standbys, known.addresses(), known.forks.get(instance, {}),
-            record.excluded, over.union(record.away), lives, may_move, hosts, Wishes(record.targets, tuple(known.drained)), known.births.get(instance, {}),
+            record.excluded, over, lives, may_move, hosts, Wishes(record.targets, tuple(known.drained)), known.births.get(instance, {}),
         )  # fmt: skip
         answer = plan(situation)
         if not isinstance(answer, Unplannable):

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections import deque
 
 from kvguard.core.effects import Send
-from kvguard.core.known import DELIVERED_MAX, Known
+from kvguard.core.known import BIRTHS_MAX, DELIVERED_MAX, Known
 from kvguard.core.membership import Session
+from kvguard.format.lineage import is_other
 from kvguard.format.messages import Adopted, Delivered, EmitterBeat, EmitterHello, Fenced, Welcome
 
 REPLACED_MAX = 64
@@ -116,16 +117,19 @@ def _adopted(known: Known, instance: str, counter: int) -> None:
 
 
 def on_delivered(known: Known, message: Delivered) -> None:
-    names = known.delivered.setdefault(message.instance, {})
-    forks = known.forks.get(message.instance, {})
+    """Also of lives whose name is another sequence's by now: that one is not over."""
+    delivered = known.delivered.setdefault(message.instance, {})
+    forks, births = known.forks.get(message.instance, {}), known.births.get(message.instance, {})
     current = known.rounds.get(message.instance)
     undelivered = (current.undelivered if current is not None else None) or {}
-    for sequence in message.sequences:
-        names[sequence] = True
-        forks.pop(sequence, None)
-        undelivered.pop(sequence, None)
-    while len(names) > DELIVERED_MAX:
-        del names[next(iter(names))]
+    for name, birth in message.lives():
+        delivered[name] = (*(other for other in delivered.get(name, ()) if other != birth), birth)[-BIRTHS_MAX:]
+        if not is_other(births.get(name, 0), birth):
+            forks.pop(name, None)
+        if not is_other(undelivered.get(name, 0), birth):
+            undelivered.pop(name, None)
+    while len(delivered) > DELIVERED_MAX:
+        del delivered[next(iter(delivered))]
     for node in known.membership.nodes:  # whoever holds their ids may let them go
         known.tell_node(node, message)
 

@@ -19,7 +19,7 @@ from kvguard.daemon.perform_node import NodeShell
 from kvguard.daemon.questions import Verb
 from kvguard.daemon.whereabouts import processes
 from kvguard.errors import Refused
-from kvguard.types import Rank, Span, StreamId, is_scheduler
+from kvguard.types import Life, Rank, Span, StreamId, is_scheduler
 
 READ_BYTES_MAX = 2 << 20  # of one answer, which is one frame
 
@@ -149,10 +149,10 @@ class NodeVerbs:
 
     def releasable(self, arguments: dict) -> dict:
         rank = Rank.parse(arguments["rank"])
-        for stream, local in self._core.outbound.streams.items():
-            if (stream.instance, stream.rank) == (arguments["instance"], rank) and local.alive:
-                return {"position": local.releasable().get(arguments["sequence"], 0)}
-        raise Refused(f"rank {rank} of {arguments['instance']!r} doesn't live here. Try: kvguard status")
+        position = self._core.outbound.releasable(arguments["instance"], rank, Life(arguments["sequence"], arguments.get("birth", 0)))
+        if position is None:
+            raise Refused(f"rank {rank} of {arguments['instance']!r} doesn't live here. Try: kvguard status")
+        return {"position": position}
 
     def status(self, arguments: dict) -> dict:
         shell, budget = self._shell, self._shell.store.budget

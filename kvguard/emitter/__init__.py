@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from kvguard.emitter.client import Emitter, Resumption, connect
+from kvguard.format.lineage import life_of
+from kvguard.types import Life
 
-__all__ = ["Emitter", "Resumption", "connect"]
+__all__ = ["Emitter", "Life", "Resumption", "connect", "life_of"]

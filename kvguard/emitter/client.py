@@ -24,7 +24,7 @@ from kvguard.transport.base import Broken, Down, Frame, Up
 from kvguard.transport.keys import Keys
 from kvguard.transport.wakeup import Wakeup
 from kvguard.transport.zeromq import ZeromqTransport
-from kvguard.types import NO_EPOCH, Epoch, Position, ResumeToken, SequenceId
+from kvguard.types import NO_EPOCH, Epoch, Life, Position, ResumeToken, SequenceId
 
 COORDINATOR = "coordinator"
 BEAT_MS = 100
@@ -64,8 +64,8 @@ def connect(
 class _Question:
     """One releasable(): the answers that are still out, by query id."""
 
-    def __init__(self, sequence: SequenceId, ranks: dict[int, tuple[str, str]]):
-        self.sequence, self.ranks = sequence, ranks  # id -> (link, rank text)
+    def __init__(self, life: Life, ranks: dict[int, tuple[str, str]]):
+        self.life, self.ranks = life, ranks  # id -> (link, rank text)
         self.unsent = set(ranks)
         self.positions: list[int] = []
         self.error: KvguardError | None = None
@@ -88,7 +88,7 @@ class Emitter:
         self._resume: messages.Resume | None = None
         self._members: tuple[messages.Member, ...] = ()
         self._scheduled = self._progress = 0
-        self._delivered: deque[SequenceId] = deque(maxlen=DELIVERED_MAX)
+        self._delivered: deque[Life] = deque(maxlen=DELIVERED_MAX)
         self._undelivered = 0  # of those at the end, how many haven't been said on this session
         self._adopt_unsaid = False
         self._questions: dict[int, _Question] = {}
@@ -177,17 +177,22 @@ class Emitter:
                 self._wakeup.again(_nothing)
             return messages.Adopted(self.instance, self.incarnation, self._adopted)
 
-    def delivered(self, sequences: SequenceId | Iterable[SequenceId]) -> None:
-        """The answer of a sequence, or of several, has reached its client: the ids may go."""
-        some = (sequences,) if isinstance(sequences, str) else tuple(sequences)
+    def delivered(self, sequences: SequenceId | Life | Iterable[SequenceId | Life]) -> None:
+        """The answer of a sequence, or of several, has reached its client: the ids may go.
+
+        Who gives a name away again says which of its lives it was (`life_of`): this is said again with every session. A name alone means all of its lives.
+        """
+        several = (sequences,) if isinstance(sequences, (str, Life)) else sequences
+        some = [Life(one) if isinstance(one, str) else one for one in several]
         with self._changed:
             self._delivered.extend(some)
             self._undelivered = min(self._undelivered + len(some), len(self._delivered))
             self._wakeup.again(_nothing)
 
-    def releasable(self, sequence: SequenceId, timeout: float = 1.0) -> Position:
+    def releasable(self, sequence: SequenceId | Life, timeout: float = 1.0) -> Position:
         """How far every rank's ids and KV of `sequence` are acknowledged elsewhere: with ack = "strict" no token beyond it may leave.
 
+        Where the name was given away before, ask for the life: a daemon that hasn't looked since would answer for the former one.
         Asks the ranks' daemons. Raises TimedOut when one doesn't answer; what to do then is the caller's (strict_timeout_ms).
         """
         with self._changed:
@@ -199,11 +204,11 @@ class Emitter:
             for member in self._members:
                 ranks[self._next_query] = (f"peer:{member.node}", str(member.rank))
                 self._next_query += 1
-            question = _Question(sequence, ranks)
+            question = _Question(Life(sequence) if isinstance(sequence, str) else sequence, ranks)
             self._questions.update(dict.fromkeys(ranks, question))
             self._wakeup.again(_nothing)
             try:
-                self._wait(question.done, timeout, f"a rank's daemon didn't say how far {sequence!r} is protected. Try: kvguard status")
+                self._wait(question.done, timeout, f"a rank's daemon didn't say how far {question.life.sequence!r} is protected. Try: kvguard status")
             finally:
                 for number in ranks:
                     self._questions.pop(number, None)
@@ -358,13 +363,13 @@ class Emitter:
             self._adopt_unsaid = False
         while self._undelivered:
             some = list(self._delivered)[-self._undelivered :][:DELIVERED_PER_MESSAGE]
-            if not self._say(messages.Delivered(self.instance, tuple(some))):
+            if not self._say(messages.Delivered.of(self.instance, tuple(some))):
                 break
             self._undelivered -= len(some)
         for number, question in self._questions.items():
             if number in question.unsent:
                 link, rank = question.ranks[number]
-                arguments = {"instance": self.instance, "rank": rank, "sequence": question.sequence}
+                arguments = {"instance": self.instance, "rank": rank, "sequence": question.life.sequence, "birth": question.life.birth}
                 if self._transport.send(link, wire.encode(messages.Query(number, "releasable", json.dumps(arguments).encode()))):
                     question.unsent.discard(number)
 

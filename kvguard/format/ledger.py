@@ -13,8 +13,8 @@ from __future__ import annotations
 import msgspec
 
 from kvguard.errors import BadFrame
-from kvguard.format.messages import PlanOrder, Resume
-from kvguard.types import Epoch, Lineage, NodeId, Rank, SequenceId, StreamId
+from kvguard.format.messages import Ints, PlanOrder, Resume
+from kvguard.types import Epoch, Life, Lineage, NodeId, Rank, SequenceId, StreamId
 
 FENCING, PLANNED, RESUMED = "fencing", "planned", "resumed"
 
@@ -35,7 +35,8 @@ class RecoveryRecord(msgspec.Struct, frozen=True, array_like=True):
     """One round of one recovery. `attempt` counts rounds since the instance last ran; `dead_writers`: lost ranks whose process is known to be gone.
 
     `refused`: (node, standby) that failed in an earlier round; `former`: streams pinned until the rebuilt ranks are protected; times are of this round.
-    `order` of sequences that moved stays until they are delivered; `away`: names that earlier recoveries moved elsewhere, which no later one brings back.
+    `order` of sequences that moved stays until they are delivered; `away`: what earlier recoveries moved elsewhere, which no later one brings back
+    (`away_births`: which life of each name; empty: unknown).
     `targets`: where an operator wants ranks to go, if a standby is there.
     """
 
@@ -56,6 +57,10 @@ class RecoveryRecord(msgspec.Struct, frozen=True, array_like=True):
     verdict_ns: int = 0
     away: tuple[SequenceId, ...] = ()
     targets: tuple[tuple[Rank, NodeId], ...] = ()
+    away_births: Ints = ()
+
+    def away_lives(self) -> tuple[Life, ...]:
+        return tuple(map(Life, self.away, self.away_births or (0,) * len(self.away)))
 
 
 class HistoryRecord(msgspec.Struct, frozen=True, array_like=True):

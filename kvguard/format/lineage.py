@@ -6,10 +6,12 @@ Invariant: agreed(a, b) is symmetric, and never larger than the truth: when in d
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import xxhash
 
 from kvguard.limits import FORKS_MAX
-from kvguard.types import Fork, Lineage, Position
+from kvguard.types import Fork, Life, Lineage, Position, SequenceId
 
 UNBOUNDED: Position = 1 << 62
 
@@ -47,6 +49,16 @@ def birth_of(request: bytes) -> int:
     return (xxhash.xxh3_64_intdigest(request) or 1) if request else 0
 
 
+def life_of(sequence: SequenceId, request: bytes) -> Life:
+    """The sequence that was begun under this name with these parameters, whatever else bears the name."""
+    return Life(sequence, birth_of(request))
+
+
 def is_other(a: int, b: int) -> bool:
     """Whether two births are of two sequences, as far as they were told."""
     return a != b and a != 0 and b != 0
+
+
+def is_one_of(birth: int, births: Iterable[int]) -> bool:
+    """Whether it may be one of these births, as far as they were told."""
+    return any(not is_other(birth, known) for known in births)

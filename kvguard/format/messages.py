@@ -87,6 +87,8 @@ def check_columns(message: Message) -> None:
         lengths = {len(message.nos), len(message.starts), len(message.counts), len(message.sampler_bytes)}
     elif type(message) is PlanOrder:
         lengths = {len(message.sequences), len(message.births) or len(message.sequences)}
+    elif type(message) is Delivered:
+        lengths = {len(message.sequences), len(message.births) or len(message.sequences)}
     elif type(message) is Report:
         lengths = next((found for found in map(_lengths, message.holdings) if len(found) > 1), set())
     else:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import msgspec
 
 from kvguard.format.orders import KnownIds
-from kvguard.format.shapes import Message
-from kvguard.types import Epoch, NodeId, Places, Rank, SequenceId
+from kvguard.format.shapes import Ints, Message
+from kvguard.types import Epoch, Life, NodeId, Places, Rank, SequenceId
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):
@@ -104,10 +104,23 @@ class Adopted(Message, frozen=True):
 
 
 class Delivered(Message, frozen=True):
-    """These sequences' answers have reached their clients: their ids may go after ids_retention_s. Passed on by the coordinator to all nodes."""
+    """These sequences' answers have reached their clients: their ids may go after ids_retention_s. Passed on by the coordinator to all nodes.
+
+    `births`: of which life of each name (lineage.birth_of, 0 unknown): it is said again with every session, and the name may be another sequence's by then.
+    Empty: all unknown.
+    """
 
     instance: str
     sequences: tuple[SequenceId, ...]
+    births: Ints = ()
+
+    @classmethod
+    def of(cls, instance: str, lives: tuple[Life, ...]) -> Delivered:
+        names, births = zip(*lives, strict=True) if lives else ((), ())
+        return cls(instance, names, births if any(births) else ())
+
+    def lives(self) -> tuple[Life, ...]:
+        return tuple(map(Life, self.sequences, self.births or (0,) * len(self.sequences)))
 
 
 class Query(Message, frozen=True):

@@ -100,9 +100,9 @@ class Driver:
         if isinstance(command, Run):
             self._start(command)
         elif isinstance(command, Release):
-            names = self.scheduler.names(command.run)
+            lives = tuple(self.scheduler.tracks[name].life for name in self.scheduler.names(command.run))
             self._advance(self.scheduler.release(command.run))
-            self.members.delivered(names)
+            self.members.delivered(lives)
         elif isinstance(command, Quit):
             raise Stopped
         elif not self.scheduler.names(command.run):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from kvguard.errors import BadConfig, Fenced, KvguardError, Refused, TimedOut
 from kvguard.pipeline.scheduler import Restored
 from kvguard.pipeline.settings import DriverSettings
+from kvguard.types import Life
 
 POLL_S = 0.02  # between looks at who has attached, at start
 
@@ -53,7 +54,7 @@ class Alone:
     def report(self, scheduled: int, progress: int) -> None:
         """Nobody asks."""
 
-    def delivered(self, sequences: tuple[str, ...]) -> None:
+    def delivered(self, lives: tuple[Life, ...]) -> None:
         """Nobody asks."""
 
     def close(self) -> None:
@@ -108,9 +109,8 @@ class Guarded:
         self._emitter.scheduled(scheduled)
         self._emitter.progress(progress)
 
-    def delivered(self, sequences: tuple[str, ...]) -> None:
-        for sequence in sequences:
-            self._emitter.delivered(sequence)
+    def delivered(self, lives: tuple[Life, ...]) -> None:
+        self._emitter.delivered(lives)
 
     def close(self) -> None:
         self._emitter.close()

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 import msgspec
 
 from kvguard.errors import BadFrame
+from kvguard.format.lineage import life_of
 from kvguard.limits import NAME_BYTES_MAX, REQUEST_BYTES_MAX
 from kvguard.pipeline.sampling import Sampling
+from kvguard.types import Life
 
 SEQUENCES_KEPT_MAX = 256  # running, waiting and finished but not released; as many rows has a rank's table
 
@@ -90,6 +92,11 @@ class Track:
     @property
     def name(self) -> str:
         return self.request.name
+
+    @property
+    def life(self) -> Life:
+        """Which of the sequences of this name it is: runs' names are given away again."""
+        return life_of(self.name, pack_request(self.request))
 
     @property
     def prompt(self) -> int:

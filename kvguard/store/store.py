@@ -1,9 +1,9 @@
-"""All replicas of a node: streams, sessions, promises, plans, and how long released ids stay.
+"""All replicas of a node: streams, sessions, promises, plans.
 
 Knows: who may write (epochs), which plan was carried out, one byte budget. Must not know: links, order of frames, what a coordinator is.
 Invariants: a frame of an epoch older than the instance's promise changes nothing (I3); a plan cuts once per (instance, epoch), however often it comes; used +
-promised bytes never exceed the budget; ids of released sequences go ids_retention_ns after delivery, undelivered ones at RELEASED_MAX, counted. What changed is
-in the index when a call returns, so that whatever is acknowledged or stated outlives this process wherever the shelf keeps anything.
+promised bytes never exceed the budget. What changed is in the index when a call returns, so that whatever is acknowledged or stated outlives this process
+wherever the shelf keeps anything. How long released ids stay: released.py.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from kvguard.store.adoption import ARENA, INDEX, Dropped
 from kvguard.store.arena import Arena
 from kvguard.store.budget import Budget
 from kvguard.store.index import VERSION, Head, Index, Unreadable
+from kvguard.store.released import Released
 from kvguard.store.replica import ID_BYTES, Replica
 from kvguard.store.session import Refusals, Session
 from kvguard.store.shelf import Memfds, Shelf
 from kvguard.store.truncation import cut_to_plan
-from kvguard.types import NO_EPOCH, Epoch, NodeId, Rank, SequenceId, Span, StreamId, is_scheduler
+from kvguard.types import NO_EPOCH, Epoch, Life, NodeId, Rank, SequenceId, Span, StreamId, is_scheduler
 
 STREAMS_MAX = 1024
-RELEASED_MAX = 16384  # undelivered answers whose ids are kept
 BLOCKS_MAX = 1 << 26
 TOKENS_PER_BLOCK_MAX = 65535  # fill is 16 bits wide
 
@@ -60,14 +60,12 @@ class ReplicaStore:
         self.counters: Counter[str] = Counter()
         self._shelf = shelf if shelf is not None else Memfds()
         self._owner = owner
-        self._retention_ns = ids_retention_ns
-        self._clock = clock
         self._replicas: dict[StreamId, Replica] = {}
         self._sessions: dict[int, Session] = {}
         self._current: dict[StreamId, int] = {}
         self._promises: dict[str, Epoch] = {}
         self._carried: dict[str, Epoch] = {}
-        self._released: dict[tuple[StreamId, SequenceId], None] = {}
+        self._released = Released(self._replicas, ids_retention_ns, clock, self._record, self.counters)
         self._found_damaged: set[StreamId] = set()
         self.doubted: Callable[[], None] = lambda: None  # replicas are to be verified again: whoever does it begins
 
@@ -88,11 +86,7 @@ class ReplicaStore:
             self._replicas[stream] = replica
             if replica.carried is not None:
                 self._carried[stream.instance] = max(replica.carried, self._carried.get(stream.instance, replica.carried))
-            for sequence in replica.sequences.values():
-                if sequence.released:
-                    self._released[stream, sequence.name] = None
-                if sequence.expires_ns:
-                    sequence.expires_ns = self._clock() + self._retention_ns
+            self._released.read_back(replica)
         self.counters["replicas_read_back"] += len(self._replicas)
         self.counters["replicas_unreadable"] += len(dropped)
         return tuple(dropped)
@@ -123,7 +117,7 @@ class ReplicaStore:
     def resize(self, budget_bytes: int, ids_retention_ns: int) -> None:
         """Other bounds from now on. What is held and promised stays; nothing more is admitted until it is below the new budget."""
         self.budget.resize(budget_bytes)
-        self._retention_ns = ids_retention_ns
+        self._released.retention_ns = ids_retention_ns
 
     # ---- fencing ------------------------------------------------------------------------------------------------------------------------
 
@@ -208,7 +202,7 @@ class ReplicaStore:
         if gap:
             return (), gap
         refused, gap = found.apply_ids(frame)
-        self._keep_released(found.replica)
+        self._released.keep(found.replica)
         self._record(found.replica)
         self._count(refused, gap)
         return refused, gap
@@ -247,51 +241,19 @@ class ReplicaStore:
         if replica is None:
             return
         self._sessions.pop(self._current.pop(stream, 0), None)
-        for key in [key for key in self._released if key[0] == stream]:
-            del self._released[key]
+        self._released.drop(stream)
         replica.close()
         self._unshelve(name_of(stream))
 
     # ---- released ids -------------------------------------------------------------------------------------------------------------------
 
-    def _keep_released(self, replica: Replica) -> None:
-        for name in replica.released:
-            self._released[replica.stream, name] = None
-        replica.released.clear()
-        while len(self._released) > RELEASED_MAX:
-            self._forget(next(iter(self._released)))
-            self.counters["undelivered_ids_dropped"] += 1
-
-    def _forget(self, key: tuple[StreamId, SequenceId]) -> None:
-        del self._released[key]
-        replica = self._replicas.get(key[0])
-        sequence = replica.sequences.get(key[1]) if replica else None
-        if sequence is not None and sequence.released:
-            replica.drop(sequence)
-            self._record(replica)
-
-    def delivered(self, instance: str, sequences: tuple[SequenceId, ...]) -> None:
+    def delivered(self, instance: str, lives: tuple[Life, ...]) -> None:
         """These answers have reached their clients: ids may go ids_retention_ns from now, once released."""
-        at = self._clock() + self._retention_ns
-        for stream, replica in self._replicas.items():
-            for name in sequences if stream.instance == instance else ():
-                sequence = replica.sequences.get(name)
-                if sequence is not None and not sequence.expires_ns:
-                    sequence.expires_ns = at
-                    replica.changes.lives[sequence] = None
-            self._record(replica)
+        self._released.delivered(instance, lives)
 
     def expire(self) -> int:
         """Drop released ids whose time is up; how many."""
-        now, due = self._clock(), []
-        for key in self._released:
-            replica = self._replicas[key[0]]
-            sequence = replica.sequences.get(key[1])
-            if sequence is None or not sequence.released or 0 < sequence.expires_ns <= now:
-                due.append(key)
-        for key in due:
-            self._forget(key)
-        return len(due)
+        return self._released.expire()
 
     # ---- recovery -----------------------------------------------------------------------------------------------------------------------
 

@@ -87,7 +87,7 @@ def test_ranks_beside_a_lost_one_end_and_their_pools_count():
 
 
 def test_what_is_elsewhere_already_is_not_brought_back():
-    assert moved([Has("b", R0, {"s": (9, 9), "t": (3, 3)}, "replica")], [AT_B], over=frozenset({"s"})).order.sequences == ("t",)
+    assert moved([Has("b", R0, {"s": (9, 9), "t": (3, 3)}, "replica")], [AT_B], over={"s": (0,)}).order.sequences == ("t",)
 
 
 def test_holders_are_placed_beside_hosts_after_standbys():

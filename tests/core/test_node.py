@@ -10,7 +10,7 @@ from kvguard.core.effects import (
 from kvguard.core.node import Node, NodeSettings
 from kvguard.core.promises import decode_epoch
 from kvguard.format import messages as ms
-from kvguard.types import NO_EPOCH, Epoch, Fork, Rank, StreamId
+from kvguard.types import NO_EPOCH, Epoch, Fork, Life, Rank, StreamId
 
 R0, R1 = Rank(0, 0, 0), Rank(0, 1, 0)
 LOCAL, OTHER = StreamId("i", R0, 7), StreamId("i", R1, 8)
@@ -79,6 +79,10 @@ def fence(epoch: Epoch = E1) -> ms.Fence:
     return ms.Fence("i", epoch, (R1,), "rank 0.1.0 died")
 
 
+def releasable(world: World, sequence: str) -> int | None:
+    return world.node.outbound.releasable("i", R0, Life(sequence))
+
+
 def protected() -> World:
     world = World()
     world.coordinator()
@@ -126,9 +130,9 @@ def test_rank_states_are_truthful() -> None:
     out += world.look(6)
     rank = world.beat().ranks[0]
     assert (rank.state, rank.lag_tokens, rank.lag_bytes, rank.unprotected_sequences) == ("unprotected", 1, 20, 1)
-    assert world.node.releasable("i") == {"s": 5}
+    assert releasable(world, "s") == 5
     world.ack(out)
-    assert world.beat().ranks[0].state == "protected" and world.node.releasable("i") == {"s": 7}
+    assert world.beat().ranks[0].state == "protected" and releasable(world, "s") == 7
     world.step(ev.LinkDown("peer:b", "reset"))
     rank = world.beat().ranks[0]
     assert (rank.state, rank.reason, rank.acked) == ("unprotected", "b: holder unreachable", 0)

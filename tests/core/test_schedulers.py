@@ -6,7 +6,7 @@ from kvguard.core import events as ev
 from kvguard.core.effects import ForgetStream, Note, OrderRestore, Send, SendIds
 from kvguard.core.recovery import Plan
 from kvguard.format import messages as ms
-from kvguard.types import NO_EPOCH, Epoch, Fork, Rank, StreamId, scheduler_of
+from kvguard.types import NO_EPOCH, Epoch, Fork, Life, Rank, StreamId, scheduler_of
 from tests.core.cast import three_stages
 from tests.core.test_node import E1, LOCAL, OLD, R0, World, assign, fence, plan
 from tests.core.test_recovery import R1, Has, ask, survivors
@@ -64,7 +64,7 @@ def test_its_ids_go_to_its_ranks_holders_and_the_beat_says_so():
     world.say(ms.Ack(sent.message.session, NO_EPOCH, 1, 0), "peer:b")
     found = world.scheduler()
     assert (found.state, found.holders, found.sequences, found.ids, found.acked_ids) == ("protected", ("b",), 1, 4, 4)
-    assert world.node.releasable("i") == {}  # strict asks the ranks
+    assert world.node.outbound.releasable("i", R0, Life("s")) == 0  # strict asks the ranks
 
 
 def test_its_death_is_no_fault_and_its_successor_takes_over():

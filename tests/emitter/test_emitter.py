@@ -21,7 +21,7 @@ from kvguard.transport.ask import ask
 from kvguard.transport.base import Down, Frame, Up
 from kvguard.transport.keys import Keys, generate
 from kvguard.transport.zeromq import ZeromqTransport
-from kvguard.types import NO_EPOCH, Epoch, Rank
+from kvguard.types import NO_EPOCH, Epoch, Life, Rank
 
 DEADLINE_S = 20
 EPOCH = Epoch(3, "c")
@@ -224,6 +224,20 @@ def test_delivered_in_order_and_in_bulk(coordinator, client):
     within(lambda: [name for message in coordinator.heard_of(messages.Delivered) for name in message.sequences] == expected, "all names, in order")
 
 
+def test_which_life_was_delivered_is_said_again_with_every_session(coordinator, client):
+    client.welcome(DEADLINE_S)
+    lives = [emitters.life_of("s", b"first"), emitters.life_of("s", b"second")]
+    client.delivered(lives[0])
+    client.delivered([lives[1], "t"])
+    within(lambda: [life for message in coordinator.heard_of(messages.Delivered) for life in message.lives()] == [*lives, Life("t")], "which lives")
+    coordinator.close()
+    again = Standin(coordinator.address)
+    try:
+        within(lambda: [life for message in again.heard_of(messages.Delivered) for life in message.lives()] == [*lives, Life("t")], "which lives, again")
+    finally:
+        again.close()
+
+
 def test_releasable_is_the_least_of_all_ranks(coordinator, client):
     daemons = [Standin(name=f"n{n}") for n in range(2)]
     try:
@@ -234,8 +248,11 @@ def test_releasable_is_the_least_of_all_ranks(coordinator, client):
         coordinator.say(messages.Welcome("llama", NO_EPOCH, members, False))
         within(lambda: client.members == members, "the members")
         daemons[0].answers["releasable"] = lambda arguments: {"position": 12}
-        daemons[1].answers["releasable"] = lambda arguments: {"position": 9 if arguments == {"instance": "llama", "rank": "0.1.0", "sequence": "s"} else -1}
+        daemons[1].answers["releasable"] = lambda arguments: {"position": 9 if arguments == {"instance": "llama", "rank": "0.1.0", **asked} else -1}
+        asked = {"sequence": "s", "birth": 0}
         assert client.releasable("s", DEADLINE_S) == 9
+        asked = {"sequence": "s", "birth": 7}
+        assert client.releasable(Life("s", 7), DEADLINE_S) == 9
         daemons[1].answers["releasable"] = lambda arguments: {"error": "no such sequence", "code": 4}
         with pytest.raises(errors.Refused, match="no such sequence"):
             client.releasable("s", DEADLINE_S)

@@ -6,10 +6,11 @@ import msgspec
 import pytest
 
 from kvguard.errors import BadFrame
-from kvguard.format import messages
+from kvguard.format import ledger, messages
+from kvguard.format.ledger import RecoveryRecord
 from kvguard.format.lineage import birth_of, is_other
 from kvguard.limits import EPOCH_MAX
-from kvguard.types import Epoch, Fork, Rank, StreamId
+from kvguard.types import Epoch, Fork, Life, Rank, StreamId
 
 EPOCH = Epoch(1, "c")
 
@@ -50,3 +51,20 @@ def test_columns_of_a_report_or_a_plan_are_of_one_length():
 def test_a_birth_is_told_from_the_request_and_unknown_without_one():
     assert birth_of(b"") == 0 and birth_of(b"a") == birth_of(b"a") != birth_of(b"b")
     assert is_other(birth_of(b"a"), birth_of(b"b")) and not is_other(0, birth_of(b"a")) and not is_other(birth_of(b"a"), 0) and not is_other(3, 3)
+
+
+def test_a_name_without_a_birth_is_any_of_its_lives():
+    """As every peer said it that was one version older, and as it hears it."""
+    older = messages.unpack(msgspec.msgpack.encode(["Delivered", "i", ["s", "t"]]))
+    assert older.lives() == (Life("s"), Life("t")) and messages.Delivered.of("i", older.lives()) == older
+    newer = messages.Delivered.of("i", (Life("s", 7), Life("t")))
+    assert messages.unpack(messages.pack(newer)).lives() == (Life("s", 7), Life("t"))
+    assert msgspec.msgpack.decode(messages.pack(newer))[:3] == ["Delivered", "i", ["s", "t"]]
+    with pytest.raises(BadFrame):
+        messages.unpack(messages.pack(messages.Delivered("i", ("s",), (1, 2))))
+
+
+def test_a_record_without_births_names_what_moved_by_name():
+    record = RecoveryRecord("i", EPOCH, "fencing", "", (), {}, (), (), away=("s",))
+    assert ledger.unpack("recovery/i", ledger.pack(record)).away_lives() == (Life("s"),)
+    assert msgspec.structs.replace(record, away_births=(7,)).away_lives() == (Life("s", 7),)

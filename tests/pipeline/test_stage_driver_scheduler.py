@@ -228,6 +228,20 @@ def test_a_pool_held_by_finished_sequences_is_an_error_not_a_standstill() -> Non
     assert [len(tokens) for tokens in of(instance, "finished")[0]["tokens"]] == [6, 6]
 
 
+def test_a_run_that_comes_again_is_another_life_of_its_names_also_after_a_resumption() -> None:
+    lives = []
+    for born in (1, 2):
+        instance = ToyInstance(BOUNDS)
+        instance.scheduler.add_run([msgspec.structs.replace(request, born=born) for request in requests()], prompts())
+        lives.append([track.life for track in instance.scheduler.tracks.values()])
+        for _ in range(6):
+            instance.step()
+        instance.recover(lambda name, longest: longest, 0, fresh=True)
+        assert [track.life for track in instance.scheduler.tracks.values()] == lives[-1] and all(life.birth for life in lives[-1])
+    first, second = lives
+    assert [life.sequence for life in first] == [life.sequence for life in second] and not set(first) & set(second)
+
+
 def test_release_frees_and_confirms() -> None:
     instance = started()
     instance.finish()

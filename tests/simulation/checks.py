@@ -46,6 +46,7 @@ class Checks:
             elif type(message) is messages.PlanOrder:
                 key, packed = (message.instance, message.epoch), messages.pack(message)
                 assert self._plans.setdefault(key, packed) == packed, f"I3: two plans in epoch {key}"
+                self._nothing_left_out(life, message)
             elif type(message) is messages.Report and message.instance == self.world.instance:
                 for holding in message.holdings:
                     for name, known in zip(holding.sequences, holding.ids, strict=True):
@@ -63,6 +64,24 @@ class Checks:
                 instance = session.replica.stream.instance
                 promise = life.core.promises.of(instance)
                 assert effect.message.epoch == promise, f"I3: a frame of {effect.message.epoch} is applied after the promise of {promise}"
+
+    def _nothing_left_out(self, life, order) -> None:
+        """I2: whatever was reported and its client hasn't had yet is planned, or somebody says why."""
+        current = life.core.known.rounds[order.instance]
+        named = dict.fromkeys((*order.sequences, *(name for name, _ in current.record.lost_sequences)))
+        for report in current.reports.values() if order.instance == self.world.instance else ():
+            for holding in report.holdings:
+                for name, known, birth in zip(holding.sequences, holding.ids, holding.births, strict=True):
+                    number = self.world.births[birth]
+                    if known and number not in self.world.finished:
+                        assert name in named, f"I2: life {number} of {name} was reported by {report.node}, isn't planned, and nobody says why"
+
+    def delivered(self, life) -> None:
+        """I2: ids that may go are of answers that clients have."""
+        for replica in life.shell.store._replicas.values():
+            for sequence in replica.sequences.values() if replica.stream.instance == self.world.instance else ():
+                number = self.world.births[sequence.birth]
+                assert not sequence.expires_ns or number in self.world.finished, f"I2: {life.name} takes life {number} of {sequence.name} for delivered"
 
     def _persist(self, life, effect) -> None:
         if effect.key.startswith("promise/"):

@@ -12,8 +12,9 @@ from simulation.engines import Order
 
 from kvguard.errors import BadFrame
 from kvguard.format import messages, wire
+from kvguard.format.lineage import birth_of, life_of
 from kvguard.transport.base import Down, Frame, Up
-from kvguard.types import NO_EPOCH, Rank
+from kvguard.types import NO_EPOCH, Life, Rank
 
 MS = 1_000_000
 BEAT_NS = 50 * MS
@@ -33,6 +34,10 @@ class Running:
         self.opened = False
         self.paused_steps = 0
 
+    @property
+    def request(self) -> bytes:
+        return b"%d,%d,%d" % (self.prompt, self.target, self.life)
+
 
 class Driver:
     """One life. `answers`: what earlier lives had emitted, which clients have seen."""
@@ -50,6 +55,7 @@ class Driver:
         self.progress = 0
         self.sequences: dict[str, Running] = {}
         self.over: list[str] = []
+        self.delivered: dict[Life, bool] = {}  # said with every session: the coordinator never answers
         self.refs = [0] * BLOCKS
         self.free = list(range(BLOCKS))
         self.number = 0
@@ -71,6 +77,10 @@ class Driver:
     def say(self, message) -> None:
         self.transport.send(COORDINATOR, wire.encode(message))
 
+    def deliver(self, *lives: Life) -> None:
+        self.delivered |= dict.fromkeys(lives, True)
+        self.say(messages.Delivered.of(self.world.instance, lives))
+
     def turn(self) -> None:
         for incoming in self.world.mail(self):
             kind = type(incoming)
@@ -79,6 +89,9 @@ class Driver:
                 self.say(messages.EmitterHello(self.world.instance, self.incarnation, self.adopted, self.world.moving.on))
                 if self.adopted != NO_EPOCH:
                     self.say(messages.Adopted(self.world.instance, self.incarnation, self.adopted))
+                self.say(messages.Delivered.of(self.world.instance, tuple(self.delivered)))
+                if any(life.sequence in self.sequences for life in self.delivered):
+                    self.world.count("delivered_again_of_a_reused_name")
             elif kind is Down:
                 self.linked = False
             elif kind is Frame:
@@ -271,7 +284,7 @@ class Driver:
                 freed += self._drop(sequence.blocks)
                 del self.sequences[sequence.name]
                 world.finished[sequence.life] = True
-                self.say(messages.Delivered(world.instance, (sequence.name,)))
+                self.deliver(life_of(sequence.name, sequence.request))
             elif sequence.kv and random.random() < world.preempts:
                 position = random.randrange(sequence.kv)
                 if position % BLOCK_TOKENS and self.refs[sequence.blocks[position // BLOCK_TOKENS]] > 1:
@@ -363,7 +376,8 @@ class Driver:
         for position in range(start, end):
             slots.append((sequence.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS, values[position]))
         known = len(sequence.ids)
-        request = None if start and sequence.opened else b"%d,%d,%d" % (sequence.prompt, sequence.target, sequence.life)
+        request = None if start and sequence.opened else sequence.request
+        self.world.births[birth_of(sequence.request)] = sequence.life
         commits.append((sequence.name, end, sequence.blocks[sequence.listed :], (sequence.said, sequence.ids[sequence.said : known]), request))
         sequence.opened = True
         sequence.said, sequence.listed = known, len(sequence.blocks)

@@ -35,12 +35,13 @@ class Faults:
         for _ in range(number):
             at += random.randrange(20, 600) * MS
             kind = random.choice(KINDS)
-            world.after(at, lambda kind=kind: self._strike(kind))
+            world.after(at, lambda kind=kind: self.strike(kind))
         if random.random() < 0.3:
-            world.after(200 * MS, lambda: self._strike("noise"))
+            world.after(200 * MS, lambda: self.strike("noise"))
         self.end_ns = at + random.randrange(100, 900) * MS
 
-    def _strike(self, kind: str) -> None:
+    def strike(self, kind: str) -> None:
+        """What is drawn goes wrong now, unless it is calm."""
         if self.calmed:
             return
         if getattr(self, f"_{kind}")() is not False:

@@ -242,7 +242,8 @@ class NodeLife(Life):
 
     def intercept(self, event) -> bool:
         if type(event.message) is messages.Delivered and event.link == COORDINATOR:
-            self.shell.store.delivered(event.message.instance, event.message.sequences)
+            self.shell.store.delivered(event.message.instance, event.message.lives())
+            self.world.checks.delivered(self)
             return True
         return False
 

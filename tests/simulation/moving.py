@@ -13,7 +13,8 @@ from simulation.content import BLOCK_TOKENS, chain, read_slots, slot_bytes, toke
 
 from kvguard.engine.fetch import Fetch
 from kvguard.format import local, messages
-from kvguard.types import MovedToken, Rank
+from kvguard.format.lineage import life_of
+from kvguard.types import Life, MovedToken, Rank
 
 MS = 1_000_000
 SHARE = 0.12
@@ -79,13 +80,13 @@ class Moving:
             for process in self._living(f"host{self._hosts}").values():
                 if (process.guard.rank, process.node) in entry.places:
                     world.after(self.random.randrange(1, 30) * MS, lambda process=process, token=token, entry=entry: self._ask(process, token, entry))
-        names = tuple(entry.sequence for entry in resume.sequences)
-        world.after(self.random.randrange(60, 900) * MS, lambda: self._delivered(driver, names))
+        lives = tuple(life_of(entry.sequence, entry.known.request) for entry in resume.sequences)
+        world.after(self.random.randrange(60, 900) * MS, lambda: self._delivered(driver, lives))
         self.homeless, self.resumed_ns = True, world.now + self.random.randrange(20, 400) * MS
 
-    def _delivered(self, driver, names: tuple[str, ...]) -> None:
-        if self.world.driver is driver and names:
-            driver.say(messages.Delivered(self.world.instance, names))
+    def _delivered(self, driver, lives: tuple[Life, ...]) -> None:
+        if self.world.driver is driver:
+            driver.deliver(*lives)
 
     def _ask(self, process, token: MovedToken, entry) -> None:
         if not process.alive or process.guard is None:

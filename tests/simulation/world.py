@@ -18,6 +18,7 @@ from simulation.faults import Faults
 from simulation.lives import MS, CoordinatorLife, Crashed, Disk, NodeLife
 from simulation.moving import Moving
 from simulation.operator import Operator
+from simulation.redialling import Redialling
 from simulation.shelf import Shelf
 
 from kvguard.core.events import Looked
@@ -76,7 +77,8 @@ class World:
         self.window_bytes = random.choice((256, 2048, 1 << 20))
         self.quiet = self.draining = False
         self.names = 0
-        self.finished: dict[int, bool] = {}
+        self.finished: dict[int, bool] = {}  # by life
+        self.births: dict[int, int] = {}  # which life a birth is of
         self.prompts: dict[int, tuple[int, ...]] = {}  # by life
         self.rolled_back: list[int] = []
         self.processes: dict[str, RankProcess] = {}
@@ -85,6 +87,7 @@ class World:
         self.moving = Moving(self)
         self.faults = Faults(self)
         self.operator = Operator(self)
+        self.redialling = Redialling(self)
         count = max(2, self.stages) if random.random() < 0.7 else 3
         keeps = Random(f"shelves {seed}").random() < 0.5  # replicas outlive their daemons in every other world
         self.nodes = {f"n{number}": Host(f"n{number}", Disk(self), Shelf(keeps)) for number in range(count)}
@@ -248,6 +251,7 @@ class World:
         try:
             self.faults.plan()
             self.operator.plan(self.faults.end_ns)
+            self.redialling.plan(self.faults.end_ns)
             while self.advance(self.faults.end_ns):
                 pass
             self.faults.calm()

@@ -19,7 +19,7 @@ from kvguard.store.adoption import ARENA, INDEX
 from kvguard.store.index import REGION_BYTES, Head, Index, Loaded, Record, Unreadable
 from kvguard.store.shelf import Files, on_tmpfs
 from kvguard.store.store import ReplicaStore, name_of
-from kvguard.types import Epoch, Fork, Span
+from kvguard.types import Epoch, Fork, Life, Span
 
 PAGE = pages.page_bytes(SHAPE)
 PLENTY = 100 * PAGE
@@ -144,7 +144,7 @@ def test_released_ids_go_after_delivery_also_in_another_life(life):
     sent = filled(store)
     sent.release(1)
     sent.release(2)
-    store.delivered("i", ("a",))
+    store.delivered("i", (Life("a"),))
     clock.now = 9000
     store = life(clock=clock)
     assert {(kept.sequence, kept.released) for kept in store.list()} == {("a", True), ("b", True), ("c", False)}

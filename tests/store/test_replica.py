@@ -12,12 +12,12 @@ from streams import EPOCH, LINEAGE, SHAPE, STREAM, WHOLE, Sent, token
 
 from kvguard.errors import BadFrame, Fenced, Refused, Stale
 from kvguard.format import pages
-from kvguard.format.lineage import birth_of
+from kvguard.format.lineage import birth_of, life_of
 from kvguard.format.messages import PIECE_REFERENCE, CutOp, OpenOp, PlanOrder, StreamShape
 from kvguard.store.adoption import ARENA, INDEX
 from kvguard.store.shelf import Files
 from kvguard.store.store import ReplicaStore
-from kvguard.types import Epoch, Fork, Span
+from kvguard.types import Epoch, Fork, Life, Span
 
 PAGE = pages.page_bytes(SHAPE)
 PLENTY = 100 * PAGE
@@ -315,12 +315,31 @@ def test_released_ids_stay_until_after_delivery(make):
     sent.release(1)
     assert [(kept.released, kept.positions, kept.ids) for kept in store.list()] == [(True, 0, 8)]
     assert store.expire() == 0 and store.holding(STREAM).sequences == ()
-    store.delivered("i", ("a",))
+    store.delivered("i", (Life("a"),))
     clock.now = 999
     assert store.expire() == 0
     clock.now = 1000
     assert store.expire() == 1 and store.list() == ()
     assert sent.open(2, "a", 4, generation=2) == ((), "")
+
+
+def test_a_delivered_life_is_not_the_one_that_bears_its_name_now(make):
+    """Emitters say what was delivered again with every session: the name may be another sequence's by then."""
+    clock = Clock()
+    store = make(clock=clock)
+    sent = Sent(store)
+    sent.open(1, "s", 4)
+    sent.release(1)
+    sent.ids(OpenOp(2, "s", 2, LINEAGE, b"another"), extend=((2, 0, range(6)),))
+    store.delivered("i", (life_of("s", b"r"),))
+    clock.now = 5000
+    sent.release(2)
+    assert store.expire() == 0 and [kept.ids for kept in store.list()] == [6], "undelivered, it stays"
+    store.delivered("i", (life_of("s", b"another"),))
+    clock.now = 5999
+    assert store.expire() == 0
+    clock.now = 6000
+    assert store.expire() == 1 and store.list() == ()
 
 
 def test_whole_blocks_where_tokens_are_not_addressable(make):
