@@ -23,6 +23,7 @@ import click
 @click.option("--prompt-ids", type=click.IntRange(1), help="A first prompt of so many ids instead of a text.")
 @click.option("--model", type=click.Path(exists=True, file_okay=False), help="A local transformers directory of the Llama, GPT-2 or OPT family.")
 @click.option("--corrupt", type=click.Choice(["replica", "frame"]), help="A negative control, and a fault on the wire.")
+@click.option("--device", type=click.Choice(["cpu", "cuda", "rehearsal"]), default="cpu", show_default=True, help="Where model and pools are.")
 @click.option("-o", "output", type=click.Choice(["table", "json"]), default="table")
 def demo(**options) -> None:
     """Kill something in mid-generation and watch the text go on, identical."""

@@ -15,7 +15,8 @@ import torch
 import xxhash
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from kvguard.device import open_device, proof
+from kvguard.device import proof
+from kvguard.engine.tensors import proof_memory
 from kvguard.errors import Refused
 from kvguard.format.layout import ITEMSIZE, Layout
 
@@ -88,9 +89,12 @@ class ArenaLayer(DynamicLayer):
 
 
 class ArenaCache(Cache):
-    """All layers over one pool. `written(cache)` is called when the last layer of a forward pass has its keys and values, `pulse()` for those before."""
+    """All layers over one pool. `written(cache)` is called when the last layer of a forward pass has its keys and values, `pulse()` for those before.
 
-    def __init__(self, shape: Shape, memory: memoryview, written: Callable[[ArenaCache], None], pulse: Callable[[], None]) -> None:
+    `memory`: the pool's, from engine.tensors.tensor_of.
+    """
+
+    def __init__(self, shape: Shape, memory: torch.Tensor, written: Callable[[ArenaCache], None], pulse: Callable[[], None]) -> None:
         super().__init__(layers=[ArenaLayer(keys, values) for keys, values in halves(shape, memory)])
         self._written, self._pulse = written, pulse
 
@@ -113,11 +117,9 @@ class ArenaCache(Cache):
         return all(layer.home is not None for layer in self.layers)
 
 
-def halves(shape: Shape, memory: memoryview) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """By layer, keys and values as [sequences, heads, positions, dim] over the pool's memory."""
-    size = shape.layers * 2 * shape.heads * shape.sequences * shape.positions * shape.dim
-    whole = torch.frombuffer(memory, dtype=shape.dtype, count=size)
-    parts = whole.view(shape.layers, 2, shape.heads, shape.sequences, shape.positions, shape.dim)
+def halves(shape: Shape, memory: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """By layer, keys and values as [sequences, heads, positions, dim] over the pool's memory, uint8 [pool_bytes]."""
+    parts = memory.view(shape.dtype).view(shape.layers, 2, shape.heads, shape.sequences, shape.positions, shape.dim)
     return [(layer[0].transpose(0, 1), layer[1].transpose(0, 1)) for layer in parts]
 
 
@@ -133,14 +135,15 @@ def shape_of(model, sequences: int, positions: int) -> Shape:
         raise Refused(f"{type(model).__name__} is an encoder-decoder: cross-attention has no place in the pool. Try: a decoder-only model")
     if model.training:
         raise Refused("the model is in training mode: dropout would draw from the random state. Try: model.eval()")
-    if model.device.type != "cpu":
-        raise Refused(f"the model is on {model.device}: pools for transformers are host memory in this release. Try: model.to('cpu')")
+    devices = sorted({str(part.device) for part in model.state_dict().values()})
+    if len(devices) > 1 or model.device.type not in ("cpu", "cuda") or model.device.index:
+        raise Refused(f"the model is on {', '.join(devices)}: one pool is on a CPU or a process's first GPU. Try: model.to('cuda:0'), CUDA_VISIBLE_DEVICES")
     stock = DynamicCache(config=config)
     odd = sorted({type(layer).__name__ for layer in stock.layers if type(layer) is not DynamicLayer})
     if odd:
         raise Refused(f"{type(model).__name__} has layers of type {', '.join(odd)}: only full attention is supported. Try: it without protection")
     with torch.no_grad():
-        model(input_ids=torch.zeros((1, 1), dtype=torch.int64), past_key_values=stock, use_cache=True)
+        model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=model.device), past_key_values=stock, use_cache=True)
     found = {(tuple(part.shape), part.dtype) for layer in stock.layers for part in (layer.keys, layer.values)}
     if len(found) != 1:
         raise Refused(f"keys and values are of several shapes ({sorted(map(str, found))}): one is supported. Try: it without protection")
@@ -150,15 +153,15 @@ def shape_of(model, sequences: int, positions: int) -> Shape:
     return Shape(len(stock.layers), heads, dim, dtype, sequences, -(-positions // BLOCK_TOKENS) * BLOCK_TOKENS)
 
 
-def prove(shape: Shape) -> None:
+def prove(shape: Shape, device: torch.device) -> None:
     """Raises Refused where the layout doesn't say what a layer writes. On a small pool of the same make: every byte of it is looked at."""
     small = shape._replace(sequences=2, positions=2 * BLOCK_TOKENS)
     layout = layout_of(small, "proof")
-    pool = open_device("host").allocate(layout)
-    layers = [ArenaLayer(keys, values) for keys, values in halves(small, pool.memory)]
-    token = torch.full((2, small.heads, 1, small.dim), 1.0 / 3.0, dtype=small.dtype)
+    memory, whole, exchange = proof_memory(layout, device)
+    layers = [ArenaLayer(keys, values) for keys, values in halves(small, whole)]
+    token = torch.full((2, small.heads, 1, small.dim), 1.0 / 3.0, dtype=small.dtype, device=device)
 
-    def write_token(block: int, slot: int) -> None:
+    def write(block: int, slot: int) -> None:
         row, index = divmod(block, small.per_sequence)
         for layer in layers:
             keys, values = (half[row : row + 1] for half in layer.home)
@@ -167,9 +170,7 @@ def prove(shape: Shape) -> None:
             alone.update(token[:1], token[1:])
 
     for block in (0, small.per_sequence + 1):
-        proof.prove(layout, pool.memory, write_token, block)
-    del layers
-    pool.close()
+        proof.prove(layout, memory, lambda block, slot: exchange(lambda: write(block, slot)), block)
 
 
 def identity_of(model) -> str:
@@ -177,7 +178,7 @@ def identity_of(model) -> str:
     digest = xxhash.xxh3_64(model.config.to_json_string(use_diff=False).encode())
     for name, part in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(part.shape)} {part.dtype}".encode())
-        digest.update(part.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(part.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
     return f"{model.config.model_type}-{digest.hexdigest()}"
 
 

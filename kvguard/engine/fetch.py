@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvguard.device import open_device
+from kvguard.device.gpu_pool import GpuPool
+from kvguard.engine.arriving import Arriving
 from kvguard.engine.pull import pull_pages, pull_pool, token_counts
 from kvguard.errors import BadFrame, Refused, Stale, TimedOut
 from kvguard.format import local
@@ -70,16 +72,24 @@ class Fetch:
         here, given = list(blocks[: self.blocks_needed]), self._given
         try:
             if self._reader is not None:
-                copied = pull_pages(self._pool, self._reader, given.blocks, given.generations, self._counts, here, self._in_time)
+                copied = pull_pages(self._pool, self._reader, given.blocks, given.generations, self._counts, here, self._due)
             else:
-                copied = pull_pool(self._pool, self._source, given.blocks, self._counts, here, self._in_time)
+                copied = pull_pool(self._pool, self._source, given.blocks, self._counts, here, self._due)
         except Stale as error:
             raise Refused(f"{self.moved.sequence!r} is not here any more: {error}. Try: compute it from its ids") from error
+        except TimedOut as error:
+            raise TimedOut(f"fetching {self.moved.sequence!r} of {self.moved.instance!r} took too long: {error}") from error
         return Fetched(self.position, copied, 1e3 * (time.monotonic() - self._since))
 
-    def _in_time(self) -> None:
-        if time.monotonic() > self._due:
-            raise TimedOut(f"fetching {self.moved.sequence!r} of {self.moved.instance!r} took too long. Try: compute it from its ids")
+    def begin(self, blocks: Sequence[int]) -> Arriving:
+        """As pull, into a pool on a GPU, and without waiting: the forward pass may run behind `.wait(layer)`; nothing is committed before `.finish()` returned.
+
+        Close it, or use `with`, before this fetch. Raises what pull raises, and Refused where only pull can bring it.
+        """
+        if self._reader is None or not isinstance(self._pool, GpuPool) or len(blocks) < self.blocks_needed:
+            raise Refused(f"{self.moved.sequence!r} doesn't come layer by layer into {len(blocks)} blocks. Try: pull, with enough blocks")
+        given = self._given
+        return Arriving(self._pool, self._reader, given.blocks, given.generations, self._counts, list(blocks[: self.blocks_needed]), self._due)
 
     def close(self) -> None:
         """Unmap. Idempotent."""

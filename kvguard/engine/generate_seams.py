@@ -1,6 +1,6 @@
-"""The places where generate() lets others look and steer: the ids that it chose, and rows that had ended before it was resumed.
+"""The places where generate() lets others look and steer: the ids that it chose, rows that had ended before it was resumed, the state that it draws from.
 
-Knows: transformers' processors and criteria. Must not know: commits, pools.
+Knows: transformers' processors and criteria, torch's random states. Must not know: commits, pools.
 Invariants: looking stops nothing and changes nothing; a row that had ended gets padding, from the first id on, and ends the call no later than it would have.
 """
 
@@ -8,6 +8,20 @@ from __future__ import annotations
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+
+
+def random_state(device: torch.device) -> bytes:
+    """Of the generator that draws for tensors of `device`."""
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return state.numpy().tobytes()
+
+
+def set_random_state(device: torch.device, state: bytes) -> None:
+    found = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(found, device)
+    else:
+        torch.set_rng_state(found)
 
 
 class Told(StoppingCriteria):

@@ -38,6 +38,7 @@ class Place(NamedTuple):
     socket: str | None
     wait_s: float
     endpoint: str = ""
+    device: str = "host"  # of the pool
 
 
 class Joined(NamedTuple):
@@ -63,13 +64,13 @@ def join(place: Place, layout: Layout, remap: Callable, rows: int, positions: in
         return _fresh(place, layout, rows, positions, "no coordinator is named, so nothing can be resumed. Try: coordinator=, or KVGUARD_COORDINATOR")
     found, said = look(place)
     if found == LIVES:
-        return Joined(None, None, allocate(layout), (), f"{said}. Try: another instance name, or end the other process first")
+        return Joined(None, None, allocate(layout, place.device), (), f"{said}. Try: another instance name, or end the other process first")
     if found == LEFT:
         try:
             return _take_over(place, layout, remap, rows, positions)
         except (KvguardError, OSError) as error:
             reason = f"what the former life of {place.instance!r} left can't be taken over: {error}"
-            return Joined(None, None, allocate(layout), (), f"{reason}. Try: another instance name, to begin anew")
+            return Joined(None, None, allocate(layout, place.device), (), f"{reason}. Try: another instance name, to begin anew")
     return _fresh(place, layout, rows, positions, said)
 
 
@@ -108,7 +109,7 @@ def _fresh(place: Place, layout: Layout, rows: int, positions: int, reason: str)
             emitter.welcome(SAID_S)
         except KvguardError as error:
             reason = str(error)
-    pool = allocate(layout)
+    pool = allocate(layout, place.device)
     epoch = {} if emitter is None else {"epoch": emitter.epoch}
     guard = attach(place.instance, RANK, pool, layout, endpoint=place.endpoint, socket=place.socket, rows=rows, positions_max=positions, **epoch)
     deadline = time.monotonic() + CONNECT_S  # at start alone, so that nobody is told that there is no daemon where there is one
@@ -123,11 +124,11 @@ def _connect(place: Place) -> emitters.Emitter:
 
 def _take_over(place: Place, layout: Layout, remap: Callable, rows: int, positions: int) -> Joined:
     deadline = time.monotonic() + place.wait_s
-    spare = attach_standby(place.instance, {RANK: layout}, endpoint=place.endpoint, socket=place.socket)
+    spare = attach_standby(place.instance, {RANK: layout}, endpoint=place.endpoint, socket=place.socket, device=place.device)
     guard = emitter = None
     try:
         claim = _claim(spare, place, deadline)
-        pool = claim.adopt[1] if claim.adopt is not None else allocate(layout)
+        pool = claim.adopt[1] if claim.adopt is not None else allocate(layout, place.device)
         guard = attach(place.instance, RANK, pool, layout, endpoint=place.endpoint, claim=claim, rows=rows, positions_max=positions)
         restored = guard.restore(place.wait_s)
         if claim.adopt is not None and pool.layout != layout:

@@ -4,15 +4,23 @@ Knows: pages, pools, batches. Must not know: why (a rank that is restored, a seq
 
 Invariants
 - Nothing of a page is copied before its generation and sums hold, and a page that lost its generation meanwhile fails the pull.
-- `between` is called before every batch and may raise: a pull that has a deadline keeps it to within one batch.
+- A pull keeps its deadline to within one batch.
+- A pool on a GPU takes pages layer by layer, straight out of the arena (arriving.py), where the arena can be registered; else batch by batch, as every pool.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import time
+from collections.abc import Sequence
 
-from kvguard.errors import Stale
+from kvguard.device.gpu_pool import GpuPool
+from kvguard.engine.arriving import Arriving
+from kvguard.errors import Refused, Stale, TimedOut
 from kvguard.format.pages import BATCH_BYTES, PageReader
+
+
+_log = logging.getLogger("kvguard.engine")
 
 
 def token_counts(positions: int, block_tokens: int) -> list[int]:
@@ -20,15 +28,37 @@ def token_counts(positions: int, block_tokens: int) -> list[int]:
     return [min(block_tokens, positions - start) for start in range(0, positions, block_tokens)]
 
 
+def pieces_of(blocks: Sequence[int], first: int, end: int, block_tokens: int) -> list[tuple[int, int, int]]:
+    """Positions [first, end) of a sequence with these blocks as (block, start, count) each: what Step.wrote takes, column by column."""
+    found = []
+    while first < end:
+        count = min(block_tokens - first % block_tokens, end - first)
+        found.append((blocks[first // block_tokens], first % block_tokens, count))
+        first += count
+    return found
+
+
 def pull_pages(
-    pool, reader: PageReader, blocks: Sequence[int], generations: Sequence[int], counts: Sequence[int], here: Sequence[int],
-    between: Callable[[], None] = lambda: None,
+    pool, reader: PageReader, blocks: Sequence[int], generations: Sequence[int], counts: Sequence[int], here: Sequence[int], due: float,
 ) -> int:  # fmt: skip
-    """Page blocks[n], its first counts[n] tokens, into block here[n] of `pool`; returns the bytes copied. Raises Stale, BadFrame, Refused (blocks not here)."""
+    """Page blocks[n], its first counts[n] tokens, into block here[n] of `pool` by `due` (monotonic); returns the bytes copied.
+
+    Raises Stale, BadFrame, Refused (blocks not here), TimedOut, DeviceLost: then the blocks here hold nothing that may be used.
+    """
+    if not blocks:
+        return 0
+    if isinstance(pool, GpuPool):
+        try:
+            arriving = Arriving(pool, reader, blocks, generations, counts, here, due)
+        except Refused as error:
+            _log.info("kvguard: not pulled layer by layer, but in batches: %s", error)
+        else:
+            with arriving:
+                return arriving.finish()
     shape, copied = reader.shape, 0
     batch = max(1, BATCH_BYTES // shape.block_bytes)
     for first in range(0, len(blocks), batch):
-        between()
+        _in_time(due)
         pieces = list(zip(blocks[first : first + batch], generations[first : first + batch], counts[first : first + batch], strict=True))
         parts = [reader.page(*piece) for piece in pieces]
         data = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
@@ -40,12 +70,12 @@ def pull_pages(
     return copied
 
 
-def pull_pool(pool, source, blocks: Sequence[int], counts: Sequence[int], here: Sequence[int], between: Callable[[], None] = lambda: None) -> int:
+def pull_pool(pool, source, blocks: Sequence[int], counts: Sequence[int], here: Sequence[int], due: float) -> int:
     """The same out of a dead process's pool of an equal fingerprint, mapped here as `source`. It has no sums: the memory is the very one that was written."""
     layout, copied = source.layout, 0
     batch = max(1, BATCH_BYTES // layout.block_bytes)
     for first in range(0, len(blocks), batch):
-        between()
+        _in_time(due)
         some, sizes = list(blocks[first : first + batch]), list(counts[first : first + batch])
         data = memoryview(bytearray(sum(sizes) * layout.token_bytes if layout.addressable else len(some) * layout.block_bytes))
         if layout.addressable:
@@ -55,6 +85,11 @@ def pull_pool(pool, source, blocks: Sequence[int], counts: Sequence[int], here: 
         _scatter(pool, layout.addressable, here[first : first + batch], sizes, data)
         copied += data.nbytes
     return copied
+
+
+def _in_time(due: float) -> None:
+    if time.monotonic() > due:
+        raise TimedOut("not everything was pulled by its deadline. Try: compute it from its ids")
 
 
 def _scatter(pool, addressable: bool, here: Sequence[int], counts: Sequence[int], data: memoryview) -> None:

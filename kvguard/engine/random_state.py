@@ -1,6 +1,7 @@
-"""torch's CPU random state in few bytes: where generation began, and how many draws have been made since.
+"""torch's random state in few bytes: where generation began, and how many draws have been made since.
 
-Knows: the bytes of torch.get_rng_state() (a Mersenne twister: 624 words, a place in them, what normal() keeps) and numpy's own twister, which counts along.
+Knows: the bytes of torch.get_rng_state() (a Mersenne twister: 624 words, a place in them, what normal() keeps) and numpy's own twister, which counts along;
+those of torch.cuda.get_rng_state(), which are a seed and a count.
 Must not know: torch, what the draws were for.
 Invariants: a state that can't be reached from the start within DRAWS_MAX draws, or that differs in anything but the twister, is None, never an estimate;
 `state_at` gives back bit by bit what torch had, or raises Refused.
@@ -22,6 +23,7 @@ DRAWS_MAX = 1 << 25  # between two looks: more than a batch of 64 draws from a v
 _HEAD = struct.Struct("<QiIQ")  # seed, draws left before the next twist (plus one), seeded, next word
 _WORDS_END = _HEAD.size + 8 * WORDS
 _PACKED = struct.Struct("<QH40s")
+_GPU = struct.Struct("<Qq")  # seed, count
 
 
 class RandomStart:
@@ -101,6 +103,51 @@ class DrawCount:
     def _is_at(self, place: int, words: np.ndarray) -> bool:
         now = self._twister.state["state"]
         return int(now["pos"]) == place and np.array_equal(now["key"], words)
+
+
+class GpuStart:
+    """The same of a GPU's generator, which draws by (seed, count): nothing has to be wound on. `packed`: 16 bytes."""
+
+    def __init__(self, packed: bytes) -> None:
+        if len(packed) != _GPU.size:
+            raise Refused(f"{len(packed)} bytes are not a GPU's random state. Try: a torch version that this release was tested with")
+        self.packed = packed
+        self.seed, self.offset = _GPU.unpack(packed)
+
+    def state_at(self, draws: int) -> bytes:
+        return _GPU.pack(self.seed, self.offset + draws)
+
+
+class GpuCount:
+    """As DrawCount."""
+
+    def __init__(self, start: GpuStart, draws: int = 0, each: int = 0, even: bool = True) -> None:
+        self._start, self.draws, self.last, self.even = start, draws, each, even
+        self._counts = 1 if each else 0
+
+    def count(self, state: bytes) -> int | None:
+        now = GpuStart(state)
+        added = now.offset - self._start.offset - self.draws
+        if now.seed != self._start.seed or added < 0:
+            return None
+        self.even = self.even and (not self._counts or added == self.last)
+        self._counts += 1
+        self.draws, self.last = self.draws + added, added
+        return self.draws
+
+
+def start_of(state: bytes) -> RandomStart | GpuStart:
+    """From a generator's state, a CPU's or a GPU's. Raises Refused for one of another form."""
+    return GpuStart(state) if len(state) == _GPU.size else RandomStart.of(state)
+
+
+def start_again(packed: bytes) -> RandomStart | GpuStart:
+    """From what `start_of` packed. Raises Refused."""
+    return GpuStart(packed) if len(packed) == _GPU.size else RandomStart(packed)
+
+
+def count_from(start: RandomStart | GpuStart, draws: int, each: int, even: bool) -> DrawCount | GpuCount:
+    return (GpuCount if isinstance(start, GpuStart) else DrawCount)(start, draws, each, even)
 
 
 def _skip(twister: np.random.MT19937, draws: int) -> None:

@@ -7,6 +7,7 @@ Invariants
 - A sequence ends at the plan's position with ids [0, position) and the plan's lineage, whatever it had before; one that the plan doesn't name is released,
   and so is another one that bears the name of one that it names: nothing of its KV or ids is taken for that one's.
 - A row is published only when all of its KV is in the pool.
+- A pull ends by its deadline: then it has failed, as a whole.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from typing import NamedTuple
 import numpy as np
 
 from kvguard.engine.pull import pull_pages, token_counts
-from kvguard.errors import BadFrame, Refused, Stale
+from kvguard.errors import BadFrame, DeviceLost, Refused, Stale, TimedOut
 from kvguard.format import local
 from kvguard.format.lineage import birth_of, is_other
 from kvguard.format.messages import PlanOrder
 from kvguard.format.pages import PageReader
 from kvguard.types import Epoch, Lineage, Rung
+
+
+PULL_S_MAX = 120.0
 
 
 class RestoredSequence(NamedTuple):
@@ -121,19 +125,23 @@ class Restored:
 
     # ---- claims -------------------------------------------------------------------------------------------------------------------
 
-    def pull(self, remap: Callable[[int], int] | None = None) -> tuple[RestoredSequence, ...]:
+    def pull(self, remap: Callable[[int], int] | None = None, timeout_s: float = PULL_S_MAX) -> tuple[RestoredSequence, ...]:
         """Copy the replicas' verified blocks into the pool and publish the rows. Returns `sequences`; [] was to be pulled where the pool was adopted.
 
         `remap`: block id in the replica -> block id here; by default they stay the same, so that a scheduler's block tables stay valid.
-        Raises Refused: a page whose sum or generation doesn't hold, a replica that lacks what the plan names, blocks that this pool doesn't have.
+        Raises Refused: a page whose sum or generation doesn't hold, a replica that lacks what the plan names, blocks that this pool doesn't have,
+        not everything here within `timeout_s`, a GPU that had a fault.
         """
         claim = self._claim
         if claim is None or claim.adopt is not None:
             return self.sequences
         pulls = [_Pull(self._guard.pool, pages, fd, remap) for pages, fd in zip(claim.order.replicas, claim.arenas, strict=True)]
         try:
-            self.sequences = tuple(self._pull_one(n, name, pulls) for n, name in enumerate(self._plan.sequences) if self._is_sourced(n))
-        except (BadFrame, Stale, Refused, ValueError) as error:
+            self.sequences = tuple(self._stage_one(n, name, pulls) for n, name in enumerate(self._plan.sequences) if self._is_sourced(n))
+            due = time.monotonic() + timeout_s
+            for pull in pulls:
+                pull.carry(due)
+        except (BadFrame, Stale, Refused, TimedOut, DeviceLost, ValueError) as error:
             self._guard.table.roll_back()
             self.failed(f"pulling failed: {error}")
         finally:
@@ -145,22 +153,21 @@ class Restored:
     def _is_sourced(self, n: int) -> bool:
         return self._claim.order.rebuild.source[n] >= 0 and self._plan.positions[n] > 0
 
-    def _pull_one(self, n: int, name: str, pulls: list[_Pull]) -> RestoredSequence:
+    def _stage_one(self, n: int, name: str, pulls: list[_Pull]) -> RestoredSequence:
+        """Its row, not published yet; its blocks are the pull's to carry."""
         plan, table = self._plan, self._guard.table
         source = self._claim.order.rebuild.sources[self._claim.order.rebuild.source[n]]
         pull = next((pull for pull in pulls if pull.pages.stream == source.stream), None)
         if pull is None:
             raise Refused(f"sequence {name!r}: its source {source.stream} did not come with the claim")
         position, lineage = plan.positions[n], plan.lineages[n]
-        blocks, column = pull.sequence(name, position, plan.births[n] if plan.births else 0)
-        moved = pull.bytes
+        blocks, column, moved = pull.sequence(name, position, plan.births[n] if plan.births else 0)
         ids = np.frombuffer(pull.pages.ids[column], "<u4")[: max(position, plan.ids[n])]
         table.step = max(table.step, 0)
         row = table.open(name, lineage, pull.pages.requests[column])
         table.commit(row, position, ids, blocks, pull.pages.samplers[column])
         rung = plan.rungs[n]
         self.bytes_by_rung[rung] = self.bytes_by_rung.get(rung, 0) + moved
-        pull.bytes = 0
         return RestoredSequence(name, position, lineage, tuple(blocks))
 
     # ---- the end ------------------------------------------------------------------------------------------------------------------
@@ -188,36 +195,46 @@ class Restored:
 
 
 class _Pull:
-    """One replica's pages on their way into the pool; blocks that sequences share are copied once. `bytes`: copied since it was last set to 0."""
+    """What one replica's pages are to bring into the pool; blocks that sequences share are copied once, as far as the longest of them goes."""
 
     def __init__(self, pool, pages: local.ReplicaPages, descriptor: int, remap: Callable[[int], int] | None) -> None:
         if pages.shape.fingerprint != pool.layout.fingerprint:
             raise Refused(f"the replica of {pages.stream} is of another layout than this pool. Try: a standby of the same model, dtype and shard")
-        self.pool, self.pages, self.bytes = pool, pages, 0
+        self.pool, self.pages = pool, pages
         self._remap = remap or (lambda block: block)
         self._reader = PageReader(descriptor, pages.shape)
         self._columns = {name: column for column, name in enumerate(pages.sequences)}
-        self._whole: dict[int, int] = {}  # replica's block -> tokens already here
+        self._wanted: dict[int, tuple[int, int]] = {}  # replica's block -> generation, tokens
 
     def close(self) -> None:
         self._reader.close()
 
-    def sequence(self, name: str, position: int, birth: int) -> tuple[list[int], int]:
-        """Copy [0, position) of the sequence of this birth (0: unknown); returns the block ids here, and the sequence's column."""
+    def sequence(self, name: str, position: int, birth: int) -> tuple[list[int], int, int]:
+        """[0, position) of the sequence of this birth (0: unknown) is wanted: the block ids here, the sequence's column, the bytes that this adds."""
         column = self._columns.get(name, -1)
         if column >= 0 and is_other(birth_of(self.pages.requests[column]), birth):
             raise Refused(f"sequence {name!r}: the replica of {self.pages.stream} is of another sequence that bore this name")
         if column < 0 or self.pages.positions[column] < position:
             held = self.pages.positions[column] if column >= 0 else 0
             raise Refused(f"sequence {name!r}: the replica of {self.pages.stream} holds {held} of {position} positions")
-        tokens = self.pages.shape.block_tokens
+        shape = self.pages.shape
+        tokens = shape.block_tokens
         needed = -(-position // tokens)
         blocks, generations = self.pages.blocks[column][:needed], self.pages.generations[column][:needed]
         if len(blocks) < needed or len(self.pages.ids[column]) < 4 * position:
             raise Refused(f"sequence {name!r}: the replica names {len(blocks)} blocks and {len(self.pages.ids[column]) // 4} ids for {position} positions")
-        counts = token_counts(position, tokens)
-        wanted = [n for n in range(needed) if self._whole.get(blocks[n], 0) < counts[n]]
-        part = [blocks[n] for n in wanted], [generations[n] for n in wanted], [counts[n] for n in wanted]
-        self.bytes += pull_pages(self.pool, self._reader, *part, [self._remap(block) for block in part[0]])
-        self._whole.update(zip(part[0], part[2], strict=True))
-        return [self._remap(block) for block in blocks], column
+        added = 0
+        for block, generation, count in zip(blocks, generations, token_counts(position, tokens), strict=True):
+            had = self._wanted.get(block)
+            if had is not None and had[0] != generation:
+                raise Refused(f"sequence {name!r}: the replica of {self.pages.stream} names block {block} in two generations")
+            if had is None or had[1] < count:
+                self._wanted[block] = generation, count
+                added += (count - (had[1] if had else 0)) * shape.token_bytes if shape.addressable else 0 if had else shape.block_bytes
+        return [self._remap(block) for block in blocks], column, added
+
+    def carry(self, due: float) -> None:
+        """Copy everything that is wanted. Raises as pull_pages does."""
+        blocks = sorted(self._wanted)
+        generations, counts = ([self._wanted[block][part] for block in blocks] for part in (0, 1))
+        pull_pages(self.pool, self._reader, blocks, generations, counts, [self._remap(block) for block in blocks], due)

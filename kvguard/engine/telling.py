@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from kvguard.engine import joining
 from kvguard.engine.guard import Guard, Step
+from kvguard.engine.pull import pieces_of
 from kvguard.errors import Fenced
 
 FENCED_S = 10.0  # how long a step waits for a plan when its epoch is over
@@ -33,6 +34,7 @@ class Telling:
     def __init__(self, guard: Guard, emitter, rows: Iterable[Row]) -> None:
         self.guard, self.emitter, self.rows = guard, emitter, list(rows)
         self._tokens = guard.layout.block_tokens
+        self._packs = hasattr(guard.pool, "wrote")  # a host pool's daemon reads the rows: nothing is said for it
         self._step: Step | None = None
 
     def learn(self, ids: list[list[int]], start: int) -> None:
@@ -107,6 +109,16 @@ class Telling:
                 blocks = range(row.first_block + row.listed, row.first_block + self._blocks(length))
                 request = None if row.name in live else row.request
                 step.commit(row.name, length, blocks=list(blocks), tokens=row.ids[row.told :], sampler=sampler if n == 0 else None, request=request)
+            if self._packs:
+                self._say_written(step, length)
+
+    def _say_written(self, step: Step, length: int) -> None:
+        """What the table hasn't accepted yet was written since: by this step, or by one whose commit waited for the id that was chosen from it."""
+        blocks = self._blocks(length)
+        rows = [(range(row.first_block, row.first_block + blocks), row.accepted) for row in self.rows]
+        pieces = [piece for listed, accepted in rows for piece in pieces_of(listed, accepted, length, self._tokens)]
+        if pieces:
+            step.wrote(*zip(*pieces, strict=True))
 
     def _blocks(self, length: int) -> int:
         return -(-length // self._tokens)

@@ -21,13 +21,15 @@ import torch
 import transformers
 from transformers import GenerationConfig, StoppingCriteriaList
 
+from kvguard.device import KINDS
 from kvguard.engine import generate_call, joining, telling
 from kvguard.engine.arena_cache import ArenaCache, Shape, identity_of, layout_of, prove, shape_of
 from kvguard.engine.generate_call import Drawn, Row, Terms
-from kvguard.engine.generate_seams import Told, with_ended
-from kvguard.engine.random_state import DrawCount, RandomStart
+from kvguard.engine.generate_seams import Told, random_state, set_random_state, with_ended
+from kvguard.engine.random_state import DrawCount, GpuCount, count_from, start_again, start_of
 from kvguard.engine.telling import Telling
-from kvguard.errors import KvguardError, Refused
+from kvguard.engine.tensors import CUDA, HOST, computed_on, tensor_of
+from kvguard.errors import BadConfig, KvguardError, Refused
 
 POSITIONS_DEFAULT = 4096
 log = logging.getLogger("kvguard.engine")
@@ -36,22 +38,32 @@ log = logging.getLogger("kvguard.engine")
 def protect(
     model, instance: str, coordinator: str = "", *, keys: joining.Keys | str | os.PathLike | None = None, insecure: bool = False,
     socket: str | os.PathLike | None = None, sequences: int = 8, positions: int = 0, wait_s: float = 15.0,
+    device: str = "",
 ) -> Guarded:  # fmt: skip
     """Protect this model's generate() calls under the name `instance`, which one living process may have.
 
     `coordinator`: its address, else $KVGUARD_COORDINATOR. `socket`: of the node's daemon, else $KVGUARD_SOCKET. `sequences`, `positions`: rows of a batch, and
     columns of each, that fit in the pool (0: the model's context, at most 4,096). Waits up to `wait_s` for a coordinator, and for a former life's recovery.
+    `device`: of the pool; it is where the model is ("": just that; "rehearsal": on a CPU, by a GPU's code).
     Raises Refused for a model that can't be protected, BadConfig for a name or address that can't be.
     """
     if not transformers.__version__.startswith("5."):
         log.warning("kvguard: transformers %s is outside the range that this adapter was tested with (5.x)", transformers.__version__)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     shape = shape_of(model, sequences, positions or min(context or POSITIONS_DEFAULT, POSITIONS_DEFAULT))
-    prove(shape)
+    prove(shape, model.device)
     address = coordinator or os.environ.get("KVGUARD_COORDINATOR", "")
-    place = joining.Place(instance, address, joining.keys_of(keys), insecure, os.fspath(socket) if socket else None, wait_s)
+    place = joining.Place(instance, address, joining.keys_of(keys), insecure, os.fspath(socket) if socket else None, wait_s, device=_kind(model, device))
     layout = layout_of(shape, identity_of(model))
     return Guarded(model, shape, joining.join(place, layout, partial(_remap, shape), sequences, shape.positions))
+
+
+def _kind(model, device: str) -> str:
+    """Of the pool. Raises BadConfig for one that lies elsewhere than the model."""
+    kind = device or (CUDA if model.device.type == CUDA else HOST)
+    if kind not in KINDS or computed_on(kind).type != model.device.type:
+        raise BadConfig(f"device {kind!r} for a model on {model.device}: the pool is where the model is. Try: device='', else one of {', '.join(KINDS)}")
+    return kind
 
 
 def _remap(shape: Shape, replicas):
@@ -76,12 +88,12 @@ class Guarded:
     def __init__(self, model, shape: Shape, joined: joining.Joined) -> None:
         self.model, self.shape, self.joined = model, shape, joined
         self.guard, self.emitter, self.earlier = joined.guard, joined.emitter, joined.earlier
-        self.cache = ArenaCache(shape, joined.pool.memory, self._written, self.guard.pulse if self.guard is not None else _nothing)
+        self.cache = ArenaCache(shape, tensor_of(joined.pool), self._written, self.guard.pulse if self.guard is not None else _nothing)
         self.unprotected, self.resumed_at, self.recomputed = "", None, 0
         self._active, self._telling, self._results = False, None, 0
         self._names: list[str] = []
         self._prompt = 0
-        self._count: DrawCount | None = None
+        self._count: DrawCount | GpuCount | None = None
         self._drawn: Drawn | None = None
         self._said: set[str] = set()
         self._pid = os.getpid()
@@ -103,7 +115,7 @@ class Guarded:
         mask = mask if mask is not None else _inferred_mask(ids, terms)
         count = ids.shape[0] * terms.copies
         self._refuse_misfit(count, terms.limit)
-        rows = _rows_of(os.urandom(6).hex(), mask.repeat_interleave(terms.copies, 0), terms)
+        rows = _rows_of(os.urandom(6).hex(), mask.repeat_interleave(terms.copies, 0).cpu(), terms, self.model.device)
         drawn = Drawn(ids.shape[1], 0, 0, True) if terms.sampled else None
         if self.earlier:
             log.warning("kvguard: what a former life left (%d rows) is given up: resume() would have gone on with it", len(self.earlier))
@@ -146,10 +158,11 @@ class Guarded:
             drawn = drawn._replace(ids=columns, draws=drawn.at(columns))
         length = generate_call.replayable(min(columns - 1, *(token.position for _, token in left)), first.prompt, columns, first.chunk)
         self.resumed_at, self.recomputed = length, columns - 1 - length
-        ids = torch.tensor(known)
-        mask = (torch.arange(columns)[None] >= torch.tensor([[row.pads] for row, _ in left])).long()
+        device = self.model.device
+        ids = torch.tensor(known, device=device)
+        mask = (torch.arange(columns)[None] >= torch.tensor([[row.pads] for row, _ in left])).long().to(device)
         options = GenerationConfig(**first.options, max_length=first.limit, min_length=first.floor)
-        ends = torch.as_tensor([] if options.eos_token_id is None else options.eos_token_id).flatten()
+        ends = torch.as_tensor([] if options.eos_token_id is None else options.eos_token_id, device=device).flatten()
         ended = torch.isin(ids[:, first.prompt :], ends).any(1)
         self._begin(list(zip([row for row, _ in left], known, strict=True)), length, drawn)
         try:
@@ -157,8 +170,7 @@ class Guarded:
                 return ids
             self._replay(ids, mask, first)
             if drawn is not None:
-                state = RandomStart(first.start).state_at(drawn.draws)
-                torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+                set_random_state(device, start_again(first.start).state_at(drawn.draws))
             return self._run(ids, mask, {**with_ended(again, ended, options, ends), "generation_config": options})
         finally:
             self._end()
@@ -201,7 +213,7 @@ class Guarded:
         """`rows`: (Row, ids known) each. The cache's first rows are the call's; `length` columns of them are there."""
         self._active, self._names, self._drawn = True, [row.name for row, _ in rows], drawn
         self._prompt = rows[0][0].prompt
-        self._count = DrawCount(RandomStart(rows[0][0].start), drawn.draws, drawn.each, drawn.even) if drawn is not None else None
+        self._count = count_from(start_again(rows[0][0].start), drawn.draws, drawn.each, drawn.even) if drawn is not None else None
         self.unprotected = "" if self.guard is not None else self.joined.reason
         self.cache.begin(len(rows), length)
         if self.emitter is not None:
@@ -281,7 +293,7 @@ class Guarded:
         self._telling.enter(ids.numel())
 
     def _written(self, cache: ArenaCache) -> None:
-        """The last layer has its KV: on a CPU it is in memory, so it is a fact."""
+        """The last layer has its KV: on a CPU it is in memory; on a GPU it was launched, and the commit is a fact when that is done."""
         if self._telling is not None:
             self._attempt(self._commit_written)
 
@@ -302,7 +314,7 @@ class Guarded:
     def _commit_sampled(self, ids: torch.Tensor) -> None:
         self._telling.learn(ids[:, -1:].tolist(), ids.shape[1] - 1)
         if self._count is not None:
-            draws = self._count.count(torch.get_rng_state().numpy().tobytes())
+            draws = self._count.count(random_state(self.model.device))
             if draws is None:
                 raise Refused("torch's random state moved in a way that can't be counted: others draw from it. Try: a torch.Generator for other draws")
             self._drawn = Drawn(ids.shape[1], draws, self._count.last, self._count.even)
@@ -347,13 +359,13 @@ def _inferred_mask(ids: torch.Tensor, terms: Terms) -> torch.Tensor:
     return (ids != terms.pad).long()
 
 
-def _rows_of(call: str, mask: torch.Tensor, terms: Terms) -> list[Row]:
-    """One Row per row of the batch. Raises Refused for a mask that is more than padding on the left."""
+def _rows_of(call: str, mask: torch.Tensor, terms: Terms, device: torch.device) -> list[Row]:
+    """One Row per row of the batch. `device`: whose random state is drawn from. Raises Refused for a mask that is more than padding on the left."""
     count, columns = mask.shape
     pads = (columns - mask.long().sum(1)).tolist()
     if not torch.equal(mask.long(), (torch.arange(columns)[None] >= torch.tensor(pads)[:, None]).long()):
         raise Refused("the attention mask is more than padding on the left. Try: tokenizer.padding_side = 'left'")
-    start = RandomStart.of(torch.get_rng_state().numpy().tobytes()).packed if terms.sampled else b""
+    start = start_of(random_state(device)).packed if terms.sampled else b""
     made = [
         Row(call, n, count, columns, pads[n], terms.limit, terms.floor, terms.sampled, terms.chunk, terms.options if n == 0 else {},
             start if n == 0 else b"", terms.again if n == 0 else ())

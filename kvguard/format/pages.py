@@ -74,6 +74,16 @@ class PageReader:
         """Forget the mapping; it goes when the last view that was handed out does."""
         self._memory = memoryview(b"")
 
+    def around(self, blocks: Sequence[int]) -> tuple[int, memoryview]:
+        """(where in the arena it begins, bytes) of the smallest range of whole pages of memory that all of these blocks lie in, for who reads them in place."""
+        start = min(blocks) * self._page_bytes & -mmap.PAGESIZE
+        end = (max(blocks) + 1) * self._page_bytes
+        return start, self._memory[start : min(len(self._memory), -(-end // mmap.PAGESIZE) * mmap.PAGESIZE)]
+
+    def place(self, block: int) -> int:
+        """Where in the arena a block's bytes begin."""
+        return block * self._page_bytes
+
     def holds(self, block: int, generation: int) -> bool:
         """Whether page `block` is of that generation now."""
         return struct.unpack_from("<Q", self._memory, block * self._page_bytes + self.shape.block_bytes)[0] == generation

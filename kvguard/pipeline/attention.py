@@ -23,21 +23,21 @@ class Paging:
     """One step's addresses, made once and used by every layer.
 
     `slots`: int64 [rows], the slot (block * block_tokens + offset) that each row's KV goes to. `blocks`: int64, all shares' tables one after
-    the other, cut to what the share reads. `group`: query heads per KV head; `dtype`: of queries. `by_position`: outside a prompt's chunk every
+    the other, cut to what the share reads. `group`: query heads per KV head; `dtype`, `device`: of queries. `by_position`: outside a prompt's chunk every
     position reads by itself, whatever the share's length.
     """
 
-    def __init__(self, batch: Batch, group: int, dtype: torch.dtype, by_position: bool):
+    def __init__(self, batch: Batch, group: int, dtype: torch.dtype, by_position: bool, device: torch.device):
         self.block_tokens = batch.block_tokens
-        self.slots = torch.cat([_slots(share, batch.block_tokens) for share in batch.shares])
+        self.slots = torch.cat([_slots(share, batch.block_tokens) for share in batch.shares]).to(device)
         read = [share.blocks[: -(-share.span.end // batch.block_tokens)] for share in batch.shares]
-        self.blocks = torch.tensor([block for table in read for block in table], dtype=torch.int64)
+        self.blocks = torch.tensor([block for table in read for block in table], dtype=torch.int64, device=device)
         self.reads: list[_Read] = []
         row = block = 0
         for share, table in zip(batch.shares, read):
             tokens = slice(block * batch.block_tokens, (block + len(table)) * batch.block_tokens)
             if share.prefill or not by_position:
-                self.reads.append(_Read(row, share.count, tokens.start, share.span.end, _causal(share, group, dtype)))
+                self.reads.append(_Read(row, share.count, tokens.start, share.span.end, _causal(share, group, dtype, device)))
             else:
                 self.reads += [_Read(row + i, 1, tokens.start, share.span.start + i + 1, None) for i in range(share.count)]
             row += share.count
@@ -84,10 +84,10 @@ def _slots(share: Share, block_tokens: int) -> torch.Tensor:
     return table[positions // block_tokens] * block_tokens + positions % block_tokens
 
 
-def _causal(share: Share, group: int, dtype: torch.dtype) -> torch.Tensor | None:
+def _causal(share: Share, group: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
     """What is added to scores, [group * count, end]: 0 where position p reads [0, p], else minus infinity. None where one position reads all."""
     if share.count == 1:
         return None
     positions = torch.arange(share.span.start, share.span.end)
     beyond = torch.arange(share.span.end)[None, :] > positions[:, None]
-    return torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, float("-inf")).repeat(group, 1)
+    return torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, float("-inf")).repeat(group, 1).to(device)

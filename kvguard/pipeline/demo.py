@@ -26,6 +26,7 @@ from kvguard.pipeline.world import INSTANCE, World, WorldSettings
 
 PREFIX = "kvguard-demo."
 SUPERVISED = "supervised"  # in a demo's directory, locked while its supervisor lives; not in one that is kept for its logs
+DEVICES = {"cpu": "host", "cuda": "cuda", "rehearsal": "rehearsal"}  # as the command line says it -> of pools
 PROMPTS = (
     "Tell me a short story about a robot who keeps a lighthouse.",
     "Explain why the sky is blue to a child.",
@@ -56,6 +57,7 @@ class Options:
     model: str | None = None
     corrupt: str | None = None
     timeout_s: float = 600.0
+    device: str = "cpu"
 
     def check(self) -> None:
         """Raises UsageFault naming every fault."""
@@ -72,6 +74,8 @@ class Options:
             found.append("--corrupt replica damages what a node's death restores. Try: --kill node --at-token 20")
         if self.kill != "none" and not 0 <= self.at_token < self.max_tokens:
             found.append(f"--at-token {self.at_token} is outside 0..{self.max_tokens - 1}")
+        if self.device not in DEVICES:
+            found.append(f"--device {self.device} is none of {', '.join(DEVICES)}")
         if not 1 <= self.sequences <= 16:
             found.append(f"--sequences {self.sequences} is outside 1..16")
         if found:
@@ -202,7 +206,7 @@ class Demo:
             self.corruption["fired"] = any(one_node["frames_corrupted"] for one_node in stats)
             self.corruption["detected"] = any(one_node["checksum_failures"] for one_node in stats)
         return {
-            "schema": report.SCHEMA, "model": model, "stages": options.stages, "tp": options.tp,
+            "schema": report.SCHEMA, "model": model, "stages": options.stages, "tp": options.tp, "device": options.device,
             "prompt_tokens": finished["prompt_tokens"][0], "generated_tokens": options.max_tokens, "text": two.text[0],
             "fault": self.fault_seen(), "corruption": self.corruption, "recovery": recovered, "outage": self.outage,
             "identical": report.identical(one, two, options.max_tokens), "logits_identical": report.logits_identical(one, two), "kv_identical": kv,
@@ -255,7 +259,7 @@ def run(options: Options, say=lambda line: None) -> dict:
         raise UsageFault(f"--stages {options.stages}: {described['name']} has {layers} layers. Try: --stages {layers}")
     prompts = prompts_of(options, model)
     root = own_directory()
-    world = World(WorldSettings(root=root, model=model, stages=options.stages))
+    world = World(WorldSettings(root=root, model=model, stages=options.stages, device=DEVICES[options.device]))
     try:
         document = Demo(options, world, say).run(prompts, described)
     except Exception:

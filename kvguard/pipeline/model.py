@@ -21,6 +21,7 @@ from kvguard.pipeline.weights import ModelFiles, ModelShape, rope_parameters, te
 from kvguard.types import Span
 
 DECODE_ROWS = 8  # M: a product over 8 rows costs little more than over one, for reading the weights is what costs
+CPU = torch.device("cpu")
 _WIDE = 2048  # outputs computed at once: the output projection in pieces that stay in cache takes three quarters of the time
 _ROPE_UNIT = 1024  # rotary tables grow by whole units, each computed in one way, so that no entry depends on when it was made
 
@@ -68,6 +69,11 @@ class Rows:
             self.tiles.append((start, len(padded)))
         self.padded, self.place = torch.tensor(padded, dtype=torch.int64), torch.tensor(place, dtype=torch.int64)
 
+    def on(self, device: torch.device) -> Rows:
+        """These, with their numbers where the rows are."""
+        self.padded, self.place = self.padded.to(device), self.place.to(device)
+        return self
+
     def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tile rows, in] times weight [out, in], tile by tile."""
         if len(self.tiles) == 1:
@@ -78,16 +84,20 @@ class Rows:
 class StageModel:
     """The layers [layers.start, layers.stop) of a model, mapped from its files; `first` embeds, `last` computes logits.
 
-    `dtype` is that of weights, hidden states and pool. Raises BadConfig if a tensor is missing, ValueError for layers that the model lacks.
+    `dtype` and `device` are those of weights, hidden states and pool. Raises BadConfig if a tensor is missing, ValueError for layers that the model lacks.
     """
 
-    def __init__(self, files: ModelFiles, layers: range, first: bool, last: bool, dtype: torch.dtype = torch.float32, invariant: bool = True):
+    def __init__(
+        self, files: ModelFiles, layers: range, first: bool, last: bool, dtype: torch.dtype = torch.float32, invariant: bool = True,
+        device: torch.device = CPU,
+    ):  # fmt: skip
         shape = files.shape
         if layers.step != 1 or not 0 <= layers.start < layers.stop <= shape.layers:
             raise ValueError(f"stage of layers {layers.start} to {layers.stop}: the model has {shape.layers}. Try: no more stages than layers")
-        self.shape, self.layers, self.first, self.last, self.dtype, self.invariant = shape, layers, first, last, dtype, invariant
+        self.shape, self.layers, self.first, self.last, self.dtype, self.invariant, self.device = shape, layers, first, last, dtype, invariant, device
         family = {"llama": _Llama, "gpt2": _Gpt2, "opt": _Opt}[shape.family]
-        self._family: _Family = family(shape, files.read(tensor_shapes(shape, layers, first, last), dtype), dtype)
+        read = files.read(tensor_shapes(shape, layers, first, last), dtype)
+        self._family: _Family = family(shape, {name: tensor.to(device) for name, tensor in read.items()}, dtype, device)
 
     def part(self, layers: range, first: bool, last: bool) -> StageModel:
         """A stage within this one that shares its tensors: what a standby, which maps the whole model and is warm, becomes when it is claimed.
@@ -106,7 +116,7 @@ class StageModel:
         """
         block_tokens, end = 16, min(PREFILL_CHUNK, self.shape.context - 1)
         blocks = tuple(range(-(-(end + 1) // block_tokens)))
-        kv = torch.zeros(self.pool_shape(len(blocks), block_tokens), dtype=self.dtype)
+        kv = torch.zeros(self.pool_shape(len(blocks), block_tokens), dtype=self.dtype, device=self.device)
         for span, prefill in ((Span(0, end), True), (Span(end, end + 1), False)):
             rows = span.end - span.start
             x = torch.zeros(rows, dtype=torch.int64) if self.first else torch.zeros(rows, self.shape.hidden, dtype=self.dtype)
@@ -118,19 +128,20 @@ class StageModel:
 
     @torch.inference_mode()
     def forward(self, x: torch.Tensor, batch: Batch, kv: torch.Tensor, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
-        """One step. `x`: ids int64 [rows] for a first stage, else hidden states [rows, hidden]; rows as in `batch`. `kv`: this stage's pool,
+        """One step. `x`: ids int64 [rows] for a first stage, else hidden states [rows, hidden]; rows as in `batch`; from any device. `kv`: this stage's pool,
         written for the batch's positions and read up to them. `on_layer(i)` is called after layer i (numbered in the whole model).
 
         Returns hidden states [rows, hidden], or of a last stage logits [batch.logit_rows, vocab].
         """
+        x = x.to(self.device)
         if not batch.shares:
             return x.new_empty((0, self.shape.vocab if self.last else self.shape.hidden), dtype=self.dtype)
         self._check(x, batch, kv)
         rows = Rows([(share.count, share.prefill) for share in batch.shares], self.invariant)
-        paging = Paging(batch, self.shape.heads // self.shape.kv_heads, self.dtype, by_position=self.invariant)
+        paging = Paging(batch, self.shape.heads // self.shape.kv_heads, self.dtype, self.invariant, self.device)
         positions = torch.cat([torch.arange(share.span.start, share.span.end) for share in batch.shares])[rows.padded]
-        hidden = self._family.embed(x[rows.padded], positions) if self.first else x[rows.padded]
-        turn = self._family.turns(positions)
+        rows, turn = rows.on(self.device), self._family.turns(positions)
+        hidden = self._family.embed(x[rows.padded], positions.to(self.device)) if self.first else x[rows.padded]
         for number, layer in enumerate(self.layers):
             q, k, v = self._family.project(layer, hidden, rows, turn)
             read = attend(q[rows.place], k[rows.place], v[rows.place], kv[number], paging, self._family.scale(layer))
@@ -150,8 +161,7 @@ class StageModel:
             if (tuple(weight.shape), weight.stride()) in tried:
                 continue
             tried.add((tuple(weight.shape), weight.stride()))
-            rows = torch.randn(DECODE_ROWS, weight.shape[1], generator=draw).to(self.dtype)
-            others = torch.randn(DECODE_ROWS, weight.shape[1], generator=draw).to(self.dtype)
+            rows, others = (torch.randn(DECODE_ROWS, weight.shape[1], generator=draw).to(self.device, self.dtype) for _ in range(2))
             expected = _linear(rows, weight)
             for place in range(DECODE_ROWS):
                 others[place] = rows[0]
@@ -167,8 +177,8 @@ class StageModel:
             wanted += range(row - share.logits, row)
         if not wanted:
             return hidden.new_empty((0, self.shape.vocab))
-        rows = Rows([(len(wanted), False)], self.invariant)
-        return self._family.logits(hidden[torch.tensor(wanted)][rows.padded], rows)[rows.place]
+        rows = Rows([(len(wanted), False)], self.invariant).on(self.device)
+        return self._family.logits(hidden[torch.tensor(wanted, device=self.device)][rows.padded], rows)[rows.place]
 
     def _check(self, x: torch.Tensor, batch: Batch, kv: torch.Tensor) -> None:
         expected = self.pool_shape(kv.shape[2], batch.block_tokens)
@@ -186,8 +196,8 @@ class _Family:
     final_norm = ""
     embedding = "embed_tokens.weight"
 
-    def __init__(self, shape: ModelShape, tensors: dict[str, torch.Tensor], dtype: torch.dtype):
-        self.shape, self.tensors, self.dtype = shape, tensors, dtype
+    def __init__(self, shape: ModelShape, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device):
+        self.shape, self.tensors, self.dtype, self.device = shape, tensors, dtype, device
         self.activate = _ACTIVATION[shape.activation]
 
     def of(self, layer: int, name: str) -> torch.Tensor | None:
@@ -212,6 +222,7 @@ class _Family:
         return self.shape.head_dim**-0.5
 
     def turns(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`positions`: on the CPU."""
         return None
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -226,8 +237,8 @@ class _Family:
 class _Llama(_Family):
     final_norm = "norm"
 
-    def __init__(self, shape: ModelShape, tensors: dict[str, torch.Tensor], dtype: torch.dtype):
-        super().__init__(shape, tensors, dtype)
+    def __init__(self, shape: ModelShape, tensors: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device):
+        super().__init__(shape, tensors, dtype, device)
         self._frequencies = _rope_frequencies(shape)
         self._cos = self._sin = torch.empty(0, shape.head_dim // 2)
 
@@ -244,7 +255,7 @@ class _Llama(_Family):
             start = len(self._cos)
             angles = torch.arange(start, start + _ROPE_UNIT, dtype=torch.float32)[:, None] * self._frequencies
             self._cos, self._sin = torch.cat([self._cos, angles.cos()]), torch.cat([self._sin, angles.sin()])
-        return self._cos[positions][:, None].to(self.dtype), self._sin[positions][:, None].to(self.dtype)
+        return self._cos[positions][:, None].to(self.device, self.dtype), self._sin[positions][:, None].to(self.device, self.dtype)
 
     def project(self, layer: int, hidden: torch.Tensor, rows: Rows, turn) -> tuple[torch.Tensor, ...]:
         x = self.norm(f"layers.{layer}.input_layernorm", hidden)

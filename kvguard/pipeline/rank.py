@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import xxhash
 
+from kvguard.engine.pull import pieces_of
 from kvguard.limits import BLOCKS_PER_ROW_MAX, NAME_BYTES_MAX, REQUEST_BYTES_MAX, SAMPLER_BYTES_MAX
 from kvguard.pipeline import replies
 from kvguard.pipeline.batch import Batch, Share
@@ -48,6 +49,9 @@ class NoStep:
     def release(self, sequence: str) -> None:
         """Nobody is told."""
 
+    def wrote(self, blocks, starts, counts) -> None:
+        """Nobody packs."""
+
 
 class NoGuard:
     """Stands where a guard would: the same engine without kvguard, in epoch 0 for ever."""
@@ -65,11 +69,12 @@ class NoGuard:
 
 
 class RankLoad:
-    """The rank's model, pool and rows. `kv`: float32 [layers, 2, blocks, block_tokens, kv_heads, head_dim]. Not thread-safe."""
+    """The rank's model, pool and rows. `kv`: float32 [layers, 2, blocks, block_tokens, kv_heads, head_dim], where the model is. Not thread-safe."""
 
     def __init__(self, model: StageModel, kv: torch.Tensor, guard):
         self.model, self.kv, self.guard = model, kv, guard
         self.blocks, self.block_tokens = kv.shape[2], kv.shape[3]
+        self._packs = hasattr(getattr(guard, "pool", None), "wrote")  # a host pool's daemon reads the rows: nothing is said for it
         self.rows: dict[str, Row] = {}
 
     def adopt(self, rows: Iterable[tuple[str, int, Iterable[int], Iterable[int]]]) -> None:
@@ -102,6 +107,9 @@ class RankLoad:
             batch = Batch(tuple(self._share(fact) for fact in shares), self.block_tokens)
             out = self.model.forward(self._input(shares, tensor), batch, self.kv, lambda layer: self.guard.pulse())
             self._commit(step, message.facts, told)
+            if self._packs and shares:
+                pieces = [piece for fact in shares for piece in pieces_of(self.rows[fact.sequence].blocks, fact.start, fact.end, self.block_tokens)]
+                step.wrote(*zip(*pieces, strict=True))
         return out
 
     def _commit(self, step, facts: tuple[Facts, ...], told: list[tuple[bool, tuple[int, ...]]]) -> None:
@@ -190,7 +198,7 @@ class RankLoad:
                 continue
             positions = torch.arange(row.position)
             slots = torch.tensor(row.blocks, dtype=torch.int64)[positions // self.block_tokens] * self.block_tokens + positions % self.block_tokens
-            flat = self.kv.flatten(2, 3).index_select(2, slots)  # [layers, 2, positions, kv_heads, head_dim]
-            tokens = flat.permute(2, 0, 1, 3, 4).contiguous().flatten(1).view(torch.uint8).numpy() if row.position else np.empty((0, 0), np.uint8)
+            flat = self.kv.flatten(2, 3).index_select(2, slots.to(self.kv.device))  # [layers, 2, positions, kv_heads, head_dim]
+            tokens = flat.permute(2, 0, 1, 3, 4).contiguous().flatten(1).view(torch.uint8).cpu().numpy() if row.position else np.empty((0, 0), np.uint8)
             found[name] = [xxhash.xxh3_64_intdigest(token.data) for token in tokens]
         return replies.pack(found)

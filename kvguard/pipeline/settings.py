@@ -32,6 +32,7 @@ class StageSettings:
     invariant: bool = True
     guarded: bool = True  # false: the same engine without kvguard, for measuring its cost
     restore_timeout_s: float = 30.0
+    device: str = "host"  # where the pool is, as in a node's configuration; with "cuda" the model computes there, too
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ the result of a step in which the rank was fenced is not sent; garbage changes n
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import signal
@@ -20,6 +21,7 @@ import zmq
 
 from kvguard import engine
 from kvguard.engine.table import TableWriter
+from kvguard.engine.tensors import CUDA, computed_on, proof_memory, tensor_of
 from kvguard.errors import Fenced, KvguardError, Refused, TimedOut
 from kvguard.format.layout import Layout, Shard
 from kvguard.format.rows import Geometry
@@ -66,28 +68,42 @@ def layout_of(files: ModelFiles, settings: StageSettings, pp: int) -> Layout:
 
 def model_of(files: ModelFiles, settings: StageSettings, pp: int) -> StageModel:
     layers = layers_of(files.shape.layers, settings.stages, pp)
-    return StageModel(files, layers, first=pp == 0, last=pp == settings.stages - 1, invariant=settings.invariant)
+    first, last, device = pp == 0, pp == settings.stages - 1, computed_on(settings.device)
+    return StageModel(files, layers, first, last, invariant=settings.invariant, device=device)
 
 
-def view_of(pool, layout: Layout) -> torch.Tensor:
-    """The pool's memory as the tensor that the forward pass writes: [layers, 2, blocks, block_tokens, kv_heads, head_dim]."""
+def view_of(memory: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The pool's memory (engine.tensors.tensor_of) as the forward pass writes it: [layers, 2, blocks, block_tokens, kv_heads, head_dim]."""
     sizes = {name: size for name, size, _ in layout.regions[0].inner}
-    return torch.frombuffer(pool.memory, dtype=torch.float32).view(sizes["layer"], 2, layout.blocks, layout.block_tokens, sizes["head"], sizes["dim"])
+    return memory.view(torch.float32).view(sizes["layer"], 2, layout.blocks, layout.block_tokens, sizes["head"], sizes["dim"])
 
 
-def prove(pool, layout: Layout, kv: torch.Tensor) -> None:
-    """Raises Refused where the layout doesn't say what the engine's own indexing writes."""
+def prove(layout: Layout, device: torch.device) -> None:
+    """Raises Refused where the layout doesn't say what the engine's own indexing writes. `layout`: of a few blocks, every byte of them is looked at."""
     from kvguard.device import proof
 
-    def write_token(block: int, slot: int) -> None:
-        kv[:, :, block, slot] = 1.0 / 3.0
+    memory, whole, exchange = proof_memory(layout, device)
+    kv = view_of(whole, layout)
 
-    proof.prove(layout, pool.memory, write_token)
+    def write_token(block: int, slot: int) -> None:
+        exchange(lambda: kv[:, :, block, slot].fill_(1.0 / 3.0))
+
+    proof.prove(layout, memory, write_token, layout.blocks - 1)
+
+
+def settle(settings: StageSettings) -> None:
+    """Equal bits for equal shapes: attention by plain products on a GPU, where the other ways choose how to split their work by themselves."""
+    torch.set_num_threads(settings.threads)
+    if settings.device == CUDA:
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def warm_up(model: StageModel) -> None:
     """One tiny forward pass: page in the weights, start torch's kernels. Writes to a pool of its own."""
-    kv = torch.zeros(model.pool_shape(4, 16))
+    kv = torch.zeros(model.pool_shape(4, 16), device=model.device)
     batch = Batch((Share("warm", Span(0, 1), False, (0,), int(model.last)),), 16)
     model.forward(torch.zeros(1, dtype=torch.int64) if model.first else torch.zeros((1, model.shape.hidden)), batch, kv)
 
@@ -171,7 +187,7 @@ class Stage:
         except Fenced as fenced:
             log.info("step %d of epoch %d is not sent: %s", message.number, message.epoch, fenced)
             return self._restore()
-        self._send(msgspec.structs.replace(message, hop=self.pp + 1), out.contiguous().numpy().data if out.numel() else b"")
+        self._send(msgspec.structs.replace(message, hop=self.pp + 1), out.contiguous().cpu().numpy().data if out.numel() else b"")
 
     def _pass_on(self, message: Message, reply: bytes) -> None:
         self._send(msgspec.structs.replace(message, hop=self.pp + 1, replies=(*message.replies, reply)))
@@ -216,9 +232,9 @@ def serve(settings: StageSettings) -> None:
     model = model_of(files, settings, settings.pp)
     warm_up(model)
     rehearse()
-    pool = engine.allocate(layout)
-    kv = view_of(pool, layout)
-    prove(pool, layout, kv)
+    prove(layout_of(files, dataclasses.replace(settings, blocks=2), settings.pp), model.device)
+    pool = engine.allocate(layout, settings.device)
+    kv = view_of(tensor_of(pool), layout)
     links = Links(settings.listen)
     guard = NoGuard()
     try:
@@ -242,16 +258,16 @@ def stand_by(settings: StageSettings) -> None:
     rehearse()
     layouts = {str(Rank(0, pp, 0)): layout_of(files, settings, pp) for pp in range(settings.stages)}
     links = Links(settings.listen)
-    spare = engine.attach_standby(settings.instance, layouts, endpoint=settings.listen, socket=settings.socket)
+    spare = engine.attach_standby(settings.instance, layouts, endpoint=settings.listen, socket=settings.socket, device=settings.device)
     guard = None
     try:
         log.info("standby for %d stages ready on %s", settings.stages, settings.listen)
         claim = wait_for_claim(spare)
         pp, layout = claim.rank.pp, layouts[str(claim.rank)]
         log.info("claimed as %s for epoch %d, %s", claim.rank, claim.epoch.counter, "its pool is here" if claim.adopt else "to be pulled")
-        pool = claim.adopt[1] if claim.adopt is not None else engine.allocate(layout)
+        pool = claim.adopt[1] if claim.adopt is not None else engine.allocate(layout, settings.device)
         guard = engine.attach(settings.instance, claim.rank, pool, layout, endpoint=settings.listen, claim=claim, rows=SEQUENCES_KEPT_MAX)
-        load = RankLoad(models[pp], view_of(pool, layout), guard)
+        load = RankLoad(models[pp], view_of(tensor_of(pool), layout), guard)
         carry_out(load, guard.restore(settings.restore_timeout_s))
         log.info("standby is stage %d now, epoch %d, %d sequences", pp, guard.epoch.counter, len(load.rows))
         Stage(settings, pp, load, links).run()
@@ -286,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, stop)
     try:
         settings = settings_.read(Path(arguments[0]), StageSettings)
-        torch.set_num_threads(settings.threads)
+        settle(settings)
         (stand_by if settings.pp == -1 else serve)(settings)
     except Stopped:
         log.info("stopped")

@@ -50,6 +50,7 @@ class WorldSettings:
     gated: bool = False  # peers reach each daemon through a cable of ours that can be cut and slowed (proxy.py)
     node_overrides: dict = field(default_factory=dict)
     coordinator_overrides: dict = field(default_factory=dict)
+    device: str = "host"  # of pools, for nodes and engines
 
 
 def die_with_parent(parent: int) -> None:
@@ -78,7 +79,7 @@ class Process:
                 stderr=out,
                 process_group=group,
                 preexec_fn=functools.partial(die_with_parent, os.getpid()),
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **(environment or {})},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **(environment or {})},
             )
 
     @property
@@ -180,7 +181,7 @@ class World:
         path = self.root / f"{node.name}.toml"
         values = {
             "name": node.name, "runtime_dir": str(runtime), "listen": node.address, "coordinator": self.coordinator_address,
-            "arena_bytes": self.settings.arena_bytes, "fault_injection": True, **self.settings.node_overrides, **overrides,
+            "arena_bytes": self.settings.arena_bytes, "fault_injection": True, "device": self.settings.device, **self.settings.node_overrides, **overrides,
         }  # fmt: skip
         if node.gate is not None:
             values |= {"advertise": node.address.replace("127.0.0.1", node.gate.host), "bulk_port": node.bulk_port}
@@ -201,6 +202,7 @@ class World:
             instance=INSTANCE, model=str(self.settings.model), stages=self.settings.stages, pp=pp, listen=endpoint,
             socket=str(self.runtime_dir(node) / "kvguard.sock"), blocks=self.settings.blocks, chunk=self.settings.chunk,
             threads=self.settings.threads, invariant=self.settings.invariant, guarded=self.settings.guarded,
+            device=self.settings.device,
         )  # fmt: skip
         if pp >= 0:
             self.endpoints.append(endpoint)

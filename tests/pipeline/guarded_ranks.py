@@ -15,6 +15,7 @@ from kvguard.format.lineage import forked
 from kvguard.format.messages import PlanOrder
 from kvguard.format.rows import EPOCH_AT
 from kvguard.engine.table import TableWriter
+from kvguard.engine.tensors import tensor_of
 from kvguard.errors import Fenced
 from kvguard.pipeline import replies
 from kvguard.pipeline.rank import RankLoad
@@ -40,7 +41,7 @@ class GuardedInstance(ToyInstance):
         pool = engine.allocate(layout)
         guard = engine.attach("toy", Rank(0, self._made, 0), pool, layout, socket=self._socket, rows=32)
         self._made += 1
-        return RankLoad(ToyModel(), view_of(pool, layout), guard)
+        return RankLoad(ToyModel(), view_of(tensor_of(pool), layout), guard)
 
     def check(self) -> None:
         for rank in self.ranks:
@@ -121,7 +122,7 @@ class GuardedInstance(ToyInstance):
         )  # fmt: skip
         guard = engine.attach("toy", claim.rank, pool, layout, claim=claim)
         old.guard.detach()
-        self.ranks[number] = RankLoad(ToyModel(), view_of(pool, layout), guard)
+        self.ranks[number] = RankLoad(ToyModel(), view_of(tensor_of(pool), layout), guard)
 
     def close(self) -> None:
         for rank in self.ranks:
