@@ -7,7 +7,6 @@ blocks without a timeout; what is remembered for a coordinator that is away is b
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -15,11 +14,12 @@ from collections import deque
 from collections.abc import Iterable
 
 from kvguard import errors
+from kvguard.emitter.releasing import Questions
 from kvguard.emitter.resumption import Resumption
 from kvguard.errors import BadConfig, BadFrame, KvguardError, TimedOut
 from kvguard.format import messages, wire
 from kvguard.limits import NAME_BYTES_MAX
-from kvguard.transport.ask import body_of, own_name
+from kvguard.transport.ask import own_name
 from kvguard.transport.base import Broken, Down, Frame, Up
 from kvguard.transport.keys import Keys
 from kvguard.transport.wakeup import Wakeup
@@ -31,7 +31,6 @@ BEAT_MS = 100
 BEATS_PER_SILENCE = 3  # one lost, one late: no sign of death
 DELIVERED_MAX = 4096  # said again on every new session: the coordinator answers them with nothing, and a link may have lost them
 DELIVERED_PER_MESSAGE = 512
-QUESTIONS_MAX = 1024
 
 
 def connect(
@@ -61,19 +60,6 @@ def connect(
     return Emitter(instance, coordinator, keys, insecure, name or own_name(keys).replace("ask-", "emitter-"), beat_ms, epoch, moves, silence_ms)
 
 
-class _Question:
-    """One releasable(): the answers that are still out, by query id."""
-
-    def __init__(self, life: Life, ranks: dict[int, tuple[str, str]]):
-        self.life, self.ranks = life, ranks  # id -> (link, rank text)
-        self.unsent = set(ranks)
-        self.positions: list[int] = []
-        self.error: KvguardError | None = None
-
-    def done(self) -> bool:
-        return self.error is not None or len(self.positions) == len(self.ranks)
-
-
 class Emitter:
     """Made by connect(). All methods may be called from any thread."""
 
@@ -91,13 +77,11 @@ class Emitter:
         self._delivered: deque[Life] = deque(maxlen=DELIVERED_MAX)
         self._undelivered = 0  # of those at the end, how many haven't been said on this session
         self._adopt_unsaid = False
-        self._questions: dict[int, _Question] = {}
-        self._next_query = 1
         self._session = False
         self._closing = False
         self.problems: deque[str] = deque(maxlen=32)  # what the transport said, newest last
         self._transport = ZeromqTransport(name, keys, insecure, bulk=False, incarnation=self.incarnation)
-        self._dialled: dict[str, str] = {}
+        self._questions = Questions(instance, self._transport)
         try:
             self._transport.expect(self._link)
             self._transport.dial(self._link, coordinator)
@@ -196,22 +180,12 @@ class Emitter:
         Asks the ranks' daemons. Raises TimedOut when one doesn't answer; what to do then is the caller's (strict_timeout_ms).
         """
         with self._changed:
-            if not self._members:
-                raise KvguardError(f"the members of {self.instance!r} aren't known yet. Try: welcome() first")
-            if len(self._questions) >= QUESTIONS_MAX:
-                raise KvguardError(f"{QUESTIONS_MAX} questions are still open. Try: fewer at a time")
-            ranks = {}
-            for member in self._members:
-                ranks[self._next_query] = (f"peer:{member.node}", str(member.rank))
-                self._next_query += 1
-            question = _Question(Life(sequence) if isinstance(sequence, str) else sequence, ranks)
-            self._questions.update(dict.fromkeys(ranks, question))
+            question = self._questions.ask(Life(sequence) if isinstance(sequence, str) else sequence, self._members)
             self._wakeup.again(_nothing)
             try:
                 self._wait(question.done, timeout, f"a rank's daemon didn't say how far {question.life.sequence!r} is protected. Try: kvguard status")
             finally:
-                for number in ranks:
-                    self._questions.pop(number, None)
+                self._questions.end(question)
             if question.error is not None:
                 raise question.error
             return min(question.positions)
@@ -268,7 +242,6 @@ class Emitter:
                     self._transport.rekey(self._keys)  # nothing where they are the same
                 for event in self._transport.receive():
                     self._take(event)
-                self._dial_members()
                 self._say_pending()
                 if time.monotonic() >= next_beat:
                     next_beat = time.monotonic() + self._beat_s
@@ -284,10 +257,8 @@ class Emitter:
         elif isinstance(event, Down):
             if event.link == self._link:
                 self._session = False
-            else:  # its answers won't come: ask again once it is back
-                for number, question in self._questions.items():
-                    if question.ranks[number][0] == event.link:
-                        question.unsent.add(number)
+            else:
+                self._questions.down(event.link)
         elif isinstance(event, Broken):
             self.problems.append(f"{event.link}: {event.reason}")
         elif isinstance(event, Frame):
@@ -297,7 +268,7 @@ class Emitter:
                 self.problems.append(f"{event.link}: {error}")
                 return
             if isinstance(message, messages.Answer):
-                self._on_answer(event.link, message)
+                self._questions.answered(event.link, message)
             elif event.link == self._link and getattr(message, "instance", None) == self.instance:
                 self._on_message(message)
 
@@ -329,35 +300,6 @@ class Emitter:
         fenced = max(self._announced.epoch.counter, self._adopted.counter)
         self._say(messages.EmitterBeat(self.instance, self.incarnation, self._adopted, self._scheduled, self._progress, fenced))
 
-    def _on_answer(self, link: str, answer: messages.Answer) -> None:
-        question = self._questions.get(answer.id)
-        if question is None or question.ranks[answer.id][0] != link or answer.id in question.unsent:
-            return  # too late
-        try:
-            position = body_of(answer).get("position")
-            if type(position) is not int:
-                raise BadFrame(f"{link}: an answer to releasable without a position")
-            question.positions.append(position)
-            del self._questions[answer.id]
-        except KvguardError as error:
-            question.error = error
-
-    def _dial_members(self) -> None:
-        """A link to each daemon, only once somebody asks for releasable()."""
-        if not self._questions:
-            return
-        addresses = {f"peer:{member.node}": member.address for member in self._members}
-        for link in [link for link in self._dialled if link not in addresses]:
-            self._transport.hang_up(link)
-            del self._dialled[link]
-        for link, address in addresses.items():
-            if self._dialled.get(link) != address:
-                self._dialled[link] = address
-                try:
-                    self._transport.dial(link, address)
-                except BadConfig as error:
-                    self.problems.append(f"{link}: {error}")
-
     def _say_pending(self) -> None:
         if self._adopt_unsaid and self._say(messages.Adopted(self.instance, self.incarnation, self._adopted)):
             self._adopt_unsaid = False
@@ -366,12 +308,7 @@ class Emitter:
             if not self._say(messages.Delivered.of(self.instance, tuple(some))):
                 break
             self._undelivered -= len(some)
-        for number, question in self._questions.items():
-            if number in question.unsent:
-                link, rank = question.ranks[number]
-                arguments = {"instance": self.instance, "rank": rank, "sequence": question.life.sequence, "birth": question.life.birth}
-                if self._transport.send(link, wire.encode(messages.Query(number, "releasable", json.dumps(arguments).encode()))):
-                    question.unsent.discard(number)
+        self.problems += self._questions.say(self._members)
 
     def _say(self, message: messages.Message) -> bool:
         return self._transport.send(self._link, wire.encode(message))
