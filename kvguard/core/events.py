@@ -32,6 +32,13 @@ class LinkUp(Event, frozen=True):
     carrier: str = ""
 
 
+class CarrierChanged(Event, frozen=True):
+    """What the payloads of a link that is up travel over, where that has changed, or what is to be said of it; nothing else about the link has."""
+
+    link: str
+    carrier: str
+
+
 class LinkDown(Event, frozen=True):
     """Everything unacknowledged on this link is lost."""
 
@@ -277,7 +284,7 @@ class Asked(Event, frozen=True):
 
 
 __all__ = [
-    "Applied", "Arrived", "Asked", "Broken", "Captured", "Cut", "DeathSuspected", "EngineRestored", "Event", "Grown", "LinkDown", "LinkUp", "Loaded", "Looked",
-    "Opened", "PlanCarried", "PlanOrder", "Probed", "ProcessDied", "Rebuild", "ReplicasSeen", "ResyncAsked", "StandbyAttached", "StepsSeen",
+    "Applied", "Arrived", "Asked", "Broken", "Captured", "CarrierChanged", "Cut", "DeathSuspected", "EngineRestored", "Event", "Grown", "LinkDown", "LinkUp",
+    "Loaded", "Looked", "Opened", "PlanCarried", "PlanOrder", "Probed", "ProcessDied", "Rebuild", "ReplicasSeen", "ResyncAsked", "StandbyAttached", "StepsSeen",
     "StreamAttached", "StreamDetached", "Tick", "TurnEnded",
 ]  # fmt: skip

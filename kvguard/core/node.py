@@ -70,7 +70,7 @@ class Node:
             events.EngineRestored: self._restored, events.Probed: into.completed, events.Applied: into.completed, events.PlanCarried: self._carried,
             events.ReplicasSeen: self._seen.store, events.DeathSuspected: self._suspected, events.PoolLost: out.pool_lost,
             events.DevicesSeen: self._seen.devices,
-            events.ResyncAsked: lambda now, event: into.doubted(event) + out.doubted(now, event),
+            events.ResyncAsked: lambda now, event: into.doubted(event) + out.doubted(now, event), events.CarrierChanged: out.carrier_changed,
         }  # fmt: skip
         self._messages = {
             messages.Hello: self._hello, messages.IdsFrame: into.frame, messages.KvFrame: into.frame, messages.Held: out.answered, messages.Ack: out.answered,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import count
 
 from kvguard.core.effects import Dial, Effect, ForgetStream, FreeBuffer, HangUp, Note, Send
-from kvguard.core.events import Arrived, Captured, Event, LinkUp, Looked, PoolLost, ResyncAsked
+from kvguard.core.events import Arrived, Captured, CarrierChanged, Event, LinkUp, Looked, PoolLost, ResyncAsked
 from kvguard.core.local import LocalStream
 from kvguard.core.sender import Sender, SenderSettings
 from kvguard.format.messages import Assign, Held, StreamEnd
@@ -211,6 +211,11 @@ class Outbound:
         out = tuple(effect for sender in senders for effect in sender.step(now, event))
         ends = self._unsaid.pop(event.link, {}) if up else {}
         return (*out, *(Send(event.link, end) for end in ends.values()), *(self._hang_up(event.link) if ends else ()))
+
+    def carrier_changed(self, now: int, event: CarrierChanged) -> Effects:
+        if event.link in self._up:
+            self._up[event.link] = event.carrier
+        return (Note("carrier", event.link, event.carrier),)
 
     def tick(self, now: int, event: Event) -> Effects:
         return tuple(effect for local in self.all() for effect in local.tell(now, event))

@@ -91,6 +91,9 @@ def arrived(shell: Shell, incoming: base.Incoming) -> events.Event:
     if type(incoming) is base.Up:
         shell.up[incoming.link], shell.carriers[incoming.link] = incoming.node, incoming.carrier
         return events.LinkUp(incoming.link, incoming.node, incoming.carrier)
+    if type(incoming) is base.Carries:
+        shell.carriers[incoming.link] = incoming.carrier
+        return events.CarrierChanged(incoming.link, incoming.carrier)
     if type(incoming) is base.Down:
         shell.up.pop(incoming.link, None)
         shell.carriers.pop(incoming.link, None)

@@ -9,15 +9,19 @@ what still comes.
 
 from __future__ import annotations
 
+import time
+
 import zmq
 
 from kvguard.errors import BadConfig, BadFrame
 from kvguard.transport import bulk, greeting, watching
 from kvguard.transport.keys import KEY_PROPERTY, Desk
-from kvguard.transport.links import DOWN, GREETING, MESSAGES_PER_TURN, UP, Link, Shared, take_rest
+from kvguard.transport.links import DOWN, GREETING, MESSAGES_PER_TURN, UP, Link, take_rest
+from kvguard.transport.shared import Shared
 
 LINKS_MAX = 4096
 NIXL_LINKS_MAX = 128  # each has memory that its peer may write
+TRIALS_NS = 1_000_000_000  # between two of one link: each has an agent and a zone made
 BULK_WAIT_NS = 3_000_000_000
 BIND_RETRY_NS = 2_000_000  # ZeroMQ closes a listening socket in a thread of its own
 
@@ -30,6 +34,7 @@ class Accepted(Link):
     key = b""  # the caller's, Z85, with keys
     dialled_as = ("", "")  # node, its name for the link
     is_ready = wants_bulk = offered_nixl = False
+    trial_from_ns = 0
 
 
 class Acceptor:
@@ -214,14 +219,14 @@ class Acceptor:
         link.routing, link.fd, link.node, link.key, link.dialled_as = routing, fd, node, key, (node, greet.link)
         self.links[link.name] = self._by_routing[routing] = self._by_fd[fd] = link
         self._callers[fd] = ""
-        link.offered_nixl = greet.nixl and self._shared.settings.nixl is not None and sum(one.over_nixl for one in self.links.values()) < NIXL_LINKS_MAX
+        link.offered_nixl = greet.nixl and self._has_nixl()
         if greet.bulk and self._shared.settings.nixl is not None and not link.offered_nixl:
             why = "too many links" if greet.nixl else "it has none, or had trouble"
             self._shared.broken(link.name, "without_nixl", f"payloads of {node} don't take nixl: {why}")
         wants = greet.bulk and self._port is not None and not link.offered_nixl
         ticket = self._port.offer(link, BULK_WAIT_NS) if wants else b""
         settings, port = self._shared.settings, self._port.port if wants else 0
-        link.say(greeting.Offer(settings.node, settings.incarnation, port, ticket, link.offered_nixl))
+        link.say(greeting.Offer(settings.node, settings.incarnation, port, ticket, link.offered_nixl, settings.nixl is not None))
 
     def _on_control(self, link: Accepted, part: bytes) -> None:
         try:
@@ -236,7 +241,7 @@ class Acceptor:
             self._decide(link)
         elif type(message) is greeting.Taken:
             link.peer_took(message)
-        elif isinstance(message, greeting.OVER_NIXL) and link.offered_nixl:
+        elif isinstance(message, greeting.OVER_NIXL) and self._shared.settings.nixl is not None:
             self._on_nixl(link, message)
         elif type(message) is greeting.Bye:
             self._end(link, f"the peer said: {message.reason}"[:200])
@@ -244,11 +249,25 @@ class Acceptor:
             self._shared.broken(link.name, "broken", f"{type(message).__name__} out of turn")
             self._end(link, "greeting out of turn")
 
+    def _has_nixl(self) -> bool:
+        return self._shared.settings.nixl is not None and sum(one.nixl is not None for one in self.links.values()) < NIXL_LINKS_MAX
+
     def _on_nixl(self, link: Accepted, message: greeting.Control) -> None:
-        if type(message) is greeting.Zone and link.channel is None and link.state == GREETING:
+        if type(message) is greeting.Zone and link.channel is None and link.state == GREETING and link.offered_nixl:
             link.met = lambda: self._decide(link)
             link.open_nixl()
+        elif type(message) is greeting.Zone and link.state == UP and not link.over_nixl and link.bulk is not None:
+            now_ns = time.monotonic_ns()
+            if now_ns < link.trial_from_ns or not self._has_nixl():
+                self._shared.count("nixl_trials_refused")
+                return
+            link.trial_from_ns, link.tried = now_ns + TRIALS_NS, lambda why: self._tried(link, why)
+            link.try_nixl()
         link.told_nixl(message)
+
+    def _tried(self, link: Accepted, why: str) -> None:
+        if why:
+            self._shared.broken(link.name, "without_nixl", f"payloads of {link.node} don't take nixl: {why}")
 
     def _on_claimed(self, link: Accepted, connection) -> None:
         if link.state != GREETING or link.channel is not None:

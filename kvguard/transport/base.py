@@ -40,7 +40,14 @@ class Broken(NamedTuple):
     reason: str
 
 
-Incoming = Up | Down | Frame | Broken
+class Carries(NamedTuple):
+    """Of a link that is up: its payloads travel over something else now, or there is something new to be said of what they travel over. `carrier`: as in Up."""
+
+    link: str
+    carrier: str
+
+
+Incoming = Up | Down | Frame | Broken | Carries
 
 
 class Transport(Protocol):

@@ -51,6 +51,7 @@ class BulkChannel:
         self._socket, self._wakeup, self._queue_bytes_max = connection, wakeup, queue_bytes_max
         self._queue: deque[memoryview] = deque()
         self.queued_bytes = 0
+        self.sent = self.got = 0  # frames that were taken from the caller, and given to it
         self._reading = False
         self._wanted = 0  # what the descriptor is watched for
         self._wakes_at = 1  # bytes
@@ -61,16 +62,22 @@ class BulkChannel:
         self._payload: memoryview | None = None  # being filled
         self._filled = 0
         wakeup.watch(connection.fileno(), call, 0)
+        self._watched = True
 
     def start(self) -> None:
         """Read from now on: what came earlier waits in the kernel."""
         self._reading = True
         self._interest()
 
-    def close(self) -> None:
-        if self._socket.fileno() >= 0:
+    def rest(self) -> None:
+        """Nothing is to be sent or read any more: whatever the connection does is of no interest until close()."""
+        if self._watched:
+            self._watched = False
             self._wakeup.forget(self._socket.fileno())
-            self._socket.close()
+
+    def close(self) -> None:
+        self.rest()
+        self._socket.close()
         self._queue.clear()
         self.queued_bytes = 0
 
@@ -84,6 +91,7 @@ class BulkChannel:
         if payload is not None and len(payload):
             self._queue.append(payload)
         self.queued_bytes += size
+        self.sent += 1
         if was_empty:
             self.flush()
         return True
@@ -125,6 +133,7 @@ class BulkChannel:
             left -= got
             self._parse(frames)
         self._wake_at(1 if self._payload is None else min(WAKE_BYTES, len(self._payload) - self._filled))
+        self.got += len(frames)
         return frames
 
     def _wake_at(self, size: int) -> None:

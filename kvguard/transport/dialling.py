@@ -17,13 +17,15 @@ import zmq
 
 from kvguard.errors import BadFrame
 from kvguard.transport import bulk, greeting, watching
-from kvguard.transport.links import DOWN, GREETING, MESSAGES_PER_TURN, UP, Link, Shared, take_rest
+from kvguard.transport.links import DOWN, GREETING, MESSAGES_PER_TURN, UP, Link, take_rest
+from kvguard.transport.returning import Returning
+from kvguard.transport.shared import Shared
 from kvguard.transport.wakeup import OUT
 
 NIXL_LINKS = "peer:"  # between nodes: others have no payloads
 RETRY_MIN_NS, RETRY_MAX_NS = 20_000_000, 1_000_000_000  # an attempt costs about 0.5 ms
 BULK_CONNECT_NS = 1_000_000_000
-WITHOUT_NIXL_NS = 60_000_000_000  # after NIXL didn't carry: payloads take TCP for so long
+WHY_MAX = 120  # characters of a reason, in a status
 
 
 class Dialled:
@@ -39,8 +41,9 @@ class Dialled:
         self._host = ""
         self._greeted = self._offered = False
         self._bulk_deadline_ns = 0
-        self._nixl_from_ns = 0  # not before
+        self._nixl = Returning()
         self._asked_nixl = False
+        self._tries_beside = False  # the peer can try NIXL beside the bulk channel of a link that is up
         self._retry_ns = RETRY_MIN_NS
         self._due_ns = 0
         self._closed = False
@@ -80,7 +83,7 @@ class Dialled:
             self._fail(self.link, f"{self.address} didn't finish the greeting in time")
         if self._socket is None:
             return self._due_ns
-        times = [self.link.deadline_ns, self._bulk_deadline_ns if self._bulk is not None else 0]
+        times = [self.link.deadline_ns, self._bulk_deadline_ns if self._bulk is not None else 0, self._try_again_ns(now_ns)]
         return min((at for at in times if at), default=0)
 
     def _start(self) -> None:
@@ -124,9 +127,8 @@ class Dialled:
         told = "the peer said: nixl" if link.state == GREETING else "the peer said: nixl silent"
         if link.over_nixl and (reason.startswith(told) or link.state == GREETING and 0 < link.deadline_ns <= time.monotonic_ns()):
             link.nixl_fault = reason
-        if link.nixl_fault:
-            self._nixl_from_ns = time.monotonic_ns() + WITHOUT_NIXL_NS
-            self._without_nixl(f"{link.nixl_fault}; for {WITHOUT_NIXL_NS // 1_000_000_000} s")
+        if link.nixl_fault or link.trial is not None and "nixl" in reason:
+            self._without_nixl(link.nixl_fault or reason)
         link.go_down(reason)
         self._tear_down()
         self._due_ns = time.monotonic_ns() + int(self._retry_ns * random.uniform(0.8, 1.2))
@@ -167,7 +169,8 @@ class Dialled:
         if not self._greeted:
             self._greeted = True
             settings = self._shared.settings
-            self._asked_nixl = settings.nixl is not None and self.name.startswith(NIXL_LINKS) and time.monotonic_ns() >= self._nixl_from_ns
+            trusted = not self._nixl.why or not self._tries_beside and self._nixl.is_due(time.monotonic_ns())
+            self._asked_nixl = settings.nixl is not None and self.name.startswith(NIXL_LINKS) and trusted
             self.link.say(greeting.Greet(greeting.VERSION, settings.node, settings.incarnation, self.name, settings.bulk, self._asked_nixl))
 
     def _on_messages(self, events: int) -> None:
@@ -196,12 +199,16 @@ class Dialled:
         if type(message) is greeting.Offer and link.state == GREETING and not self._offered:
             self._offered = True
             link.node = message.node
+            self._tries_beside = message.later and message.bulk_port > 0
             if message.nixl and self._asked_nixl:
                 link.met = lambda: link.say(greeting.Ready(True))
                 link.open_nixl()
                 return
             if self._asked_nixl:
-                self._without_nixl("the peer has none")
+                link.note = "not nixl: the peer has none"
+                self._loudly("the peer has none")
+            elif self._nixl.why:
+                link.note = self._note()
             if message.bulk_port and len(message.ticket) == bulk.TICKET_BYTES and self._host:
                 self._connect_bulk(message)
             else:
@@ -209,6 +216,8 @@ class Dialled:
         elif type(message) is greeting.Ready and link.state == GREETING and self._offered and message.bulk == (link.channel is not None):
             self._retry_ns = RETRY_MIN_NS
             keys = self._shared.settings.keys
+            if link.over_nixl:
+                self._nixl.carries(time.monotonic_ns())
             link.come_up(keys.names().get(self._server_key, "") if keys is not None else "")
         elif type(message) is greeting.Taken:
             link.peer_took(message)
@@ -246,12 +255,47 @@ class Dialled:
         self.link.adopt(connection)
         self.link.say(greeting.Ready(True))
 
+    # ---- NIXL ----
+
     def _without_nixl(self, why: str) -> None:
+        """It didn't carry."""
+        self._nixl.failed(time.monotonic_ns(), why)
+        self._loudly(f"{why}; {self._again()}")
+
+    def _loudly(self, why: str) -> None:
         self._shared.broken(self.name, "without_nixl", f"payloads to {self.address} don't take nixl: {why}")
+
+    def _note(self) -> str:
+        return f"not nixl: {self._nixl.why[:WHY_MAX]}; {self._again()}"
+
+    def _again(self) -> str:
+        """When: as an absolute time, so that what is said of a link changes only with the link."""
+        at = time.time() + max(0, self._nixl.due_ns - time.monotonic_ns()) / 1e9
+        return f"tried again at {time.strftime('%H:%M:%S', time.gmtime(at))} UTC"
+
+    def _try_again_ns(self, now_ns: int) -> int:
+        """Begins a trial beside the bulk channel when it is time; returns when it is, 0 for never."""
+        link = self.link
+        if not self._nixl.why or link.state != UP or link.over_nixl or link.trial is not None or link.bulk is None or not self._tries_beside:
+            return 0
+        if not self._nixl.is_due(now_ns):
+            return self._nixl.due_ns
+        link.tried = self._tried
+        link.try_nixl()
+        return 0
+
+    def _tried(self, why: str) -> None:
+        """A trial beside the bulk channel is over."""
+        if why:
+            self._without_nixl(why)
+            self.link.annotate(self._note())
+        else:
+            self._nixl.carries(time.monotonic_ns())
 
     def _without_bulk(self) -> None:
         """The port can't be reached: payloads take the control connection of this link."""
         self._drop_bulk()
+        self._tries_beside = False
         self._shared.count("without_bulk")
         self.link.say(greeting.Ready(False))
 

@@ -6,8 +6,9 @@ Invariant: a control message is one part that starts with MAGIC, so that it can 
 A link comes up in four messages: dialler Greet, acceptor Offer, dialler Ready (after its bulk connection, if any), acceptor Ready. Each side is up when it has
 got the other's Ready. Taken is cumulative since the Greet; it bounds what may be under way. Bye ends a link that its receiver can't close itself.
 
-Where both sides have NIXL the dialler's Zone follows the Offer, then the acceptor's Zone, then a first write each way over NIXL, then the two Readys. Fields
-and messages of NIXL are told to nobody who hasn't said that he has it, and a Greet or Offer may be longer than its reader knows: versions stay compatible.
+Where both sides have NIXL the dialler's Zone follows the Offer, then the acceptor's Zone, then a first write each way over NIXL, then the two Readys. After a
+fault the link comes up without; the same messages follow when NIXL is tried again (changing.py), and Changed each way once it carries. Fields and messages
+of NIXL are told to nobody who hasn't said that he has it, and a Greet or Offer may be longer than its reader knows: versions stay compatible.
 """
 
 from __future__ import annotations
@@ -39,13 +40,15 @@ class Greet(Control, frozen=True):
 
 
 class Offer(Control, frozen=True):
-    """`bulk_port`: 0 for none; else connect there (same host) within BULK_WAIT_NS and present `ticket`, once. `nixl`: say your Zone instead."""
+    """`bulk_port`: 0 for none; else connect there (same host) within BULK_WAIT_NS and present `ticket`, once. `nixl`: say your Zone instead. `later`: a Zone is
+    welcome while the link is up over the bulk channel: NIXL is tried beside it, and then Changed to."""
 
     node: str
     incarnation: int
     bulk_port: int
     ticket: bytes
     nixl: bool = False
+    later: bool = False
 
 
 class Ready(Control, frozen=True):
@@ -81,13 +84,19 @@ class Knock(Control, frozen=True):
     """Something is being written over NIXL, which wakes nobody."""
 
 
+class Changed(Control, frozen=True):
+    """This side's payloads take NIXL from now on; `frames` took the bulk channel before, and come first."""
+
+    frames: int
+
+
 class Bye(Control, frozen=True):
     reason: str
 
 
-OVER_NIXL = (Zone, Returned, Knock)
+OVER_NIXL = (Zone, Returned, Knock, Changed)
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Greet | Offer | Ready | Taken | Zone | Returned | Knock | Bye)
+_decoder = msgspec.msgpack.Decoder(Greet | Offer | Ready | Taken | Zone | Returned | Knock | Changed | Bye)
 
 
 def pack(message: Control) -> bytes:

@@ -2,7 +2,8 @@
 
 Knows: a ZeroMQ socket, control messages, the bulk channel. Must not know: how the link came to be (dialling.py, accepting.py), what frames mean.
 Invariants: bytes under way on the control connection are bounded by what the peer has said that it took (ZeroMQ's own high-water marks are a backstop: a ROUTER
-at its mark drops, and marks count messages); frames of one type take one channel from Up to Down; nothing is sent before Up or after Down.
+at its mark drops, and marks count messages); frames of one type take one channel from Up to Down, or change it once without a gap (changing.py); nothing is
+sent before Up or after Down.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import zmq
 
@@ -20,97 +19,25 @@ from kvguard.errors import BadConfig, BadFrame
 from kvguard.format import wire
 from kvguard.limits import KIB, MIB, PAYLOAD_BYTES_MAX
 from kvguard.transport import admit, greeting
-from kvguard.transport.base import Broken, Down, Frame, Incoming, Up
+from kvguard.transport.base import Carries, Down, Frame, Up
 from kvguard.transport.bulk import BulkChannel, raise_if_misused
-from kvguard.transport.keys import ADDRESSES_MAX, Keys
+from kvguard.transport.changing import Trial
 from kvguard.transport.memory import fresh
-from kvguard.transport.nixl_agent import ChannelLost, NixlSettings, Registered
-from kvguard.transport.wakeup import OUT, Wakeup
+from kvguard.transport.nixl_agent import ChannelLost, Registered
+from kvguard.transport.shared import Shared
+from kvguard.transport.wakeup import OUT
 
 TOLD_BYTES, TOLD_FRAMES = 64 * KIB, 32  # what may be taken before the peer is told
 FRAMES_MAX = 800  # under way on one control connection; below ZeroMQ's high-water mark of 1000
 QUEUE_BYTES_MAX = 32 * MIB
 RETRY_NS = 20_000_000
 MESSAGES_PER_TURN = 256
-if TYPE_CHECKING:
-    from kvguard.transport.nixl_zone import Lending
-
 GREETING, UP, DOWN = "greeting", "up", "down"
 
 assert PAYLOAD_BYTES_MAX <= admit.FRAME_BYTES_MAX
 
 
-@dataclass(frozen=True)
-class Settings:
-    """One transport's, from its constructor."""
-
-    node: str
-    incarnation: int
-    keys: Keys | None
-    insecure: bool
-    bulk: bool
-    bulk_port: int
-    queue_bytes_max: int
-    heartbeat_ms: int
-    silence_ms: int
-    greeting_ms: int
-    nixl: NixlSettings | None = None  # its module alone is loaded where it is not used
-
-
-@dataclass
-class Shared:
-    """What all parts of one transport have in common."""
-
-    context: zmq.Context
-    wakeup: Wakeup
-    settings: Settings
-    out: deque[Incoming] = field(default_factory=deque)
-    counters: dict[str, int] = field(default_factory=dict)
-    refusals: dict[str, int] = field(default_factory=dict)  # by address
-    registered: list[Registered] = field(default_factory=list)
-    lending: Lending | None = None  # with NIXL: memory that every channel has registered
-
-    def tell(self, event: Incoming) -> None:
-        """Hand an event to the next receive()."""
-        self.out.append(event)
-        self.wakeup.again(_nothing)
-
-    def count(self, what: str) -> None:
-        self.counters[what] = self.counters.get(what, 0) + 1
-
-    def broken(self, link: str, what: str, reason: str) -> None:
-        self.count(what)
-        self.tell(Broken(link, reason))
-
-    def refused(self, address: str, what: str, reason: str) -> None:
-        """A caller was turned away before it was anybody."""
-        host = address.rpartition(":")[0] or address.removesuffix(":0") or "?"  # ":0": gone before it could be asked who it was
-        if host not in self.refusals and len(self.refusals) >= ADDRESSES_MAX:
-            host = "others"
-        self.refusals[host] = self.refusals.get(host, 0) + 1
-        self.broken("in:", what, reason)
-
-    def open_socket(self, kind: int) -> zmq.Socket:
-        """A socket with the options that all connections share."""
-        settings, opened = self.settings, self.context.socket(kind)
-        opened.linger = 0
-        opened.immediate = 1
-        opened.handshake_ivl = 2000
-        opened.heartbeat_ivl = settings.heartbeat_ms
-        opened.heartbeat_timeout = settings.silence_ms
-        opened.heartbeat_ttl = settings.silence_ms
-        opened.maxmsgsize = max(admit.HEAD_BYTES_MAX, PAYLOAD_BYTES_MAX)
-        opened.sndhwm = opened.rcvhwm = 1000
-        if settings.keys is not None:
-            opened.curve_publickey, opened.curve_secretkey = settings.keys.public, settings.keys.secret
-        return opened
-
-
-def _nothing(events: int) -> None:
-    """What there is to do has been done: receive() only has to return it."""
-
-
-def _once() -> None:
+def _once(*told) -> None:
     """It has been told."""
 
 
@@ -122,9 +49,14 @@ class Link:
         self.state = GREETING
         self.node = ""
         self.deadline_ns = time.monotonic_ns() + shared.settings.greeting_ms * 1_000_000
-        self.channel = None  # BulkChannel or NixlChannel
+        self.channel = None  # what payloads are sent over: `bulk` or `nixl`
+        self.bulk: BulkChannel | None = None
+        self.nixl = None  # a NixlChannel
         self.over_nixl = False
         self.nixl_fault = ""  # why the next attempt should do without
+        self.note = ""  # why payloads don't take NIXL
+        self.trial: Trial | None = None
+        self.tried: Callable[[str], None] = _once  # called with what was wrong when a trial is over, "" where it carries
         self.met: Callable[[], None] = _once  # called when a channel over NIXL has carried bytes both ways
         self._outbox: deque[bytes] = deque()
         self._sent_bytes = self._sent_frames = 0
@@ -231,18 +163,19 @@ class Link:
 
     def adopt(self, connection) -> None:
         """The bulk channel of this link; read only once the link is up."""
-        self.channel = BulkChannel(connection, self._shared.wakeup, self.bulk_ready, self._shared.settings.queue_bytes_max)
+        self.channel = self.bulk = BulkChannel(connection, self._shared.wakeup, self.bulk_ready, self._shared.settings.queue_bytes_max)
 
     def bulk_ready(self, events: int) -> None:
-        if self.channel is None:
+        if self.bulk is None:
             return
         with self._guarded("bulk channel"):
             if events & OUT:
-                self.channel.flush()
+                self.bulk.flush()
             if events & ~OUT:
                 if self.state != UP:
                     raise ConnectionResetError("the peer closed the bulk channel")  # nothing else is reported before start()
-                self._give_out(self.channel.read())
+                self._give_out(self.bulk.read())
+        self._go_on()
 
     def _give_out(self, frames: list) -> None:
         raise_if_misused(frames)
@@ -251,15 +184,18 @@ class Link:
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
-        """What goes wrong in a channel ends the link."""
+        """What goes wrong in a channel ends the link, or the trial that it is on."""
         try:
             yield
-        except BadFrame as error:
-            self._shared.broken(self.name, "broken", f"{what}: {error}")
-            self.fail(f"{what}: {error}")
-        except (OSError, BadConfig) as error:
+        except (BadFrame, OSError, BadConfig) as error:
+            bad = isinstance(error, BadFrame)
+            if bad:
+                self._shared.broken(self.name, "broken", f"{what}: {error}")
+            if what == "nixl" and self.trial is not None and self.trial.is_alone():
+                self.end_trial(str(error))
+                return
             silent = isinstance(error, ChannelLost) and error.silent
-            if self.over_nixl and (self.state != UP or silent):
+            if self.over_nixl and not bad and (self.state != UP or silent):
                 self.nixl_fault = str(error)
             self.fail(f"{what} silent: {error}" if silent else f"{what}: {error}")
 
@@ -267,56 +203,111 @@ class Link:
 
     def open_nixl(self) -> None:
         """Make this side's end, and say where the peer may write."""
+        self.over_nixl = True
+        with self._guarded("nixl"):
+            self.channel = self._nixl_channel()
+            self.say(self.nixl.zone())
+
+    def _nixl_channel(self):
         from kvguard.transport.nixl import NixlChannel  # numpy and the library come with it
 
-        settings, self.over_nixl = self._shared.settings, True
-        with self._guarded("nixl"):
-            shared = self._shared
-            memory = shared.lending, shared.registered
-            self.channel = NixlChannel(settings.nixl, shared.wakeup, self.nixl_ready, self.say, settings.queue_bytes_max, *memory)
-            self.say(self.channel.zone())
+        shared = self._shared
+        memory = shared.lending, shared.registered
+        self.nixl = NixlChannel(shared.settings.nixl, shared.wakeup, self.nixl_ready, self.say, shared.settings.queue_bytes_max, *memory)
+        return self.nixl
 
     def register(self, memory: Registered) -> None:
-        with self._guarded("nixl"):
-            self.channel.register(memory)
+        if self.nixl is not None:
+            with self._guarded("nixl"):
+                self.nixl.register(memory)
 
     def told_nixl(self, message: greeting.Control) -> None:
         """A control message of the channel."""
-        if self.channel is None or not self.over_nixl:
+        if self.nixl is None or type(message) is greeting.Changed and self.trial is None:
             self._shared.count("stray")
+            if type(message) is greeting.Changed:
+                self.fail("nixl: the peer changed to what is not there any more")
             return
         with self._guarded("nixl"):
-            if type(message) is greeting.Zone:
-                self.channel.meet(message)
-            elif type(message) is greeting.Returned:
-                self.channel.returned(message)
+            if type(message) is greeting.Returned:
+                self.nixl.returned(message)
+            elif type(message) is greeting.Knock:
+                self.nixl.knocked()
+            elif self.trial is not None:
+                self.trial.told(message)
             else:
-                self.channel.knocked()
+                self.nixl.meet(message)
+        self._go_on()
 
     def nixl_ready(self, events: int) -> None:
-        if self.channel is None:
+        if self.nixl is None:
             return
         with self._guarded("nixl"):
-            frames = self.channel.read()
+            frames = self.nixl.read()
             if self.state == UP:  # what it had to say may have ended the link
                 self._give_out(frames)
-            elif self.state == GREETING and self.channel.is_met():
+            elif self.state == GREETING and self.nixl.is_met():
                 met, self.met = self.met, _once
                 met()
+        self._go_on()
 
     def look_again_ns(self, now_ns: int) -> int:
         """When the channel has to be looked at next, 0 for when it says so itself."""
-        if self.channel is None or not self.over_nixl:
+        if self.trial is not None and now_ns >= self.trial.deadline_ns:
+            with self._guarded("nixl"):
+                raise ChannelLost("the peer didn't answer, or bytes didn't get through, in time", silent=True)
+        if self.nixl is None:
             return 0
         with self._guarded("nixl"):
-            return self.channel.tick(now_ns)
+            due_ns = self.nixl.tick(now_ns)
+            return due_ns if self.trial is None else min(due_ns, self.trial.deadline_ns)
         return 0
 
+    # ---- NIXL beside the bulk channel ----
+
+    def try_nixl(self) -> None:
+        """Begin a trial: only where payloads take the bulk channel, and no other trial is under way that a side depends on."""
+        if self.trial is not None:
+            self.end_trial("another one began")
+        self._shared.count("nixl_trials")
+        try:
+            self.trial = Trial(self.bulk, self._nixl_channel(), self.say, time.monotonic_ns())
+        except (OSError, BadConfig) as error:
+            self.tried(str(error))
+            return
+        with self._guarded("nixl"):
+            self.say(self.nixl.zone())
+
+    def end_trial(self, why: str) -> None:
+        """It didn't carry: everything stays as it was."""
+        self.trial.channel.close()
+        self.trial = self.nixl = None
+        self.tried(why)
+
+    def _go_on(self) -> None:
+        """With a trial, after whatever happened."""
+        if self.trial is None or self.state != UP:
+            return
+        with self._guarded("nixl"):
+            if self.trial.proceed() and self.state == UP:  # what it had to say may have ended the link
+                self.channel, self.over_nixl, self.note = self.nixl, True, ""
+                self._shared.tell(Carries(self.name, self.carrier()))
+            if self.trial is not None and self.trial.is_over():
+                self.bulk.rest()
+                self.trial = None
+                self.tried("")
+
+    def annotate(self, note: str) -> None:
+        """Why payloads don't take NIXL; it is told where the link is up."""
+        self.note = note
+        if self.state == UP:
+            self._shared.tell(Carries(self.name, self.carrier()))
+
     def carrier(self) -> str:
-        """What payloads travel over: "nixl cma/memory", "tcp" (the bulk channel), "control"."""
-        if self.channel is None:
-            return "control"
-        return self.channel.carrier() if self.over_nixl else "tcp"
+        """What payloads travel over: "nixl cma/memory", "tcp" (the bulk channel), "control"; in brackets why it isn't NIXL."""
+        if self.over_nixl and self.nixl is not None:
+            return self.nixl.carrier()
+        return ("control" if self.channel is None else "tcp") + (f" ({self.note})" if self.note else "")
 
     # ---- state ----
 
@@ -333,9 +324,10 @@ class Link:
     def go_down(self, reason: str, silent: bool = False) -> None:
         """The end: Down is told if Up was, unless the caller hung up itself."""
         was, self.state = self.state, DOWN
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
+        for channel in (self.bulk, self.nixl):
+            if channel is not None:
+                channel.close()
+        self.channel = self.bulk = self.nixl = self.trial = None
         if was == UP and not silent:
             self._shared.tell(Down(self.name, reason))
 

@@ -98,8 +98,8 @@ class NixlChannel:
         landing = self._landing.zone
         return greeting.Zone(self._agent.name, self._agent.metadata(landing.address, landing.size), landing.address, landing.size // PAGE_BYTES, self._life)
 
-    def meet(self, zone: greeting.Zone) -> None:
-        """Load what the peer said, and write a first page to it."""
+    def meet(self, zone: greeting.Zone, probe_bytes: int = PAGE_BYTES) -> None:
+        """Load what the peer said, and write the first bytes to it."""
         if self._peer is not None or zone.pages * PAGE_BYTES < ZONE_BYTES_MIN or zone.pages > 1 << 24 or len(zone.life) != LIFE_BYTES or len(zone.agent) > 64:
             raise BadFrame(f"a zone of {zone.pages} pages, or a second one")
         if not 0 < zone.address < (1 << 63) - zone.pages * PAGE_BYTES:
@@ -108,7 +108,7 @@ class NixlChannel:
         self._source = Zone(zone.pages * PAGE_BYTES)
         self._agent.register(self._source.address, self._source.size)
         self._agent.meet(zone.agent, zone.metadata)
-        self._write(PROBE, 0, os.urandom(PAGE_BYTES), None)
+        self._write(PROBE, 0, os.urandom(probe_bytes), None)
         self._hot_until_ns = time.monotonic_ns() + HOT_NS
 
     def is_met(self) -> bool:
@@ -118,11 +118,12 @@ class NixlChannel:
     def start(self) -> None:
         """Give out what has come from now on."""
         self._started = True
-        self._carrier = self._agent.carrier()
+        self._heard_ns = time.monotonic_ns()
         self._wakeup.again(self._call)
 
     def carrier(self) -> str:
-        """"nixl" and what UCX really chose; known once the link is up."""
+        """"nixl" and what UCX really chose; known once it is met."""
+        self._carrier = self._carrier or self._agent.carrier()
         return f"nixl {self._carrier}"
 
     def close(self) -> None:

@@ -19,8 +19,9 @@ from kvguard.transport.accepting import Acceptor
 from kvguard.transport.base import Incoming
 from kvguard.transport.dialling import Dialled
 from kvguard.transport.keys import Keys
-from kvguard.transport.links import QUEUE_BYTES_MAX, RETRY_NS, Link, Settings, Shared
+from kvguard.transport.links import QUEUE_BYTES_MAX, RETRY_NS, Link
 from kvguard.transport.nixl_agent import NixlSettings, Registered, load, rehearse
+from kvguard.transport.shared import Settings, Shared
 from kvguard.transport.wakeup import Wakeup
 
 RECEIVED_MAX = 1024
@@ -166,8 +167,7 @@ class ZeromqTransport:
         memory = Registered(address, size, device)
         self._shared.registered.append(memory)
         for link in self._links():
-            if link.over_nixl and link.channel is not None:
-                link.register(memory)
+            link.register(memory)
 
     def lend(self, size: int) -> memoryview:
         """`size` writable bytes of any content to make a payload in: over NIXL it is then sent from where it is. Dropped views give it back."""

@@ -64,7 +64,8 @@ class Sockets:
         self.opened: list[ZeromqTransport] = []
 
     def make(self, node: str) -> ZeromqTransport:
-        self.opened.append(ZeromqTransport(node, self.keys.get(node), bulk=self.bulk, queue_bytes_max=QUEUE_BYTES, nixl=self.nixl))
+        patience = {"greeting_ms": 15_000, "silence_ms": 5000} if self.nixl is not None else {}  # what a busy machine makes late is not NIXL's fault
+        self.opened.append(ZeromqTransport(node, self.keys.get(node), bulk=self.bulk, queue_bytes_max=QUEUE_BYTES, nixl=self.nixl, **patience))
         return self.opened[-1]
 
     def address(self, node: str) -> str:

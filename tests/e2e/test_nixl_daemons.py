@@ -79,6 +79,6 @@ def test_a_holder_without_nixl_is_served_over_tcp_and_the_log_says_so(over_nixl)
     engine.tell("step", commits=[["one", 50]])
     over_nixl.protected(RANK, 50)
     assert same(over_nixl, engine)
-    over_nixl.until("the carrier", lambda: carrier(over_nixl) == "tcp")
+    over_nixl.until("the carrier", lambda: carrier(over_nixl) == "tcp (not nixl: the peer has none)")
     assert "don't take nixl: the peer has none" in (over_nixl.directory / "a.log").read_text()
     assert over_nixl.ask("a", "stats")["transport"]["without_nixl"] == 1
