@@ -2,7 +2,8 @@
 
 Knows: ASGI, the order in which things can go wrong for a client. Must not know: how an answer goes on elsewhere (journey.py).
 Invariants: a status is sent once it is certain, errors before it as JSON with a status, after it as an event; whoever leaves, or doesn't read for client_ms,
-is not served any further, and the instance's connection is closed; delivered() is said after the last byte was given to the connection, whatever happened.
+is not served any further, and the instance's connection is closed; delivered() is said after the last byte was given to the connection, whatever happened;
+a stream that has begun is never silent for longer than about KEEP_ALIVE_S, however long its instance is looked for.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from kvguard.gateway.relay import Relay
 from kvguard.gateway.replies import Reply
 
 RETRY_AFTER_S = 1
+KEEP_ALIVE_S = 10.0  # less than the minute after which proxies close a connection that says nothing
+STILL_HERE = b": kvguard still has this answer\n\n"  # a comment: clients of server-sent events skip it
 STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
@@ -59,14 +62,18 @@ class Answering(Response):
         self._id = f"kvg-{secrets.token_hex(12)}"
         self._route = "refused"
         self._begun = False
+        self._said_at = 0.0
         self._client_s = around.settings.client_ms / 1000
 
     async def __call__(self, scope, receive, send) -> None:
-        counters, outcome = self._around.counters, "gone"
+        counters, outcome = self._around.counters, "bug"
         try:
             outcome = await self._served(receive, send)
         except ClientDisconnect:
             outcome = "gone"
+        except asyncio.CancelledError:  # the process ends, and doesn't wait any longer
+            outcome = "gone"
+            raise
         except TimeoutError:  # of the client
             outcome = "slow"
         finally:
@@ -88,11 +95,15 @@ class Answering(Response):
         too_large = BadRequest(f"The body has more than {bound} bytes. Try: a shorter one", status=413)
         if self._request.headers.get("content-length", "0").strip().isdigit() and int(self._request.headers.get("content-length", "0")) > bound:
             raise too_large
-        async with asyncio.timeout(self._client_s):
-            async for some in self._request.stream():
-                taken += some
-                if len(taken) > bound:
-                    raise too_large
+        try:
+            async with asyncio.timeout(self._client_s):
+                async for some in self._request.stream():
+                    taken += some
+                    if len(taken) > bound:
+                        raise too_large
+        except TimeoutError:
+            message = f"The body did not come within {self._client_s:g} s. Try: again, with the body at once"
+            raise Failure(408, "invalid_request_error", message, outcome="slow") from None
         try:
             body = msgspec.json.decode(bytes(taken))
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -117,6 +128,7 @@ class Answering(Response):
     async def _send(self, send, message: dict) -> None:
         async with asyncio.timeout(self._client_s):
             await send(message)
+        self._said_at = asyncio.get_running_loop().time()
 
     async def _json(self, send, status: int, content: bytes) -> None:
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode()), (b"x-request-id", self._id.encode())]
@@ -127,13 +139,29 @@ class Answering(Response):
 
     async def _events(self, send, source: AsyncIterator[bytes]) -> None:
         """The status with the first event: until then an error still has one of its own."""
-        async for some in source:
-            if not self._begun:
-                self._begun = True
-                headers = [*STREAM_HEADERS, (b"x-request-id", self._id.encode())]
-                await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
-            await self._send(send, {"type": "http.response.body", "body": some, "more_body": True})
+        comforting: asyncio.Future | None = None
+        try:
+            async for some in source:
+                if not self._begun:
+                    self._begun = True
+                    headers = [*STREAM_HEADERS, (b"x-request-id", self._id.encode())]
+                    await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
+                    comforting = asyncio.ensure_future(self._comfort(send))
+                await self._send(send, {"type": "http.response.body", "body": some, "more_body": True})
+        finally:
+            if comforting is not None:
+                comforting.cancel()
+                await asyncio.gather(comforting, return_exceptions=True)  # a client that doesn't read is seen with the next event, too
         await self._send(send, {"type": "http.response.body", "body": b""})
+
+    async def _comfort(self, send) -> None:
+        """Says now and then that a silent answer is not forgotten. Whole events alone are sent, so a comment may stand between any two."""
+        while True:
+            silent_s = asyncio.get_running_loop().time() - self._said_at
+            if silent_s >= KEEP_ALIVE_S:
+                await self._send(send, {"type": "http.response.body", "body": STILL_HERE, "more_body": True})
+            else:
+                await asyncio.sleep(KEEP_ALIVE_S - silent_s)
 
     async def _fail(self, send, failure: Failure) -> str:
         if not self._begun:

@@ -70,7 +70,7 @@ class Paths:
                 return Response(error.body, error.status, media_type="application/json")
             except Lost as lost:
                 tried.add(member.name)
-                self.around.fleet.doubt(member, lost)
+                member.doubt(lost)
         return json_response(replies.error("No instance can answer now. Try: again in a moment", "server_error", 503, "no_instance"), 503)
 
     async def health(self, request: Request) -> Response:
@@ -106,6 +106,11 @@ async def in_their_form(request: Request, error: HTTPException) -> Response:
     return json_response(replies.error(error.detail, "invalid_request_error", error.status_code), error.status_code, error.headers)
 
 
+async def a_bug(request: Request, error: Exception) -> Response:
+    """What no one foresaw, said as an OpenAI client expects it; the server logs the trace."""
+    return json_response(replies.error("The gateway failed at this request. Try: again, and the gateway's log", "server_error", 500), 500)
+
+
 def build(paths: Paths, surroundings: Callable[[], contextlib.AbstractAsyncContextManager[Surroundings]]) -> Starlette:
     """The application. `surroundings`: entered before the first request, left after the last."""
 
@@ -122,4 +127,4 @@ def build(paths: Paths, surroundings: Callable[[], contextlib.AbstractAsyncConte
         Route("/ready", paths.ready),
         Route("/metrics", paths.metrics),
     ]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: in_their_form})
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: in_their_form, Exception: a_bug})

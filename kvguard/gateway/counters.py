@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-STALL_BUCKETS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+STALL_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
 class Counters:
@@ -23,6 +23,8 @@ class Counters:
         self.unplaced = Counter("kvguard_gateway_unplaced", "Resume tokens that were not used, by why.", ["reason"], **own)
         self.lost = Counter("kvguard_gateway_lost", "Answers that an instance didn't go on with.", ["kind"], **own)
         self.stall = Histogram("kvguard_gateway_stall_seconds", "From a loss to the next token.", buckets=STALL_BUCKETS, **own)
+        part = "What the stall was made of: fence, recovery, placing, first_token."
+        self.stall_part = Histogram("kvguard_gateway_stall_part_seconds", part, ["part"], buckets=STALL_BUCKETS, **own)
         self.in_flight = Gauge("kvguard_gateway_in_flight", "Requests that are being served.", **own)
         self.active = Gauge("kvguard_gateway_instance_active", "1 where an instance takes requests.", ["instance"], **own)
 

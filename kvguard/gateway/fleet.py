@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 
 from kvguard.errors import KvguardError
 from kvguard.gateway.continuation import Chunk
 from kvguard.gateway.counters import Counters
 from kvguard.gateway.events import Declined, Lost
+from kvguard.gateway.news import News
 from kvguard.gateway.routing import Standing, choose
 from kvguard.gateway.upstream import Upstream
 from kvguard.gateway.watching import Watch
 
 log = logging.getLogger(__name__)
+UNREACHABLE = ("unreached", "connection")  # kinds of losses after which the next look says whether the server is there
 DOUBT_S = 2.0  # how long an instance that answered garbage, or nothing, is left alone
 HEALTH_S = 2.0
 
@@ -34,11 +36,42 @@ class Member:
 
     def __init__(self, watch: Watch, upstream: Upstream) -> None:
         self.watch, self.upstream = watch, upstream
-        self.doubted_until = 0.0
+        self._doubted: asyncio.TimerHandle | None = None
 
     @property
     def name(self) -> str:
         return self.watch.instance.name
+
+    def standing(self) -> Standing:
+        standing = self.watch.standing()
+        return standing._replace(active=standing.active and self._doubted is None)
+
+    def doubt(self, lost: Lost) -> None:
+        """After a loss: one request's trouble (status) says nothing of the instance, and a fence says it all itself."""
+        if lost.kind in UNREACHABLE:
+            self.watch.looked(False)
+        elif lost.kind in ("garbage", "idle", "ended"):
+            if self._doubted is not None:
+                self._doubted.cancel()
+            self._doubted = asyncio.get_running_loop().call_later(DOUBT_S, self._undoubted)
+
+    def _undoubted(self) -> None:
+        self._doubted = None
+        self.watch.news.tell()
+
+    async def while_active(self, asking: Coroutine) -> object:
+        """What comes of `asking`, as long as the instance is active: whoever hangs is not waited for. Raises Lost."""
+        working = asyncio.ensure_future(asking)
+        leaving = asyncio.ensure_future(self.watch.news.until(lambda: not self.watch.standing().active))
+        try:
+            await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise Lost("idle", "the instance is not active any more")
+            return working.result()
+        finally:
+            working.cancel()
+            leaving.cancel()
+            await asyncio.gather(working, leaving, return_exceptions=True)
 
     async def chunks(self, body: dict, key: str, headers: Mapping[str, str]) -> AsyncIterator[Chunk]:
         """A completion, chunk by chunk. Raises Lost, Declined."""
@@ -71,53 +104,39 @@ async def unless(fenced: asyncio.Event, source: AsyncIterator) -> AsyncIterator:
 
 
 class Fleet:
-    """`probe_s`: between two looks at each server."""
+    """`probe_s`: between two looks at each server. `news`: the watches' one."""
 
-    def __init__(self, members: list[Member], counters: Counters, probe_s: float, headers: Mapping[str, str]) -> None:
+    def __init__(self, members: list[Member], counters: Counters, probe_s: float, headers: Mapping[str, str], news: News) -> None:
         self.members = {member.name: member for member in members}
         self._counters, self._probe_s, self._headers = counters, probe_s, headers
-        self._changed = asyncio.Condition()
+        self._news = news
         self._looking: list[asyncio.Task] = []
 
     def choose(self, fits: Callable[[Standing], bool] = lambda standing: True, without: frozenset[str] = frozenset()) -> Member | None:
-        found = choose((self.standing(member) for name, member in self.members.items() if name not in without), fits)
+        found = choose((member.standing() for name, member in self.members.items() if name not in without), fits)
         return self.members[found.name] if found else None
 
     async def wait(self, timeout_s: float, without: Callable[[], frozenset[str]]) -> Member:
-        """As choose, but waits for one. `without` is asked at each look. Raises NoInstance."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while (found := self.choose(without=without())) is None:
-                    async with self._changed:
-                        await self._changed.wait()
-        except TimeoutError:
-            raise NoInstance(f"no instance became active within {timeout_s:g} s. Try: kvguard status") from None
-        return found
-
-    def standing(self, member: Member) -> Standing:
-        standing = member.watch.standing()
-        return standing._replace(active=standing.active and asyncio.get_running_loop().time() >= member.doubted_until)
+        """As choose, but waits for one. `without` is asked at each piece of news. Raises NoInstance."""
+        if not await self._news.until(lambda: self.choose(without=without()) is not None, timeout_s):
+            raise NoInstance(f"no instance became active within {timeout_s:g} s. Try: kvguard status")
+        return self.choose(without=without())
 
     @property
     def active(self) -> int:
-        return sum(self.standing(member).active for member in self.members.values())
+        return sum(member.standing().active for member in self.members.values())
 
     @property
     def model(self) -> str:
         """What answers name the model where the request doesn't."""
         return next((member.watch.model for member in self.members.values() if member.watch.model), "")
 
-    def doubt(self, member: Member, lost: Lost) -> None:
-        """After a loss: one request's trouble (status) says nothing of the instance, and a fence says it all itself."""
-        if lost.kind in ("unreached", "connection"):
-            member.watch.up = False
-        elif lost.kind in ("garbage", "idle", "ended"):
-            member.doubted_until = asyncio.get_running_loop().time() + DOUBT_S
-
     # ---- looking ----
 
     async def start(self) -> None:
         """The first look at all, then each by itself: one that hangs delays no other."""
+        for member in self.members.values():
+            self._counters.active.labels(member.name).set_function(lambda member=member: member.standing().active)
         await asyncio.gather(*map(self._look_at, self.members.values()))
         self._looking = [asyncio.create_task(self._keep_looking(member)) for member in self.members.values()]
 
@@ -132,8 +151,6 @@ class Fleet:
         while True:
             await asyncio.sleep(self._probe_s)
             await self._look_at(member)
-            async with self._changed:  # a fence that ended, or a doubt, is news as well
-                self._changed.notify_all()
 
     async def _look_at(self, member: Member) -> None:
         watch, was = member.watch, member.watch.up
@@ -143,7 +160,6 @@ class Fleet:
         watch.looked(up)
         if up != was:
             log.info("%s is %s", member.name, "up" if up else "down")
-        self._counters.active.labels(member.name).set(self.standing(member).active)
 
     async def _learn(self, member: Member) -> bool:
         """What the instance serves. An instance that doesn't say is not up."""

@@ -27,12 +27,13 @@ from kvguard.errors import BadFrame, KvguardError
 from kvguard.gateway.continuation import Chunk, Continuation, Piece
 from kvguard.gateway.counters import Counters
 from kvguard.gateway.events import Lost
-from kvguard.gateway.fleet import Fleet, Member, NoInstance
+from kvguard.gateway.fleet import UNREACHABLE, Fleet, Member, NoInstance
 from kvguard.gateway.policy import Followed
 from kvguard.gateway.routing import Standing, is_place
+from kvguard.gateway.stalls import FENCE, FIRST_TOKEN, PLACING, RECOVERY, Stall
 from kvguard.gateway.text import decoder
 from kvguard.gateway.watching import key_of
-from kvguard.types import ResumeToken, Rung
+from kvguard.types import Epoch, ResumeToken, Rung
 
 log = logging.getLogger(__name__)
 TELL_S = 1.0  # how long an answer that is whole waits for the instance's word on what it restored: it follows at once, or never comes
@@ -59,10 +60,10 @@ class Journey:
         self._around, self._followed, self.request, self._headers = around, followed, request, headers
         self._attempts = 0
         self._asked: list[tuple[Member, str]] = []
-        self._failed: dict[str, int] = {}  # instances that failed since the last id came, and in which life
+        self._failed: dict[str, tuple[Epoch, bool]] = {}  # instances that failed since the last id came: in which life, and whether they had been reached
         self._token: ResumeToken | None = None
         self._asked_rung = ""  # what the attempt under way was asked to restore from
-        self._lost_at = 0.0
+        self._stall: Stall | None = None  # from the first loss to the next id
         self.answer: Continuation | None = None
 
     async def start(self) -> Continuation:
@@ -93,7 +94,7 @@ class Journey:
             key = key_of(self.request, self._attempts)
             self._attempts += 1
             self._asked.append((member, key))
-            life = member.watch.life
+            life, since = member.watch.life, self._now()
             member.watch.begin(key)
             salt, cached = secrets.token_urlsafe(32) if answer.ids else "", None
             try:
@@ -114,7 +115,7 @@ class Journey:
                 self._count(cached)
             if self._attempts >= around.settings.attempts:
                 raise Lost("ended", f"{self._attempts} instances in turn did not go on with the answer")
-            member, moved = await self._next(member, key)
+            member, moved = await self._next(member, key, since)
 
     def end(self) -> None:
         """The client has the answer, or will never have more of it."""
@@ -130,41 +131,63 @@ class Journey:
         except BadFrame as error:
             raise Lost("garbage", str(error)) from error
         if chunk.ids:
-            if self._lost_at:
-                self._around.counters.stall.observe(asyncio.get_running_loop().time() - self._lost_at)
-                self._lost_at = 0.0
+            if self._stall is not None:
+                self._stalled(self._stall)
+                self._stall = None
             self._failed.clear()
         return piece
 
-    def _lost(self, member: Member, life: int, lost: Lost) -> None:
+    def _lost(self, member: Member, life: Epoch, lost: Lost) -> None:
         """`life`: the one that was asked; the instance may have another by now."""
         log.warning("%s: %s lost after %d ids: %s: %s", self.request, member.name, len(self.answer.ids), lost.kind, lost)
         self._around.counters.lost.labels(lost.kind).inc()
-        self._around.fleet.doubt(member, lost)
-        self._failed[member.name] = life
-        self._lost_at = self._lost_at or asyncio.get_running_loop().time()
+        member.doubt(lost)
+        self._failed[member.name] = life, lost.kind not in UNREACHABLE
+        self._waited(FIRST_TOKEN)
 
-    async def _next(self, lost: Member, key: str) -> tuple[Member, dict | None]:
-        """Who goes on, and with which token."""
+    async def _next(self, lost: Member, key: str, since: float) -> tuple[Member, dict | None]:
+        """Who goes on, and with which token. `since`: when the lost one was asked: a fence before that is none of this loss."""
         around, settings = self._around, self._around.settings
         if not self.answer.ids:
             around.counters.resumed.labels("none").inc()  # nothing had come of it
             return await self._somebody(), None
         token = await lost.watch.token(key, settings.fence_ms / 1000, settings.resume_ms / 1000)
+        fenced_at = lost.watch.fenced_at
+        self._waited(FENCE, fenced_at if fenced_at >= since else None)
+        self._waited(RECOVERY)
         if token is not None:
             self._token = token
         if not self._usable():
             around.counters.resumed.labels(Rung.TOKENS).inc()
             return await self._somebody(), None
-        target = around.fleet.choose(self._is_place, self._excluded()) or await self._somebody()
-        if not self._is_place(around.fleet.standing(target)):
-            places = ", ".join(f"{rank} on {node}" for rank, node in self._token.places)
-            log.warning("%s: computed again in %s: no instance beside its KV (%s) is active", self.request, target.name, places)
+        target = around.fleet.choose(self._is_place, self._failing()) or await self._somebody()
+        if not self._is_place(target.standing()):
+            log.warning("%s: no place of its token is active: %s computes it", self.request, target.name)
             around.counters.unplaced.labels("no_active_place").inc()
             around.counters.resumed.labels(Rung.TOKENS).inc()
             return target, None
         self._asked_rung = self._token.rung
         return target, moves.encode(self._token)
+
+    # ---- what the client waits for ----
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _waited(self, part: str, until: float | None = None) -> None:
+        """The client has waited for `part`, until now or `until`."""
+        now = self._now()
+        if self._stall is None:
+            self._stall = Stall(now)
+        self._stall.until(part, now if until is None else until)
+
+    def _stalled(self, stall: Stall) -> None:
+        """The next id has come."""
+        stall.until(FIRST_TOKEN, self._now())
+        self._around.counters.stall.observe(stall.seconds)
+        for part, seconds in stall.parts.items():
+            self._around.counters.stall_part.labels(part).observe(seconds)
+        log.info("%s: %s goes on after %s", self.request, self._asked[-1][0].name, stall)
 
     def _usable(self) -> bool:
         """Whether there is a token that KV can be asked for with."""
@@ -186,25 +209,27 @@ class Journey:
         if rung:
             self._around.counters.resumed.labels(UNTOLD if cached is None else rung if cached else Rung.TOKENS).inc()
 
-    def _excluded(self) -> frozenset[str]:
-        """Instances that failed since the last id came, and are still the ones that did."""
+    def _failing(self, reached: bool = False) -> frozenset[str]:
+        """Instances that failed since the last id came, and are still in the life that did. `reached`: only those that had been reached: of the others the
+        looks say when they are there again."""
         members = self._around.fleet.members
-        return frozenset(name for name, life in self._failed.items() if members[name].watch.life == life)
+        return frozenset(name for name, (life, was) in self._failed.items() if members[name].watch.life == life and (was or not reached))
 
     async def _somebody(self) -> Member:
         """Any active instance, rather one that hasn't just failed; waits for one where there is none."""
         fleet = self._around.fleet
-        found = fleet.choose(without=self._excluded())
-        if found is not None:
-            return found
-        if not self._attempts:
+        found = fleet.choose(without=self._failing())
+        if found is None and not self._attempts:
             raise NoInstance("no instance is active. Try: kvguard status")
 
         def without() -> frozenset[str]:
-            excluded = self._excluded()
-            return excluded if len(excluded) < len(fleet.members) else frozenset()
+            useless = self._failing(reached=True)
+            return useless if len(useless) < len(fleet.members) else frozenset()
 
-        return await fleet.wait(self._around.settings.resume_ms / 1000, without)
+        found = found or await fleet.wait(self._around.settings.resume_ms / 1000, without)
+        if self._stall is not None:
+            self._waited(PLACING)
+        return found
 
     async def _anywhere(self, ask: Callable) -> object:
         """An answer that any instance can give. Raises NoInstance, Declined, Lost."""
@@ -214,10 +239,10 @@ class Journey:
             if member is None:
                 raise NoInstance("no instance is active. Try: kvguard status")
             try:
-                return await ask(member)
+                return await member.while_active(ask(member))
             except Lost as lost:
                 self._around.counters.lost.labels(lost.kind).inc()
-                self._around.fleet.doubt(member, lost)
+                member.doubt(lost)
                 tried.add(member.name)
 
 

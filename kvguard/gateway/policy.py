@@ -87,6 +87,8 @@ def decide(body: dict, chat: bool, seeded_by_position: bool = False) -> Followed
     A value of another type than expected makes it Relayed: the backend says what is wrong with it.
     """
     refuse_forbidden(body)
+    if type(body.get("stream")) not in (bool, type(None)):  # vLLM takes "yes" for true: an answer in another form than is waited for
+        raise BadRequest("stream is neither true nor false. Try: one of them", "stream")
     listed = {*PASSED, *UNDERSTOOD, *(TEMPLATE if chat else PROMPT)}
     for name, value in body.items():
         if name not in listed and value is not None and not _is_neutral(name, value):
@@ -125,7 +127,7 @@ def _of_another_type(body: dict) -> str:
         "stream_options": not isinstance(body.get("stream_options"), dict | None),
         **{name: not _is_count(body.get(name), 1) for name in ("max_tokens", "max_completion_tokens")},
         "min_tokens": not _is_count(body.get("min_tokens"), 0),
-        **{name: type(body.get(name)) not in (bool, type(None)) for name in ("stream", "skip_special_tokens", "return_token_ids", "add_special_tokens")},
+        **{name: type(body.get(name)) not in (bool, type(None)) for name in ("skip_special_tokens", "return_token_ids", "add_special_tokens")},
         "include_stop_str_in_output": type(body.get("include_stop_str_in_output")) not in (bool, type(None)),
     }
     return next((name for name, is_wrong in wrong.items() if is_wrong), "")

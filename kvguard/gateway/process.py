@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kvguard.config import GatewayConfig
 from kvguard.emitter import Emitter, connect
@@ -27,6 +28,7 @@ from kvguard.gateway.app import Paths, build
 from kvguard.gateway.counters import Counters
 from kvguard.gateway.fleet import Fleet, Member
 from kvguard.gateway.journey import Surroundings
+from kvguard.gateway.news import News
 from kvguard.gateway.routing import Instance
 from kvguard.gateway.upstream import Upstream
 from kvguard.gateway.watching import Watch
@@ -34,6 +36,7 @@ from kvguard.transport import keys
 
 log = logging.getLogger(__name__)
 CONNECTIONS_SPARE = 16  # for looks and models beside the answers
+IDLE_CLIENT_S = 30  # how long a client's connection may be without a request
 KEEPALIVE_S = 2.0  # less than the 5 s after which vLLM's server closes a connection that nobody uses
 
 Dial = Callable[[str], Emitter]  # an instance's name -> its emitter
@@ -61,13 +64,13 @@ async def surroundings(settings: GatewayConfig, dial: Dial) -> AsyncIterator[Sur
     )
     # trust_env: no proxy of the environment stands between gateway and engines.
     async with httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, follow_redirects=False) as client:
-        members, emitters = [], []
+        members, emitters, news = [], [], News()
         for line in settings.instances:
             instance = Instance(*line.split())
             upstream = Upstream(client, instance.url, settings.idle_ms / 1000)
             emitters.append(dial(instance.name))
-            members.append(Member(Watch(instance, emitters[-1], lambda upstream=upstream: upstream.healthy(1.0)), upstream))
-        fleet = Fleet(members, counters, settings.probe_ms / 1000, {})
+            members.append(Member(Watch(instance, emitters[-1], lambda upstream=upstream: upstream.healthy(1.0), news), upstream))
+        fleet = Fleet(members, counters, settings.probe_ms / 1000, {}, news)
         try:
             await fleet.start()
             with keys_read_again(settings, emitters):
@@ -101,6 +104,28 @@ def keys_read_again(settings: GatewayConfig, emitters: list[Emitter]) -> Iterato
         loop.remove_signal_handler(signal.SIGHUP)
 
 
+class Bounded(H11Protocol):
+    """A client's connection that ends IDLE_CLIENT_S after it was made, or its last answer was whole, unless a request is under way. uvicorn's own bound
+    holds between two requests alone, and begins anew with every byte: half a head, or a body that nobody reads any more, kept a connection for ever."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._bound = self.loop.call_later(IDLE_CLIENT_S, self._end_idle)
+
+    def on_response_complete(self) -> None:
+        self._bound.cancel()
+        self._bound = self.loop.call_later(IDLE_CLIENT_S, self._end_idle)
+        super().on_response_complete()  # which may begin a request that waited behind this one
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._bound.cancel()
+        super().connection_lost(error)
+
+    def _end_idle(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
 def server(settings: GatewayConfig, dial: Dial | None = None) -> uvicorn.Server:
     """A server that is not yet running. Raises BadConfig."""
     text.load(settings.tokenizer)  # a mistake is told before anything listens
@@ -108,7 +133,7 @@ def server(settings: GatewayConfig, dial: Dial | None = None) -> uvicorn.Server:
     made = dial or dialler(settings)
     app = build(paths, lambda: surroundings(settings, made))
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=30, lifespan="on",
+        app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=IDLE_CLIENT_S, lifespan="on", http=Bounded,
         timeout_graceful_shutdown=max(1, settings.drain_ms // 1000), h11_max_incomplete_event_size=64 * 1024,
     )  # fmt: skip
     serving = uvicorn.Server(config)

@@ -85,4 +85,4 @@ class Relay:
 
     def _lost(self, member: Member, lost: Lost) -> None:
         self._around.counters.lost.labels(lost.kind).inc()
-        self._around.fleet.doubt(member, lost)
+        member.doubt(lost)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import httpx
 import msgspec
 
-from kvguard.gateway import events
+from kvguard.gateway import events, replies
 from kvguard.gateway.continuation import IDS_END, Chunk
 from kvguard.gateway.events import DONE, Declined, Events, Lost, json_object
 from kvguard.limits import MIB
@@ -99,6 +99,8 @@ class Upstream:
             said = await self.whole(response)
         document = json_object(said)
         ids, context = document.get("tokens"), document.get("max_model_len")
+        if ids == []:  # an empty text, or one that the tokenizer makes nothing of: no fault of the instance's, whom this would bring into doubt
+            raise Declined(400, msgspec.json.encode(replies.error("The prompt has no tokens. Try: some text", "invalid_request_error", 400, param="prompt")))
         if not isinstance(ids, list) or not ids or any(type(one) is not int or not 0 <= one < IDS_END for one in ids):
             raise Lost("garbage", "a tokenized prompt without ids")
         return Tokenized(tuple(ids), context if type(context) is int else 0)

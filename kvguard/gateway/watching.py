@@ -1,8 +1,10 @@
 """One instance under watch: its emitter's session, whether it is fenced, and the resume tokens of the requests that were in flight.
 
 Knows: emitter.connect's object, asyncio. Must not know: HTTP bodies, clients.
-Invariants: the epoch of a recovery is adopted once its tokens are here, before any is given out; a token is given to the one request that it is of, once; the
-token of a request that nobody waits for is answered with delivered(), so that nothing stays pinned for it; the emitter's blocking calls run in a thread.
+Invariants: which life of its server an instance is in, the coordinator says, by the epoch: every life has one of its own as long as the emitter lives; looks at
+the server say whether it can be reached, and nothing else; the epoch of a recovery is adopted once its tokens are here, before any is given out; a token is
+given to the one request that it is of, once; the token of a request that nobody waits for is answered with delivered(), so that nothing stays pinned for it;
+the emitter's blocking calls run in a thread of the watch's own.
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from kvguard.emitter import Emitter, Resumption
 from kvguard.errors import Fenced, KvguardError, TimedOut
+from kvguard.gateway.news import News
 from kvguard.gateway.routing import Instance, Standing
-from kvguard.types import Rank, ResumeToken
+from kvguard.types import Epoch, Rank, ResumeToken
 
 log = logging.getLogger(__name__)
-RESUME_POLL_S = 0.5  # how long a thread waits at once: what a shutdown waits for
-PROBE_S = 0.2  # between two looks at an instance that dropped a connection and isn't fenced
+RESUME_WAIT_S = 0.5  # how long a thread waits at once: what a shutdown waits for. A recovery's end is told within it, at once
+LOOK_S = 0.2  # between two looks at an instance that dropped a connection and isn't fenced
 HEALTHY_LOOKS = 2  # in a row: an engine's server may still answer while the engine dies
 KEY = re.compile(r"kvg-[0-9a-f]{24}-\d+")  # an engine may add something of its own to the name
 
@@ -30,22 +34,24 @@ def key_of(request: str, attempt: int) -> str:
 
 
 class Watch:
-    """All methods are called from the event loop's thread."""
+    """All methods are called from the event loop's thread. `news`: told whenever anything changes that somebody may wait for."""
 
-    def __init__(self, instance: Instance, emitter: Emitter, healthy: Callable[[], Awaitable[bool]]) -> None:
-        self.instance, self._emitter, self._healthy = instance, emitter, healthy
+    def __init__(self, instance: Instance, emitter: Emitter, healthy: Callable[[], Awaitable[bool]], news: News | None = None) -> None:
+        self.instance, self._emitter, self._healthy, self.news = instance, emitter, healthy, news or News()
         self.up = False  # the last look at its server
-        self.recoveries = 0  # adopted
-        self.life = 0  # recoveries when its server last came up: another life than the one that was lost
         self.context_tokens = 0
         self.model = ""
         self.fenced = asyncio.Event()
+        self.fenced_at = 0.0  # when it last was, on the loop's clock
         self._flying: set[str] = set()  # under way in the engine
         self._owed: set[str] = set()  # those, and what the engine lost as long as its client waits: their tokens count
         self._tokens: dict[str, ResumeToken | None] = {}  # of owed keys, after a recovery; None: the recovery has nothing for it
-        self._news = asyncio.Condition()
+        self._in_doubt = 0  # answers that want to know whether the server lives
+        self._good_looks = 0  # in a row, since the newest doubt
         self._progress = 0
         self._recovering: asyncio.Task | None = None
+        self._looking: asyncio.Task | None = None
+        self._thread = ThreadPoolExecutor(1, f"kvguard-resume-{instance.name}")
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(emitter.fileno(), self._on_fence)
 
@@ -76,9 +82,14 @@ class Watch:
 
     def looked(self, up: bool) -> None:
         """Whether its server answers."""
-        if up and not self.up:
-            self.life = self.recoveries
+        self._good_looks = self._good_looks + 1 if up else 0
         self.up = up
+        self.news.tell()
+
+    @property
+    def life(self) -> Epoch:
+        """Which life of its server answers now: the coordinator raises the epoch when one ends. Without a coordinator all are one."""
+        return self._emitter.epoch
 
     def standing(self) -> Standing:
         members = {Rank(*member.rank): member.node for member in self._emitter.members}
@@ -91,33 +102,37 @@ class Watch:
 
         Waits `fence_s` for the fence, or until the instance proves to be alive after all; from the fence on `resume_s` for its end.
         """
-        if key not in self._tokens and not self.fenced.is_set():
-            await self._fence_or_life(key, fence_s)
-        if key not in self._tokens and not self.fenced.is_set():
-            return None
-        try:
-            async with asyncio.timeout(resume_s), self._news:
-                await self._news.wait_for(lambda: key in self._tokens)
-        except TimeoutError:
-            return None
-        return self._tokens[key]
+        await self._fence_or_life(key, fence_s)
+        if self.fenced.is_set():
+            await self.news.until(lambda: key in self._tokens, resume_s)
+        return self._tokens.get(key)
 
     async def _fence_or_life(self, key: str, timeout_s: float) -> None:
-        deadline, looks = self._loop.time() + timeout_s, 0
-        while key not in self._tokens and self._loop.time() < deadline:
-            try:
-                async with asyncio.timeout(min(PROBE_S, deadline - self._loop.time())):
-                    await self.fenced.wait()
-                return
-            except TimeoutError:
-                looks = looks + 1 if await self._healthy() else 0
-                if looks >= HEALTHY_LOOKS:
-                    return
+        """However many answers wait, the server is looked at once in LOOK_S; the fence doesn't wait for the end of a look."""
+        self._good_looks = 0  # every loss is a new doubt
+        self._in_doubt += 1
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look())
+            self._looking.add_done_callback(_loud)
+        try:
+            await self.news.until(lambda: key in self._tokens or self.fenced.is_set() or self._good_looks >= HEALTHY_LOOKS, timeout_s)
+        finally:
+            self._in_doubt -= 1
+            if not self._in_doubt:
+                self._looking.cancel()
+                self._looking = None
+
+    async def _look(self) -> None:
+        while True:
+            self.looked(await self._healthy())
+            await asyncio.sleep(LOOK_S)
 
     def _on_fence(self) -> None:
         self._loop.remove_reader(self._emitter.fileno())  # it stays readable until the epoch is adopted
         log.warning("%s is fenced: %s", self.instance.name, getattr(self._emitter.fenced, "reason", ""))
+        self.fenced_at = self._loop.time()
         self.fenced.set()
+        self.news.tell()
         self._recovering = asyncio.create_task(self._recover())
         self._recovering.add_done_callback(_loud)
 
@@ -125,7 +140,7 @@ class Watch:
         said = ""
         while True:
             try:
-                resumption = await asyncio.to_thread(self._emitter.resume, RESUME_POLL_S)
+                resumption = await self._loop.run_in_executor(self._thread, self._emitter.resume, RESUME_WAIT_S)
                 self._emitter.adopt(resumption)
             except (TimedOut, Fenced):  # not over yet, or overtaken by a newer epoch, whose recovery ends as well
                 continue
@@ -133,18 +148,18 @@ class Watch:
                 if str(error) != said:
                     said = str(error)
                     log.warning("%s: %s", self.instance.name, said)
-                await self._publish({})
-                await asyncio.sleep(RESUME_POLL_S)
+                self._publish({})
+                await asyncio.sleep(RESUME_WAIT_S)
                 continue
             break
-        self.recoveries += 1
-        self.up = False  # whoever answers now has another life, however soon the server came back
-        await self._take(resumption)
-        self.fenced.clear()
+        self._take(resumption)
+        self.up = await self._healthy()  # of whoever is there in the new epoch
+        if self._emitter.fenced is None:  # else the next one is at the door
+            self.fenced.clear()
         self._loop.add_reader(self._emitter.fileno(), self._on_fence)
-        self.looked(await self._healthy())
+        self.news.tell()
 
-    async def _take(self, resumption: Resumption) -> None:
+    def _take(self, resumption: Resumption) -> None:
         found: dict[str, ResumeToken] = {}
         nobodys = []
         for token in resumption:
@@ -155,15 +170,17 @@ class Watch:
                 nobodys.append(token.sequence)
         if nobodys:
             self._emitter.delivered(nobodys)
-        log.info("%s goes on in epoch %d with %d of %d requests", self.instance.name, resumption.epoch.counter, len(found), len(self._owed))
-        await self._publish(found)
+        log.info(
+            "%s goes on in epoch %d with %d of %d requests; the coordinator's part: %s", self.instance.name, resumption.epoch.counter, len(found),
+            len(self._owed), ", ".join(f"{phase} {ms:.1f} ms" for phase, ms in resumption.timing_ms.items()) or "untold",
+        )  # fmt: skip
+        self._publish(found)
 
-    async def _publish(self, found: dict[str, ResumeToken]) -> None:
+    def _publish(self, found: dict[str, ResumeToken]) -> None:
         for key in sorted(self._owed):
             if self._tokens.get(key) is None:
                 self._tokens[key] = found.get(key)
-        async with self._news:
-            self._news.notify_all()
+        self.news.tell()
 
     async def close(self) -> None:
         if not self.fenced.is_set():
@@ -171,10 +188,11 @@ class Watch:
         if self._recovering is not None:
             self._recovering.cancel()
             await asyncio.gather(self._recovering, return_exceptions=True)
-        await asyncio.to_thread(self._emitter.close)
+        await asyncio.to_thread(self._emitter.close)  # which ends a resume() as well
+        self._thread.shutdown()
 
 
 def _loud(task: asyncio.Task) -> None:
-    """A bug in a recovery would leave its instance fenced for ever, in silence."""
+    """A bug here would leave an instance fenced, or in doubt, in silence."""
     if not task.cancelled() and task.exception() is not None:
-        log.error("a recovery ended in a bug", exc_info=task.exception())
+        log.error("a watch ended in a bug", exc_info=task.exception())

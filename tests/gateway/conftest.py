@@ -108,7 +108,7 @@ class Resumption:
     """As the emitter's, from a test's hand."""
 
     def __init__(self, epoch: Epoch, tokens) -> None:
-        self.epoch, self.tokens, self.moved = epoch, tuple(tokens), True
+        self.epoch, self.tokens, self.moved, self.timing_ms = epoch, tuple(tokens), True, {"detect": 1.0}
 
     def __iter__(self):
         return iter(self.tokens)
@@ -134,6 +134,10 @@ class FakeEmitter:
     @property
     def fenced(self):
         return self._announced if self._announced > self.adopted else None
+
+    @property
+    def epoch(self) -> Epoch:
+        return self.adopted
 
     def scheduled(self, count: int) -> None:
         self.in_flight = count

@@ -4,7 +4,7 @@ descriptor, and keeps its KV beside the kvguard node at SOCKET.
 POST /control changes it: delay_ms a token, garbage (how its answers are wrong), stall (after so many ids nothing comes), garbage_after (it says [DONE] instead),
 chunk (ids at once), healthy, restores (whether KV comes where it is asked for), tells (usage says how much of the prompt wasn't computed, as vLLM with
 --enable-prompt-tokens-details); reset.
-GET /control: the bodies and headers that came, how many streams were broken off.
+GET /control: the bodies and headers that came, how many streams were broken off, how often somebody looked at its health.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MODEL = "toy"
 DEFAULTS = {"delay_ms": 1, "garbage": "", "stall": -1, "garbage_after": -1, "chunk": 1, "healthy": True, "status": 200, "restores": True, "tells": True}
 settings = dict(DEFAULTS)
 kept = None  # tests/gateway/kept.py's, where there is a node
-seen: dict = {"requests": [], "broken_off": 0, "open": 0}
+seen: dict = {"requests": [], "broken_off": 0, "open": 0, "looks": 0}
 
 
 def refused(message: str, status: int = 400) -> JSONResponse:
@@ -101,7 +101,7 @@ async def completions(request: Request) -> Response:
     prompt = body.get("prompt")
     if body.get("model") not in (None, MODEL):
         return refused(f"The model `{body['model']}` does not exist.", 404)
-    if not isinstance(prompt, list) or not all(type(one) is int for one in prompt):
+    if not isinstance(prompt, list) or not prompt or "max_tokens" not in body or not all(type(one) is int for one in prompt):
         return refused("the fake knows ids alone")
     if len(prompt) + body["max_tokens"] > CONTEXT_TOKENS:
         return refused("this model's maximum context length is exceeded")
@@ -168,6 +168,7 @@ async def models(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
+    seen["looks"] += 1
     return Response(status_code=200 if settings["healthy"] else 503)
 
 

@@ -34,7 +34,7 @@ def serve(answer: Continuation, ids: int, size: int = 1) -> list:
     return out
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10**6), st.lists(st.integers(0, 30), max_size=4), st.integers(1, 5),
     st.lists(st.sampled_from(["ab", "é ", "😀", "h,", "cc", "字."]), max_size=2), st.booleans(), st.integers(0, 40),

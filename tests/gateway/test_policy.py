@@ -36,7 +36,6 @@ def test_followed(fields):
         ({"guided_json": {}}, "guided_json"), ({"tools": [{}]}, "tools"), ({"seed": 3}, "seed"), ({"seed": 3, "temperature": 1}, "seed"),
         ({"repetition_detection": {}}, "repetition_detection"), ({"vllm_xargs": {"a": 1}}, "vllm_xargs"), ({"something_new": 1}, "something_new"),
         ({"max_tokens": "5"}, "max_tokens"), ({"max_tokens": 0}, "max_tokens"), ({"stop": [1]}, "stop"), ({"stop": ""}, "stop"), ({"stop": ["x", ""]}, "stop"), ({"stop": ["x"] * 65}, "stop"), ({"stop": "x" * 4097}, "stop"),
-        ({"stream": "yes"}, "stream"),
         ({"min_tokens": -1}, "min_tokens"), ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"), ({"stream_options": 3}, "stream_options"),
         ({"model": 7}, "model"),
     ],
@@ -44,6 +43,16 @@ def test_followed(fields):
 def test_relayed(fields, reason):
     for body, chat in ((CHAT, True), (TEXT, False)):
         assert decide({**body, **fields}, chat) == Relayed(reason)
+
+
+@pytest.mark.parametrize("said", ["yes", "true", 1, 0, [], {}])
+def test_stream_is_true_or_false(said):
+    """vLLM takes some of them for true, and streams: relayed as a whole, that was nonsense, and its instance left alone."""
+    for body, chat in ((CHAT, True), (TEXT, False)):
+        for more in ({}, {"n": 2}):
+            with pytest.raises(BadRequest, match="stream .*Try: ") as refused:
+                decide({**body, **more, "stream": said}, chat)
+            assert refused.value.param == "stream"
 
 
 @pytest.mark.parametrize("fields", [{"echo": True}, {"suffix": "x"}, {"prompt": ["a", "b"]}, {"prompt": []}, {"prompt": None}, {"prompt": [[1], [2]]}])

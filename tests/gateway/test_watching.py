@@ -6,7 +6,7 @@ import asyncio
 
 from kvguard import errors
 from kvguard.gateway.routing import Instance
-from kvguard.gateway.watching import Watch, key_of
+from kvguard.gateway.watching import HEALTHY_LOOKS, Watch, key_of
 from kvguard.types import Epoch, ResumeToken
 from tests.gateway.conftest import FakeEmitter
 
@@ -113,3 +113,68 @@ def test_nobody_fences_and_nobody_lives():
         return await watch.token(KEYS[0], 0.05, 3600)
 
     assert play(scene)[1] is None
+
+
+def test_the_fence_does_not_wait_for_the_end_of_a_look():
+    """A server that hangs keeps a look for seconds."""
+
+    async def scene():
+        emitter, looks = FakeEmitter("a"), []
+
+        async def hangs() -> bool:
+            looks.append(1)
+            return await asyncio.Event().wait()
+
+        watch = Watch(Instance("a", "http://a", "n"), emitter, hangs)
+        try:
+            watch.begin(KEYS[0])
+            waiting = asyncio.create_task(watch.token(KEYS[0], 3600, 3600))
+            while not looks:
+                await asyncio.sleep(0)
+            emitter.fence()
+            emitter.recover([token(KEYS[0])])
+            return await asyncio.wait_for(waiting, 20)
+        finally:
+            await watch.close()
+
+    assert asyncio.run(scene()).sequence == KEYS[0]
+
+
+def test_many_losses_are_one_doubt():
+    """However many answers an instance drops, it is looked at as often as for one."""
+
+    async def scene():
+        emitter, looks = FakeEmitter("a"), []
+
+        async def healthy() -> bool:
+            looks.append(1)
+            return True
+
+        watch = Watch(Instance("a", "http://a", "n"), emitter, healthy)
+        try:
+            for key in KEYS:
+                watch.begin(key)
+            found = await asyncio.wait_for(asyncio.gather(*(watch.token(key, 3600, 3600) for key in KEYS)), 20)
+        finally:
+            await watch.close()
+        return found, len(looks), watch.up
+
+    assert asyncio.run(scene()) == ([None] * len(KEYS), HEALTHY_LOOKS, True)
+
+
+def test_a_life_is_the_coordinators_not_the_looks():
+    async def scene(watch, emitter, healthy):
+        lives = [watch.life]
+        for up in (True, False, True):
+            watch.looked(up)
+            lives.append(watch.life)
+        assert watch.up and lives == [Epoch(1, "c")] * 4
+        emitter.fence()
+        await watch.fenced.wait()
+        assert watch.life == Epoch(1, "c"), "not before its recovery is adopted"
+        emitter.recover([])
+        await watch.news.until(lambda: not watch.fenced.is_set())
+        assert not watch.up, "nobody is there in the new epoch"
+        return watch.life
+
+    assert play(scene)[1] == Epoch(2, "c")
