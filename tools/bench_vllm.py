@@ -4,7 +4,9 @@ re-prefill, and against LMCache's restoring.
     PYTHONPATH=. $(tools/setup_vllm.sh) tools/bench_vllm.py [--pairs 10] [--streams 8] [--tokens 64] [--context 1500] [--resumes 6]
                                                             [--lmcache PYTHON] [--lmcache-resumes 6] [-o FILE]
 
-Each part by itself: `--resumes 0` is throughput alone, `--pairs 0` resumption alone, both with `--lmcache` LMCache alone; what each took is said at its end.
+Each part by itself: `--resumes 0` is throughput alone, `--pairs 0` resumption alone, both with `--lmcache` LMCache alone. Every server, pair and resumption
+is a line on stderr; FILE holds what is known at every moment (`complete`: whether that is all), so that no limit loses more than the round under way.
+Exit code 143 at SIGTERM, 130 at Ctrl-C: with the servers ended and what was found printed.
 
 Throughput: two servers of the same model live at once, one guarded (its daemon, another node that holds its replica, a coordinator), one bare, both bound to
 the same core; only one has work at any time. Pairs alternate; `ratio` is the median over pairs of guarded / bare, with a bootstrap interval of 95 %; `control`
@@ -21,7 +23,6 @@ Knows: tests/vllm/world.py, emitters. Must not know: how replication works. Inva
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -38,7 +39,8 @@ import click
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "vllm"))
-from world import World, end_at_sigterm
+from running import Report, ending_in_order, whole
+from world import World
 
 from kvguard import emitter
 from kvguard.emitter import moves
@@ -79,7 +81,7 @@ def interval(values: list[float]) -> dict:
     return {"median": round(float(np.median(values)), 4), "low": round(float(low), 4), "high": round(float(high), 4), "n": len(values)}
 
 
-def measured_overhead(world: World, pairs: int, streams: int, tokens: int) -> dict:
+def measured_overhead(world: World, report: Report, pairs: int, streams: int, tokens: int) -> None:
     guarded, bare = world.servers["smol-a"], world.servers["smol-c"]
     rates: dict[str, list[float]] = {"guarded": [], "bare": [], "control": []}
     for server in (guarded, bare):
@@ -88,12 +90,14 @@ def measured_overhead(world: World, pairs: int, streams: int, tokens: int) -> di
         order = [("guarded", guarded), ("bare", bare), ("control", bare)]
         for name, server in order if pair % 2 else reversed(order):
             rates[name].append(throughput(server, streams, 32, tokens, f"{name}-{pair}"))
-    ratios = [a / b for a, b in zip(rates["guarded"], rates["bare"], strict=True)]
-    controls = [a / b for a, b in zip(rates["control"], rates["bare"], strict=True)]
-    return {
-        "ratio": interval(ratios), "control": interval(controls), "target": 0.97, "streams": streams, "tokens": tokens,
-        "tokens_per_s": {name: round(float(np.median(rate)), 2) for name, rate in rates.items()},
-    }  # fmt: skip
+        ratios = [a / b for a, b in zip(rates["guarded"], rates["bare"], strict=True)]
+        controls = [a / b for a, b in zip(rates["control"], rates["bare"], strict=True)]
+        report.keep(throughput={
+            "ratio": interval(ratios), "control": interval(controls), "target": 0.97, "streams": streams, "tokens": tokens,
+            "tokens_per_s": {name: round(float(np.median(rate)), 2) for name, rate in rates.items()},
+        })  # fmt: skip
+        newest = ", ".join(f"{name} {rate[-1]:.1f}" for name, rate in rates.items())
+        report.say(f"pair {pair + 1} of {pairs}: {newest} tokens/s, ratio {ratios[-1]:.3f}")
 
 
 def first_token_ms(server, prompt: list[int], name: str, **more) -> float:
@@ -104,7 +108,12 @@ def first_token_ms(server, prompt: list[int], name: str, **more) -> float:
     raise RuntimeError(f"{name}: no token came")
 
 
-def measured_resume(world: World, context: int, resumes: int) -> dict:
+def compared(restored: list[float], computed: list[float]) -> dict:
+    ratios = [x / y for x, y in zip(restored, computed, strict=True)]
+    return {"ratio": interval(ratios), "restored_ms": [round(ms, 1) for ms in restored], "computed_ms": [round(ms, 1) for ms in computed]}
+
+
+def measured_resume(world: World, report: Report, context: int, resumes: int) -> None:
     a, b = world.servers["smol-a"], world.servers["smol-b"]
     outlet = emitter.connect("smol-a", world.coordinator, moves=True)
     got: dict[str, list[int]] = {f"moving-{n}": [] for n in range(resumes)}
@@ -120,12 +129,17 @@ def measured_resume(world: World, context: int, resumes: int) -> dict:
         threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in got]
         for thread in threads:
             thread.start()
-        world.until("all contexts", lambda: all(len(ids) >= 20 for ids in got.values()), ALIVE_S)
+        for count in range(1, resumes + 1):  # contexts one after another: a prefill of 1,500 tokens takes seconds on a CPU
+            world.until("all contexts", lambda count=count: sum(len(ids) >= 20 for ids in got.values()) >= count, ALIVE_S)
+            report.say(f"context {count} of {resumes} is there")
         killed = time.perf_counter()
         a.kill()
         resumption = outlet.resume(60.0)
         recovered_ms = 1e3 * (time.perf_counter() - killed)
         outlet.adopt(resumption)
+        first = {"target": 0.1, "kill_to_resumption_ms": round(recovered_ms, 1), "timing_ms": resumption.timing_ms}
+        report.keep(resume=first)
+        report.say(f"killed, and resumption after {recovered_ms:.0f} ms")
         tokens = {token.sequence: token for token in resumption}
         first_token_ms(b, prompt_of(9000, context), "warm")
         restored, computed, positions = [], [], []
@@ -135,17 +149,14 @@ def measured_resume(world: World, context: int, resumes: int) -> dict:
             for way, more, into in ways if n % 2 else reversed(ways):
                 into.append(first_token_ms(b, known, f"{way}-{n}", **more))
             positions.append((token.position, len(known)))
+            report.keep(resume={**compared(restored, computed), **first, "positions": positions})
+            report.say(f"resume {n + 1} of {resumes}: restored {restored[-1]:.0f} ms, computed {computed[-1]:.0f} ms")
         outlet.delivered(list(got))
     finally:
         outlet.close()
-    ratios = [x / y for x, y in zip(restored, computed, strict=True)]
-    return {
-        "ratio": interval(ratios), "target": 0.1, "restored_ms": [round(ms, 1) for ms in restored], "computed_ms": [round(ms, 1) for ms in computed],
-        "positions": positions, "kill_to_resumption_ms": round(recovered_ms, 1), "timing_ms": resumption.timing_ms,
-    }  # fmt: skip
 
 
-def measured_lmcache(directory: Path, python: str, context: int, resumes: int) -> dict:
+def measured_lmcache(directory: Path, report: Report, python: str, context: int, resumes: int) -> None:
     """LMCache's server and two vLLM servers of its own, gone at the end."""
     world, port = World(directory, ("a", "b")), free_ports(1)[0]
     memory = f"kvguard-bench-{os.getpid()}"
@@ -157,35 +168,38 @@ def measured_lmcache(directory: Path, python: str, context: int, resumes: int) -
     transfer = {"kv_connector": "LMCacheMPConnector", "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector", "kv_role": "kv_both",
                 "kv_connector_extra_config": where}  # fmt: skip
     own = {**os.environ, "LMCACHE_TRACK_USAGE": "false"}
-    with open(directory / "lmcache.log", "ab") as log:
-        store = subprocess.Popen(command, stdout=log, stderr=log, cwd=directory, env=own)
+    store = None
     try:
+        with open(directory / "lmcache.log", "ab") as log, whole():
+            store = subprocess.Popen(command, stdout=log, stderr=log, cwd=directory, env=own)
         bound = {"VLLM_CPU_OMP_THREADS_BIND": str(sorted(os.sched_getaffinity(0))[0]), "LMCACHE_TRACK_USAGE": "false"}
         for name in ("a", "b"):
             world.start_server(name, "--kv-transfer-config", json.dumps(transfer), wait=False, kvguard=False, python=python, env=bound)
-        for server in world.servers.values():
-            world.wait_ready(server)
+        wait_ready(world, report)
         a, b = world.servers["smol-a"], world.servers["smol-b"]
-        prompts = [prompt_of(5000 + n, context - 20) for n in range(resumes)]
-        known = [prompt + a.complete(prompt, 20, f"lmcache-{n}")["choices"][0]["token_ids"] for n, prompt in enumerate(prompts)]
+        known = []
+        for n in range(resumes):
+            prompt = prompt_of(5000 + n, context - 20)
+            known.append(prompt + a.complete(prompt, 20, f"lmcache-{n}")["choices"][0]["token_ids"])
+            report.say(f"context {n + 1} of {resumes} is there")
         a.kill()
         first_token_ms(b, prompt_of(9000, context), "warm")
-        restored, computed, hits = [], [], []
+        restored, computed, positions = [], [], []
         for n, ids in enumerate(known):
             before = external_hits(b)
             ways = [("moved", ids, restored), ("plain", prompt_of(7000 + n, len(ids)), computed)]
             for way, prompt, into in ways if n % 2 else reversed(ways):
                 into.append(first_token_ms(b, prompt, f"lmcache-{way}-{n}"))
-            hits.append(external_hits(b) - before)
+            positions.append((int(external_hits(b) - before), len(ids)))
+            report.keep(lmcache={**compared(restored, computed), "positions": positions})
+            report.say(f"resume {n + 1} of {resumes}: restored {restored[-1]:.0f} ms, computed {computed[-1]:.0f} ms")
     finally:
-        world.stop()
-        store.terminate()
-        store.wait(30)
-        Path(f"/dev/shm/lmcache_l1_pool_{memory}").unlink(missing_ok=True)
-    return {
-        "ratio": interval([x / y for x, y in zip(restored, computed, strict=True)]), "restored_ms": [round(ms, 1) for ms in restored],
-        "computed_ms": [round(ms, 1) for ms in computed], "positions": [(int(hit), len(ids)) for hit, ids in zip(hits, known, strict=True)],
-    }  # fmt: skip
+        with whole():
+            world.stop()
+            if store is not None:
+                store.terminate()
+                store.wait(30)
+            Path(f"/dev/shm/lmcache_l1_pool_{memory}").unlink(missing_ok=True)
 
 
 def external_hits(server) -> float:
@@ -194,33 +208,29 @@ def external_hits(server) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:external_prefix_cache_hits_total"))
 
 
-@contextlib.contextmanager
-def said(what: str, found: dict):
-    """How long a part took, on stderr and in the document."""
-    began = time.monotonic()
-    yield
-    found["took_s"][what] = round(time.monotonic() - began)
-    click.echo(f"{what}: {found['took_s'][what]} s", err=True)
+def wait_ready(world: World, report: Report) -> None:
+    for name, server in world.servers.items():
+        world.wait_ready(server)
+        report.say(f"{name} answers at {server.url}")
 
 
-def measured_beside(directory: Path, found: dict, pairs: int, streams: int, tokens: int, context: int, resumes: int) -> None:
+def measured_beside(directory: Path, report: Report, pairs: int, streams: int, tokens: int, context: int, resumes: int) -> None:
     """Both parts with kvguard's own world: what a part doesn't need isn't started."""
     world = World(directory, ("a", "b", "c"))
     names = ["a", *(["b"] if resumes else []), *(["c"] if pairs else [])]
     try:
-        with said("start", found):
+        with report.part("start"):
             world.start_daemons()
             core = {"VLLM_CPU_OMP_THREADS_BIND": str(sorted(os.sched_getaffinity(0))[0])}
             for name in names:
                 world.start_server(name, wait=False, kvguard=name != "c", env=core)
-            for server in world.servers.values():
-                world.wait_ready(server)
+            wait_ready(world, report)
         if pairs:
-            with said("throughput", found):
-                found["throughput"] = measured_overhead(world, pairs, streams, tokens)
+            with report.part("throughput"):
+                measured_overhead(world, report, pairs, streams, tokens)
         if resumes:
-            with said("resume", found):
-                found["resume"] = measured_resume(world, context, resumes)
+            with report.part("resume"):
+                measured_resume(world, report, context, resumes)
     finally:
         world.stop()
 
@@ -235,21 +245,16 @@ def measured_beside(directory: Path, found: dict, pairs: int, streams: int, toke
 @click.option("--lmcache-resumes", default=6, show_default=True)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), default=None)
 def main(pairs: int, streams: int, tokens: int, context: int, resumes: int, lmcache: str, lmcache_resumes: int, output: str | None) -> None:
-    end_at_sigterm()
-    found = {
+    first = {
         "model": "SmolLM2-135M, bfloat16", "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU only", "vllm": "0.32.0 (vllm-cpu)",
         "load_1min_at_start": os.getloadavg()[0], "took_s": {},
     }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="kvguard-bench-vllm-") as directory:
+    with ending_in_order(), Report(output, **first) as report, tempfile.TemporaryDirectory(prefix="kvguard-bench-vllm-") as directory:
         if pairs or resumes:
-            measured_beside(Path(directory) / "kvguard", found, pairs, streams, tokens, context, resumes)
+            measured_beside(Path(directory) / "kvguard", report, pairs, streams, tokens, context, resumes)
         if lmcache:
-            with said("lmcache", found):
-                found["lmcache"] = measured_lmcache(Path(directory) / "lmcache", lmcache, context, lmcache_resumes)
-    text = json.dumps(found, indent=1)
-    if output:
-        Path(output).write_text(text + "\n", encoding="utf-8")
-    click.echo(text)
+            with report.part("lmcache"):
+                measured_lmcache(Path(directory) / "lmcache", report, lmcache, context, lmcache_resumes)
 
 
 if __name__ == "__main__":

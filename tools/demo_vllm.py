@@ -15,7 +15,8 @@ from pathlib import Path
 
 import httpx
 from front import Gateway  # tests/vllm, on PYTHONPATH
-from world import MODEL, World, end_at_sigterm
+from running import ending_in_order
+from world import MODEL, World
 
 DIM, RED, GREEN, PLAIN = ("\033[2m", "\033[31m", "\033[32m", "\033[0m") if sys.stdout.isatty() else ("", "", "", "")
 
@@ -77,14 +78,13 @@ def show(world: World, gateway: Gateway, arguments: argparse.Namespace) -> bool:
 
 
 def main() -> int:
-    end_at_sigterm()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--question", default="Explain in a few sentences how a lighthouse works.")
     parser.add_argument("--max-tokens", type=int, default=120)
     parser.add_argument("--kill-at", type=int, default=25, help="chunks of the second run after which the server is killed")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kvguard-demo-vllm-") as directory:
-        world, gateway = World(Path(directory)), None
+        world = World(Path(directory))
         try:
             say("a coordinator, two nodes, two vLLM servers (half a minute) ...")
             world.start_daemons()
@@ -96,10 +96,9 @@ def main() -> int:
             say(f"an OpenAI-compatible gateway at {gateway.url}")
             return 0 if show(world, gateway, arguments) else 1
         finally:
-            if gateway is not None:
-                gateway.stop()
             world.stop()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending_in_order():
+        sys.exit(main())

@@ -8,10 +8,15 @@ The servers compute in fp32: in bf16 vLLM's greedy answers depend on who else is
 logits of an undisturbed server at that place tell a tie of arithmetic (counted apart, and the rest compared with the answer that goes on from there)
 from an id that was lost, doubled or changed.
 
-`stall_ms` is what clients saw: the gap around the kill in the streams that were on the dead server. `parts_ms` are kvguard's own: detect, fence, plan, restore
-from the coordinator's history, `pull` from the engines' logs (KV into vLLM's blocks).
+`stall_ms` is what clients saw: the gap around the kill in the streams that were on the dead server. `parts_ms` are the coordinator's: detect, fence, plan,
+restore from its history, and `pull` from the engines' logs (KV into vLLM's blocks). `stall_parts_ms` are the gateway's, one after the other: `fence` (from the
+loss to the fence), `recovery` (to the resume token: the coordinator's fence, plan and restore, and their way), `placing` (to an instance that takes the rest),
+`first_token` (from asking it, restoring included: most of it is the engine's step). `kvguard_ms` = recovery + placing + pull of one answer: what is kvguard's.
 
-Knows: tests/vllm's world and gateway. Must not know: how anything is recovered. Exit code 1 where an id is lost, doubled or changed.
+Each kill is a line on stderr, and FILE holds what is known after it. Exit code 1 where an id is lost, doubled or changed; 143 at SIGTERM, 130 at Ctrl-C, with
+the servers ended and what was found printed (`complete`: whether that is all).
+
+Knows: tests/vllm's world and gateway. Must not know: how anything is recovered.
 """
 
 from __future__ import annotations
@@ -34,13 +39,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "vllm"))
 from front import Gateway
-from world import MODEL, World, end_at_sigterm
+from running import Report, ending_in_order
+from world import MODEL, World
 
+from kvguard.errors import KvguardError
 from kvguard.transport.ask import ask
 
 WHOLE_S = 600.0
 TIE = 1e-3  # of the two best logits, in fp32: further apart no order of additions turns them round
-PULLED = re.compile(r"kvguard: (\S+) goes on from position (\d+): (\d+) bytes in ([\d.]+) ms")
+PULLED = re.compile(r"kvguard: \S*?(kvg-[0-9a-f]{24})-\d+\S* goes on from position \d+: \d+ bytes in ([\d.]+) ms")
+STALLED = re.compile(r"(kvg-[0-9a-f]{24}): \S+ goes on after [\d.]+ ms: (.+)$", re.MULTILINE)
+KVGUARDS_MS = 200
 FP32 = ("--dtype", "float32")
 TEXTS = (
     "The lighthouse stood on a rock far from the shore, and every evening ", "To bake bread you need flour, water, salt and time. First ",
@@ -119,12 +128,13 @@ class Kills:
         self._starting: dict[str, float] = {}
         self.starts_s: list[float] = []
 
-    def learn(self) -> None:
+    def learn(self, report: Report) -> None:
         """What every request is answered with when nobody dies, from one server, alone in its batch."""
         server = self.world.servers["smol-a"]
         for case in self.cases:
             choice = server.complete(case.prompt, case.tokens, f"undisturbed-{self.cases.index(case)}")["choices"][0]
             self.undisturbed[case] = choice["token_ids"]
+            report.say(f"undisturbed answer {len(self.undisturbed)} of {len(self.cases)}")
 
     def round(self) -> None:
         """One kill. Raises RuntimeError where it can't be proved to have fired."""
@@ -222,12 +232,54 @@ def percentiles(values: list[float]) -> dict:
 
 
 def parts_ms(world: World) -> dict:
-    """kvguard's own share of every recovery, by phase."""
-    history = [one for one in ask(world.coordinator, "history", {}, timeout=10.0)["history"] if not one["error"]]
+    """The coordinator's share of every recovery, by phase; nothing where it is gone (Ctrl-C ends it as well)."""
+    try:
+        history = [one for one in ask(world.coordinator, "history", {}, timeout=10.0)["history"] if not one["error"]]
+    except KvguardError:
+        return {}
     phases = ("detect", "fence", "plan", "restore", "total")
-    found = {phase: percentiles([one["timing_ms"][phase] for one in history if phase in one["timing_ms"]]) for phase in phases}
-    pulls = [float(ms) for log in world.directory.glob("vllm-*.log") for *_, ms in PULLED.findall(log.read_text(errors="replace"))]
-    return {**found, "pull": percentiles(pulls)}
+    return {phase: percentiles([one["timing_ms"][phase] for one in history if phase in one["timing_ms"]]) for phase in phases}
+
+
+def stalls_ms(gateway_log: str, engine_logs: list[str]) -> dict:
+    """The gateway's share of every stall, and the engines', by their logs."""
+    pulls = [(request, float(ms)) for log in engine_logs for request, ms in PULLED.findall(log)]
+    parts: dict[str, list[float]] = {}
+    own = []
+    pulled = dict(pulls)  # of a request that was restored twice, the newest
+    for request, said in STALLED.findall(gateway_log):
+        found = {part: float(ms) for part, ms in (one.rsplit(" ", 1) for one in said.split(", "))}
+        for part, ms in found.items():
+            parts.setdefault(part, []).append(ms)
+        own.append(found["recovery"] + found["placing"] + pulled.get(request, 0.0))
+    found = {part: percentiles(values) for part, values in parts.items()}
+    return {"pull": percentiles([ms for _, ms in pulls]), "stall_parts_ms": found, "kvguard_ms": {**percentiles(own), "target": KVGUARDS_MS}}
+
+
+def document(run: Kills) -> dict:
+    """What is known so far."""
+    world, gateway = run.world, run.gateway
+    logs = [log.read_text(errors="replace") for log in sorted(world.directory.glob("vllm-*.log"))]
+    stalls = stalls_ms(gateway.log.read_text(errors="replace"), logs)
+    return {
+        "load_1min_at_end": os.getloadavg()[0], "kills": run.counted, "kills_without_an_answer": run.idle, "streams": run.streams,
+        "answers_equal": run.equal, "answers_tied": run.ties, "wrong": run.wrong, "resumed_by_kill": run.resumed_by_kill, "rungs": gateway.rungs(),
+        "unplaced": gateway.metrics("kvguard_gateway_unplaced_total"), "lost": gateway.metrics("kvguard_gateway_lost_total"),
+        "stall_ms": percentiles(run.stalls_ms), "parts_ms": {**parts_ms(world), "pull": stalls.pop("pull")}, **stalls,
+        "start_again_s": percentiles(run.starts_s),
+    }  # fmt: skip
+
+
+def killed(report: Report, world: World, gateway: Gateway, kills: int, streams: int, minutes: float, tokens: int, seed: int) -> None:
+    run = Kills(world, gateway, streams, seed, tokens)
+    run.learn(report)
+    report.keep(ready_s=round(report.seconds))
+    while run.counted < kills and not 0 < 60 * minutes < report.seconds:
+        run.round()
+        report.keep(**document(run), took_s=round(report.seconds))
+        own = report.found["kvguard_ms"]
+        said = f"{run.counted} kills, {run.idle} without an answer under way, {run.equal} answers equal, {run.ties} ties, {len(run.wrong)} wrong"
+        report.say(f"{said}, rungs {gateway.rungs()}, kvguard's ms p50 {own.get('p50')} p99 {own.get('p99')}")
 
 
 @click.command()
@@ -239,42 +291,23 @@ def parts_ms(world: World) -> dict:
 @click.option("--seed", default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(dir_okay=False), default=None)
 def main(kills: int, streams: int, servers: int, minutes: float, tokens: int, seed: int, output: str | None) -> None:
-    end_at_sigterm()
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kvguard-vllm-kills-") as directory:
-        names = tuple("abcdefgh"[:servers])
-        world, gateway = World(Path(directory), names, backoff_ms=0), None
-        try:
-            world.start_daemons()
-            for name in names:
-                world.start_server(name, *FP32, wait=False)
-            for server in world.servers.values():
-                world.wait_ready(server)
-            gateway = Gateway(world)
-            run = Kills(world, gateway, streams, seed, tokens)
-            run.learn()
-            ready_s = time.monotonic() - began
-            click.echo(f"ready after {ready_s:.0f} s", err=True)
-            while run.counted < kills and not 0 < 60 * minutes < time.monotonic() - began:
-                run.round()
-                said = f"{run.counted} kills, {run.idle} without an answer under way, {run.equal} answers equal, {run.ties} ties, {len(run.wrong)} wrong"
-                click.echo(f"{time.monotonic() - began:.0f} s: {said}, rungs {gateway.rungs()}", err=True)
-            found = {
-                "model": "SmolLM2-135M, fp32", "machine": f"{os.cpu_count()} cores, CPU only", "load_1min_at_end": os.getloadavg()[0], "seed": seed,
-                "kills": run.counted, "kills_without_an_answer": run.idle, "streams": streams, "answers_equal": run.equal, "answers_tied": run.ties,
-                "wrong": run.wrong, "resumed_by_kill": run.resumed_by_kill, "rungs": gateway.rungs(), "unplaced": gateway.metrics("kvguard_gateway_unplaced_total"),
-                "lost": gateway.metrics("kvguard_gateway_lost_total"), "stall_ms": percentiles(run.stalls_ms), "parts_ms": parts_ms(world),
-                "start_again_s": percentiles(run.starts_s), "ready_s": round(ready_s), "took_s": round(time.monotonic() - began),
-            }  # fmt: skip
-        finally:
-            if gateway is not None:
-                gateway.stop()
-            world.stop()
-    text = json.dumps(found, indent=1)
-    if output:
-        Path(output).write_text(text + "\n", encoding="utf-8")
-    click.echo(text)
-    sys.exit(1 if found["wrong"] else 0)
+    first = {"model": "SmolLM2-135M, fp32", "machine": f"{os.cpu_count()} cores, CPU only", "seed": seed, "kills": 0, "wrong": []}
+    with ending_in_order(), Report(output, **first) as report:
+        with tempfile.TemporaryDirectory(prefix="kvguard-vllm-kills-") as directory:
+            names = tuple("abcdefgh"[:servers])
+            world = World(Path(directory), names, backoff_ms=0)
+            try:
+                world.start_daemons()
+                for name in names:
+                    world.start_server(name, *FP32, wait=False)
+                for name, server in world.servers.items():
+                    world.wait_ready(server)
+                    report.say(f"{name} answers")
+                killed(report, world, Gateway(world), kills, streams, minutes, tokens, seed)
+            finally:
+                world.stop()
+        wrong = report.found["wrong"]
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

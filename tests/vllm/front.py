@@ -1,6 +1,7 @@
 """`kvguard gateway` in front of a world's servers, as a process of its own, and what can be asked of it. For tests, the demonstration and measurements.
 
-Knows: the gateway's command line, its settings and metrics. Must not know: what is tested. Invariant: nothing of it outlives `stop`.
+Knows: the gateway's command line, its settings and metrics. Must not know: what is tested. Invariant: nothing of it outlives `stop`, nor
+its world's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import subprocess
 import sys
 
 import httpx
+from running import whole
 from world import ROOT, World, model_directory
 
 from kvguard import config
@@ -25,8 +27,9 @@ class Gateway:
         file = world.directory / "gateway.toml"
         file.write_text(config.template(config.GatewayConfig, values))
         self.log = world.directory / "gateway.log"
-        with open(self.log, "ab") as log:
+        with open(self.log, "ab") as log, whole():
             self.popen = subprocess.Popen([sys.executable, "-m", "kvguard.cli", "gateway", "--config", str(file)], stdout=log, stderr=log, cwd=ROOT)
+            world.fronts.append(self)
         try:
             world.until("the gateway with its instances", lambda: self.active() == len(lines), 120)
         except BaseException:
@@ -52,10 +55,11 @@ class Gateway:
         return {sample.split('"')[1]: int(value) for sample, value in self.metrics("kvguard_gateway_resumed_total").items()}
 
     def stop(self) -> int:
-        """Its exit code. What is under way may end."""
-        self.popen.terminate()
-        try:
-            return self.popen.wait(60)
-        except subprocess.TimeoutExpired:
-            self.popen.kill()
-            return self.popen.wait()
+        """Its exit code. What is under way may end. Not to be cut short by a signal."""
+        with whole():
+            self.popen.terminate()
+            try:
+                return self.popen.wait(60)
+            except subprocess.TimeoutExpired:
+                self.popen.kill()
+                return self.popen.wait()

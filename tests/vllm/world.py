@@ -15,7 +15,6 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,9 +25,14 @@ from kvguard.errors import KvguardError
 from kvguard.pipeline.ports import free_ports
 from kvguard.transport.ask import ask
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from running import ending_in_order, whole
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "smol"
 READY_S = 600.0
+# How a server is started; another program with the same options stands in for it in test_programs.py.
+PROGRAM = os.environ.get("KVGUARD_VLLM_PROGRAM", "-m vllm.entrypoints.openai.api_server").split()
 LEFT_BY_ENGINES = re.compile(r"/dev/shm/((?:psm_|vllm_dist_|sem\.mp-)\S+)")
 
 
@@ -40,11 +44,6 @@ def model_directory() -> str:
     from kvguard.pipeline.smollm2 import CACHE_NAME, default_cache
 
     return str(default_cache() / CACHE_NAME)
-
-
-def end_at_sigterm() -> None:
-    """For tools: SIGTERM (of `timeout`, say) leaves as Ctrl-C does, through everything that stops what was started."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def shared_files(group: int) -> set[str]:
@@ -62,16 +61,28 @@ class Server:
 
     def __init__(self, popen: subprocess.Popen, url: str, log: Path) -> None:
         self.popen, self.url, self.log = popen, url, log
+        self._shared: set[str] = set()
+
+    def kill_worker(self, pid: int) -> None:
+        """SIGKILL to one of its processes alone. What becomes of the others is not ours to do."""
+        self._shared |= shared_files(self.popen.pid)
+        os.kill(pid, signal.SIGKILL)
 
     def kill(self) -> None:
         """SIGKILL to all of its processes; what only they had in /dev/shm goes with them."""
-        theirs = shared_files(self.popen.pid)
+        theirs = self._shared | shared_files(self.popen.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
         for name in theirs:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"/dev/shm/{name}")
+
+    def end(self) -> None:
+        """As kill(), but stopped first: one that is starting could make another file between the look and its end."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGSTOP)
+        self.kill()
 
     def post(self, path: str, body: dict, headers: dict | None = None, timeout_s: float = 120.0):
         """The open response of a POST."""
@@ -108,6 +119,7 @@ class World:
         self._http = dict(zip(names, ports[1 + len(names) :], strict=True))
         self.running: dict[str, subprocess.Popen] = {}
         self.servers: dict[str, Server] = {}
+        self.fronts: list = []  # whatever stands before the servers, and is to be stopped before them
         # On a machine that runs other things, too, a daemon may be silent for seconds; what is killed here is seen by its process, not by silence.
         patient = {"suspect_ms": 2000, "dead_ms": 10_000, "emitter_ms": 20_000}
         own = {"listen": self.coordinator, "state_dir": str(self.directory / "coordinator"), **patient, **coordinator}
@@ -126,7 +138,7 @@ class World:
         """The named ones (all without names); waits until the coordinator knows the nodes."""
         for name in names or ("coordinator", *self.addresses):
             verb = "coordinator" if name == "coordinator" else "node"
-            with open(self.directory / f"{name}.log", "ab") as log:
+            with open(self.directory / f"{name}.log", "ab") as log, whole():
                 arguments = [sys.executable, "-m", "kvguard.cli", verb, "--config", str(self.directory / f"{name}.toml")]
                 environment = {**os.environ, "PYTHONPATH": str(ROOT)}
                 self.running[name] = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=environment)
@@ -143,13 +155,14 @@ class World:
 
     def start_server(
         self, name: str, *arguments: str, wait: bool = True, kvguard: bool = True, extra: dict | None = None, env: dict | None = None,
-        python: str = sys.executable,
+        python: str = sys.executable, model: str = "",
     ) -> Server:  # fmt: skip
-        """vLLM for the instance smol-`name` beside node `name`. `kvguard` false: without the connector. `python`: of another environment that has vLLM."""
+        """vLLM for the instance smol-`name` beside node `name`. `kvguard` false: without the connector. `python`: of another environment that has vLLM. `model`: a
+        directory, instead of SmolLM2's."""
         port = self._http[name]
         url = f"http://127.0.0.1:{port}"
         command = [
-            python, "-m", "vllm.entrypoints.openai.api_server", "--model", model_directory(), "--served-model-name", MODEL, "--host", "127.0.0.1",
+            python, *PROGRAM, "--model", model or model_directory(), "--served-model-name", MODEL, "--host", "127.0.0.1",
             "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "2048", "--enforce-eager", "--max-num-seqs", "8", "--block-size", "32",
             "--disable-uvicorn-access-log", "--enable-request-id-headers", "--enable-prompt-tokens-details",
         ]  # fmt: skip
@@ -163,9 +176,9 @@ class World:
             "VLLM_CPU_OMP_THREADS_BIND": str(sorted(os.sched_getaffinity(0))[list(self._http).index(name) % os.cpu_count()]), **(env or {}),
         }  # fmt: skip
         log = self.directory / f"vllm-{name}.log"
-        with open(log, "ab") as out:
+        with open(log, "ab") as out, whole():
             popen = subprocess.Popen([*command, *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment, cwd=ROOT, start_new_session=True)
-        server = self.servers[f"smol-{name}"] = Server(popen, url, log)
+            server = self.servers[f"smol-{name}"] = Server(popen, url, log)
         if wait:
             self.wait_ready(server)
         return server
@@ -199,9 +212,15 @@ class World:
         return "\n".join(f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-40:]) for log in sorted(self.directory.glob("*.log")))
 
     def stop(self) -> None:
-        """End everything that was started here; daemons in order."""
+        """End everything that was started here; daemons in order. Not to be cut short by a signal."""
+        with whole():
+            self._stop()
+
+    def _stop(self) -> None:
+        for front in self.fronts:
+            front.stop()
         for server in self.servers.values():
-            server.kill()
+            server.end()
         for process in self.running.values():
             process.terminate()
         codes = {}
@@ -216,8 +235,6 @@ class World:
 
 def main() -> int:
     world = World(Path(sys.argv[1]))
-    wanted = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: wanted.set())
     try:
         world.start_daemons()
         for name in world.addresses:
@@ -226,12 +243,12 @@ def main() -> int:
             world.wait_ready(server)
         said = {"coordinator": world.coordinator, "nodes": world.addresses, "servers": {name: server.url for name, server in world.servers.items()}}
         print(json.dumps({**said, "pids": {name: server.popen.pid for name, server in world.servers.items()}}), flush=True)
-        while not wanted.is_set() and not select.select([sys.stdin], [], [], 0.5)[0]:
-            continue
+        select.select([sys.stdin], [], [])
     finally:
         world.stop()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending_in_order():
+        sys.exit(main())
