@@ -62,6 +62,7 @@ class CoordinatorDaemon:
         self.drilled = drilled.Drilled(self.journal)
         verbs = {
             "status": lambda arguments: self.core.status(time.monotonic_ns()), "history": self._history, "stats": self._stats, "drilled": self.drilled.told,
+            "heard": lambda arguments: {},  # what was said before on this link, proved by the answer
         }  # fmt: skip
         self.mail = Mail(self.shell, Questions(verbs, self._answer, self.loop.after), {Query: self._query})
         self.questions = self.mail.questions

@@ -7,6 +7,7 @@ blocks without a timeout; what is remembered for a coordinator that is away is b
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -31,6 +32,10 @@ BEAT_MS = 100
 BEATS_PER_SILENCE = 3  # one lost, one late: no sign of death
 DELIVERED_MAX = 4096  # said again on every new session: the coordinator answers them with nothing, and a link may have lost them
 DELIVERED_PER_MESSAGE = 512
+FLUSH_S = 1.0  # at the end: so long a coordinator that is away, or slow, is waited for
+UNASKED, ASKED, HEARD = range(3)  # at the end, on this session: whether the coordinator has heard everything
+
+log = logging.getLogger(__name__)
 
 
 def connect(
@@ -79,6 +84,7 @@ class Emitter:
         self._adopt_unsaid = False
         self._session = False
         self._closing = False
+        self._flush, self._flush_until = UNASKED, float("inf")
         self.problems: deque[str] = deque(maxlen=32)  # what the transport said, newest last
         self._transport = ZeromqTransport(name, keys, insecure, bulk=False, incarnation=self.incarnation)
         self._questions = Questions(instance, self._transport)
@@ -199,11 +205,13 @@ class Emitter:
             if not self._closing:
                 self._wakeup.again(_nothing)
 
-    def close(self) -> None:
+    def close(self, flush_s: float = FLUSH_S) -> None:
+        """The end, once the coordinator has heard what was delivered; after `flush_s` at the latest, and then said loudly what it may not have heard."""
         with self._changed:
             if self._closing:
                 return
             self._closing = True
+            self._flush_until = time.monotonic() + flush_s
             self._wakeup.again(_nothing)
             self._changed.notify_all()
         self._thread.join()
@@ -233,9 +241,9 @@ class Emitter:
     def _run(self) -> None:
         next_beat = 0.0
         while True:
-            self._wakeup.wait(max(0.0, next_beat - time.monotonic()))
+            self._wakeup.wait(max(0.0, min(next_beat, self._flush_until) - time.monotonic()))
             with self._changed:
-                if self._closing:
+                if self._closing and self._flushed():
                     return
                 self._wakeup.ready()
                 if self._keys is not None:
@@ -248,9 +256,22 @@ class Emitter:
                     self._beat()
                 self._changed.notify_all()
 
+    def _flushed(self) -> bool:
+        """Whether nothing delivered need be said any more, or nothing can be."""
+        if not self._delivered or self._flush == HEARD:
+            return True
+        if time.monotonic() < self._flush_until:
+            return False
+        self.problems.append(
+            f"closed before {self._coordinator} had heard which answers are delivered (up to {len(self._delivered)}): what is kept for them may stay until the "
+            "bounds on it. Try: kvguard status, or a longer flush_s"
+        )
+        log.warning("%s: %s", self.instance, self.problems[-1])
+        return True
+
     def _take(self, event) -> None:
         if isinstance(event, Up) and event.link == self._link:
-            self._session = True
+            self._session, self._flush = True, UNASKED
             self._undelivered = len(self._delivered)
             self._adopt_unsaid = self._adopted != NO_EPOCH
             self._say(messages.EmitterHello(self.instance, self.incarnation, self._adopted, self._moves, self._silence_ms))
@@ -267,7 +288,9 @@ class Emitter:
             except BadFrame as error:
                 self.problems.append(f"{event.link}: {error}")
                 return
-            if isinstance(message, messages.Answer):
+            if isinstance(message, messages.Answer) and event.link == self._link:
+                self._flush = HEARD  # whatever it says: what was said before the question has arrived
+            elif isinstance(message, messages.Answer):
                 self._questions.answered(event.link, message)
             elif event.link == self._link and getattr(message, "instance", None) == self.instance:
                 self._on_message(message)
@@ -308,6 +331,8 @@ class Emitter:
             if not self._say(messages.Delivered.of(self.instance, tuple(some))):
                 break
             self._undelivered -= len(some)
+        if self._closing and not self._undelivered and self._flush == UNASKED and self._say(messages.Query(0, "heard")):
+            self._flush = ASKED
         self.problems += self._questions.say(self._members)
 
     def _say(self, message: messages.Message) -> bool:

@@ -75,6 +75,8 @@ class Standin:
         self.heard.append(message)
         if isinstance(message, messages.EmitterHello) and self.welcome is not None:
             self.transport.send(link, wire.encode(self.welcome))
+        elif isinstance(message, messages.Query) and message.verb == "heard":
+            self.transport.send(link, wire.encode(messages.Answer(message.id, b"{}", "not a question that is answered here", 2)))  # as an older one says it
         elif isinstance(message, messages.Query) and message.verb in self.answers:
             answer = self.answers[message.verb](json.loads(message.arguments))
             fields = {"body": b"", **answer} if "error" in answer else {"body": json.dumps(answer).encode()}
@@ -222,6 +224,28 @@ def test_delivered_in_order_and_in_bulk(coordinator, client):
     client.delivered([f"s{n}" for n in range(1200)])
     expected = ["a"] + [f"s{n}" for n in range(1200)]
     within(lambda: [name for message in coordinator.heard_of(messages.Delivered) for name in message.sequences] == expected, "all names, in order")
+
+
+def test_what_was_delivered_last_is_heard_before_the_end(coordinator):
+    """Not even the link is up when close() is called."""
+    client = emitters.connect("llama", coordinator.address)
+    names = [f"s{n}" for n in range(600)]
+    client.delivered(names)
+    client.close(DEADLINE_S)
+    assert [name for message in coordinator.heard_of(messages.Delivered) for name in message.sequences] == names
+    assert not client.problems
+
+
+def test_an_end_without_a_coordinator_is_bounded_and_says_what_it_left_unsaid(coordinator, client, caplog):
+    client.welcome(DEADLINE_S)
+    coordinator.close()
+    within(lambda: not client.connected, "the session's end")
+    client.delivered(["a", "b"])
+    client.close(0.05)
+    assert "up to 2" in client.problems[-1] and "up to 2" in caplog.text and "Try:" in client.problems[-1]
+    with emitters.connect("llama", coordinator.address) as idle:
+        pass
+    assert not idle.problems, "who delivered nothing has nothing to wait for"
 
 
 def test_which_life_was_delivered_is_said_again_with_every_session(coordinator, client):
