@@ -134,7 +134,8 @@ class KvguardConnector(KVConnectorBase_V1, SupportsHMA):
             _log.info("kvguard: kv_load_failure_policy is set to 'recompute': what can't be restored is computed")
             self._kv_transfer_config.kv_load_failure_policy = "recompute"  # read by the scheduler after this
         by_position = bool(getattr(config, "use_v2_model_runner", False))
-        self.ledger, self.moves = Ledger(by_position), Moves(self.settings.share_restored, by_position)
+        on_gpu = torch.device(config.device_config.device_type).type == "cuda"
+        self.ledger, self.moves = Ledger(by_position, on_gpu), Moves(self.settings.share_restored, by_position)
         self.rows: IdRows | None = None
         if self.settings.scheduler:
             blocks, tokens = self._kv_cache_config.num_blocks, config.cache_config.block_size

@@ -47,7 +47,8 @@ class StepFacts:
     """One scheduled step. Applied in this order: `over`, `cut` before the forward pass, all others once its KV is complete.
 
     `size`: positions in the step. `over`: sequences that are finished. `cut`: preempted ones, whose KV is void. `nos`, `lengths`, `ids`: decoding sequences
-    with one new id each; `blocks`: appended ones by index in these columns. `ended`: why the scheduler's side can't go on: nothing is true any more, detach.
+    with one new id each; `blocks`: appended ones by index in these columns. `spans`: where a GPU packs its own steps, (sequence, first, end) of all positions
+    that this one may write, rejected drafts included. `ended`: why the scheduler's side can't go on: nothing is true any more, detach.
     """
 
     size: int = 0
@@ -60,6 +61,7 @@ class StepFacts:
     ids: list[int] = field(default_factory=list)
     blocks: dict[int, list[int]] = field(default_factory=dict)
     loads: list[Load] = field(default_factory=list)
+    spans: list[tuple[int, int, int]] = field(default_factory=list)
     ended: str = ""
 
 

@@ -66,10 +66,10 @@ class _Entry:
 
 
 class Ledger:
-    """`step` once per scheduled step, in order. `counts`: what was left out, by reason."""
+    """`step` once per scheduled step, in order. `spans`: whether workers are told which positions a step may write. `counts`: what was left out, by reason."""
 
-    def __init__(self, samples_by_position: bool = False) -> None:
-        self._samples_by_position = samples_by_position
+    def __init__(self, samples_by_position: bool = False, spans: bool = False) -> None:
+        self._samples_by_position, self._spans = samples_by_position, spans
         self._entries: dict[str, _Entry] = {}
         self._names: set[str] = set()
         self._next = 0
@@ -105,10 +105,10 @@ class Ledger:
                 entry.blocks = 0
         scheduled = output.num_scheduled_tokens
         for new in output.scheduled_new_reqs:
-            self._scheduled(new.req_id, new.block_ids, True, new.num_computed_tokens + scheduled[new.req_id], facts)
+            self._scheduled(new.req_id, new.block_ids, True, new.num_computed_tokens, scheduled[new.req_id], facts)
         cached = output.scheduled_cached_reqs
         for request_id, blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
-            self._scheduled(request_id, blocks, request_id in cached.resumed_req_ids, computed + scheduled[request_id], facts)
+            self._scheduled(request_id, blocks, request_id in cached.resumed_req_ids, computed, scheduled[request_id], facts)
         return facts
 
     def _over(self, request_id: str, facts: StepFacts) -> None:
@@ -119,8 +119,8 @@ class Ledger:
         if entry.begun:
             facts.over.append(entry.no)
 
-    def _scheduled(self, request_id: str, blocks: Any, whole: bool, end: int, facts: StepFacts) -> None:
-        """`blocks`: by KV group, the whole list (`whole`) or what was appended; None for nothing. `end`: where this step's positions end."""
+    def _scheduled(self, request_id: str, blocks: Any, whole: bool, computed: int, count: int, facts: StepFacts) -> None:
+        """`blocks`: by KV group, the whole list (`whole`) or what was appended; None for nothing. `count` positions from `computed` on are this step's."""
         entry = self._entries.get(request_id)
         if entry is None:
             return
@@ -131,7 +131,9 @@ class Ledger:
         ids = entry.request.all_token_ids
         known = len(ids)
         new = list(ids[entry.ids : known])
-        length = min(end, known)
+        length = min(computed + count, known)
+        if self._spans:  # async scheduling counts drafts as computed that may be rejected yet: the step then begins earlier
+            facts.spans.append((entry.no, min(computed, known - 1), computed + count))
         entry.ids, entry.blocks = known, entry.blocks + len(appended)
         if not entry.begun:
             entry.begun = True

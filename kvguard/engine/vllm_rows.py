@@ -76,6 +76,7 @@ class Rows:
             return
         if not failed:
             self._commit(step, facts, usual)
+            self._say_written(step, facts)
         try:
             step.__exit__(RuntimeError if failed else None, None, None)
         except KvguardError:  # fenced while the step ran: what it staged is gone
@@ -191,6 +192,24 @@ class Rows:
                 sequence.row, sequence.known, sequence.listed = -1, 0, 0
             return
         sequence.row, sequence.known, sequence.listed = row, len(sequence.ids), len(sequence.blocks)
+
+    def _say_written(self, step: Step, facts: StepFacts) -> None:
+        """To a pool that packs its own steps: all slots that this one may have written."""
+        if not hasattr(self.guard.pool, "wrote"):
+            return
+        tokens = self.guard.layout.block_tokens
+        blocks, starts, counts = [], [], []
+        for no, first, end in facts.spans:
+            listed = self._sequences[no].blocks if no in self._sequences else ()
+            for index, block in enumerate(listed[first // tokens : -(-end // tokens)], first // tokens):
+                start = max(first, index * tokens)
+                blocks.append(block)
+                starts.append(start - index * tokens)
+                counts.append(min(end, (index + 1) * tokens) - start)
+        try:
+            step.wrote(blocks, starts, counts)
+        except KvguardError:  # the step is a gap: its daemon reads the pool
+            self.counts["steps not packed"] += 1
 
     # ---- words for people -----------------------------------------------------------------------------------------------------------
 

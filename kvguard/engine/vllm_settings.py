@@ -69,8 +69,8 @@ def version_warning(version: str) -> str:
 def faults_of(vllm_config: Any, kv_cache_config: Any, device: str) -> list[str]:
     """Why this engine can't be protected; empty where it can. `device`: the torch device type of its KV."""
     faults = []
-    if device != "cpu":
-        faults.append(f"KV on {device!r}: this adapter maps pools in host memory only")
+    if device not in ("cpu", "cuda"):
+        faults.append(f"KV on {device!r}: this adapter knows pools in host memory and on NVIDIA GPUs only")
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     for name, reason in _REFUSED_PARALLELISM.items():
         if (getattr(parallel, name, 1) or 1) != 1:

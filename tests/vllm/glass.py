@@ -1,4 +1,4 @@
-"""A look at one engine's pool and at its replica, from outside of both: whether every committed byte is in the other node's arena.
+"""A look at one rank's pool and at its replica, from outside of both: whether every committed byte is in the other node's arena.
 
 Knows: /proc/PID/fd, the commit table, pages. Must not know: vLLM's process tree beyond a process group.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kvguard.device.host import HostDevice, HostPool
 from kvguard.engine.look import TableReader
-from kvguard.engine.vllm_pool import _column_keys, _Pages
+from kvguard.engine.vllm_layouts import Pages, column_keys
 from kvguard.errors import BadFrame, Stale
 from kvguard.format.layout import Layout, whole
 from kvguard.format.pages import PageReader, page_bytes
@@ -54,21 +54,31 @@ def descriptors(pids: list[int], name: str) -> list[int]:
     return found
 
 
-def smollm2_layout(slab_bytes: int) -> Layout:
-    """As the adapter makes it on a CPU without AMX; the model's name doesn't matter here."""
-    page = 2 * HEADS * TOKENS * DIM * ITEMSIZE
-    blocks = slab_bytes // (LAYERS * page)
-    pages = _Pages(0, blocks * page, page, LAYERS, HEADS, TOKENS, DIM, ITEMSIZE)
-    return Layout("", "bfloat16", ITEMSIZE, blocks, TOKENS, _column_keys(pages), whole(LAYERS, HEADS), True, slab_bytes)
+def workers_of(group: int) -> list[int]:
+    """An engine's workers, in the order of their titles, which vLLM makes of their ranks."""
+    found = [pid for pid in processes_of(group) if holds(pid, "kvguard-vllm-pool")]
+    return sorted(found, key=lambda pid: Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+def smollm2_layout(slab_bytes: int, layers: int = LAYERS, heads: int = HEADS) -> Layout:
+    """As the adapter makes it on a CPU without AMX, of so many layers and heads; names of model and shard don't matter here."""
+    page = 2 * heads * TOKENS * DIM * ITEMSIZE
+    blocks = slab_bytes // (layers * page)
+    row = 2 * DIM * ITEMSIZE
+    pages = Pages(0, blocks * page, page, TOKENS * row, row, layers, blocks, heads, TOKENS, DIM, ITEMSIZE)
+    return Layout("", "bfloat16", ITEMSIZE, blocks, TOKENS, column_keys(pages), whole(layers, heads), True, slab_bytes)
 
 
 class Glass:
-    """One engine (by its process group) and the daemon that holds its replica (by pid). `positions`: how far that daemon has each sequence now."""
+    """One engine's only worker (by its process group), or that `worker` of it, and the daemon that holds its replica (by pid). `positions`: how far that daemon
+    has each sequence now; `layout`: of a pool of so many bytes."""
 
-    def __init__(self, group: int, holder: int, positions: Callable[[], dict[str, int]]) -> None:
-        [worker] = [pid for pid in processes_of(group) if holds(pid, "kvguard-vllm-pool")]
+    def __init__(
+        self, group: int, holder: int, positions: Callable[[], dict[str, int]], worker: int = 0, layout: Callable[[int], Layout] = smollm2_layout,
+    ) -> None:  # fmt: skip
+        [worker] = [worker] if worker else workers_of(group)
         [slab] = descriptors([worker], "kvguard-vllm-pool")
-        self.pool: HostPool = HostDevice().open(smollm2_layout(os.fstat(slab).st_size), [slab], writable=False)
+        self.pool: HostPool = HostDevice().open(layout(os.fstat(slab).st_size), [slab], writable=False)
         [table] = descriptors([worker], "kvguard-table")
         self.table = TableReader(table)
         self.worker, self._holder, self._positions = worker, holder, positions

@@ -98,7 +98,8 @@ def configured(spec, groups: int = 1, **parallel):
     ("spec", "groups", "parallel", "device", "fault"),
     [
         (FullAttentionSpec(block_size=32), 1, {}, "cpu", ""),
-        (FullAttentionSpec(block_size=32), 1, {}, "cuda", "host memory"),
+        (FullAttentionSpec(block_size=32), 1, {}, "cuda", ""),
+        (FullAttentionSpec(block_size=32), 1, {}, "xpu", "host memory and on NVIDIA GPUs"),
         (FullAttentionSpec(block_size=32), 2, {}, "cpu", "2 KV cache groups"),
         (FullAttentionSpec(block_size=32, sliding_window=128), 1, {}, "cpu", "sliding_window=128"),
         (SlidingWindowSpec(block_size=32), 1, {}, "cpu", "SlidingWindowSpec"),
@@ -116,7 +117,7 @@ def test_what_cant_be_protected_is_refused_with_its_reason(spec, groups, paralle
 # ---- ranks and shards -----------------------------------------------------------------------------------------------------------
 
 
-def placed(pp: int = 0, tp: int = 0, stages: int = 1, ranks: int = 1, heads: int = 8, names=("model.layers.0.self_attn.attn",), layers: int = 4, mla: bool = False):
+def placed(pp: int = 0, tp: int = 0, stages: int = 1, ranks: int = 1, heads: int = 8, names=("layers.0.attn",), layers: int = 4, mla: bool = False):
     model = SimpleNamespace(get_total_num_hidden_layers=lambda: layers, get_total_num_kv_heads=lambda: heads, use_mla=mla)
     config = SimpleNamespace(model_config=model, parallel_config=SimpleNamespace(pipeline_parallel_size=stages, tensor_parallel_size=ranks))
     return place_of(config, list(names), pp, tp)
@@ -219,6 +220,21 @@ def test_a_table_without_room_costs_protection_of_what_does_not_fit(rows):
     assert held(rows)["s2"] == (3, [1, 2, 3], [2])
 
 
+def test_a_pool_that_packs_its_own_steps_is_told_what_they_write(path, monkeypatch):
+    pool = engine.allocate(LAYOUT, "rehearsal")
+    rows = Rows(engine.attach("llama", Rank(0, 0, 0), pool, LAYOUT, socket=path, rows=2))
+    told = []
+    monkeypatch.setattr(pool, "wrote", lambda *columns: told.append(columns))
+    try:
+        run(rows, StepFacts(size=5, begun=[Begun(1, "one", b"{}", [1, 2, 3, 4, 5], [7, 8], 5)], spans=[(1, 0, 5)]))
+        run(rows, StepFacts(size=5, nos=[1], lengths=[6], ids=[6], blocks={0: [9]}, spans=[(1, 5, 10), (4, 0, 3)]))
+        run(rows, StepFacts(size=0))
+        assert told == [([7, 8], [0, 0], [4, 1]), ([8, 9], [1, 0], [3, 2])]
+    finally:
+        rows.guard.detach()
+        pool.close()
+
+
 def test_a_fenced_engine_serves_on_and_joins_the_new_epoch(rows, daemon):
     begin(rows)
     run(rows, StepFacts(size=2, begun=[Begun(2, "two", b"", [9, 9], [9], 2)]))
@@ -297,6 +313,17 @@ def test_drafts_and_placeholders_are_never_said():
     request.all_token_ids += [6]
     facts = ledger.step(output(cached=[("a", None, 6)], a=1))
     assert (facts.nos, facts.ids, facts.lengths) == ([0], [6], [6])
+
+
+def test_positions_that_a_step_may_write_are_said_where_they_are_wanted():
+    """Drafts that async scheduling counts as computed may be rejected: the step then begins where what is known ends."""
+    ledger, request = Ledger(spans=True), request_of("a", [1, 2, 3])
+    ledger.arrived(request)
+    assert ledger.step(output(new=[("a", [5], 0)], a=3)).spans == [(0, 0, 3)]
+    assert ledger.step(output(cached=[("a", None, 3)], a=4)).spans == [(0, 2, 7)]
+    request.all_token_ids += [4]
+    assert ledger.step(output(cached=[("a", [6], 7)], a=4)).spans == [(0, 3, 11)]
+    assert Ledger().step(output(new=[("a", [5], 0)], a=3)).spans == []
 
 
 def test_a_name_that_comes_again_is_another_sequence():

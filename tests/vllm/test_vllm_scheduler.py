@@ -392,7 +392,8 @@ def execute_with_faults(runner: Runner, output):
     runner._take(output)
     sampled = runner._forward(output) if output.total_num_scheduled_tokens else {}
     names, rows = list(sampled), list(sampled.values())
-    outputs = [ModelRunnerOutput(names, {name: n for n, name in enumerate(names)}, rows, kv_connector_output=runner._after(worker, output)) for worker in runner.workers]
+    places = {name: n for n, name in enumerate(names)}
+    outputs = [ModelRunnerOutput(names, places, rows, kv_connector_output=runner._after(worker, output)) for worker in runner.workers]
     return runner._aggregator.aggregate(outputs)
 
 

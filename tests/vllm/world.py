@@ -157,8 +157,8 @@ class World:
         self, name: str, *arguments: str, wait: bool = True, kvguard: bool = True, extra: dict | None = None, env: dict | None = None,
         python: str = sys.executable, model: str = "",
     ) -> Server:  # fmt: skip
-        """vLLM for the instance smol-`name` beside node `name`. `kvguard` false: without the connector. `python`: of another environment that has vLLM. `model`: a
-        directory, instead of SmolLM2's."""
+        """vLLM for the instance smol-`name` beside node `name`. `kvguard` false: without the connector. `python`: of another environment that has vLLM.
+        `model`: a directory, instead of SmolLM2's."""
         port = self._http[name]
         url = f"http://127.0.0.1:{port}"
         command = [
