@@ -361,10 +361,8 @@ def test_every_load_ends_and_none_after_its_deadline_begins():
 
     def fetch(moved, blocks, timeout_s):
         begun.append(timeout_s)
-        if len(begun) <= AT_ONCE_MAX:
-            assert gate.wait(20)
-            return Fetched(6, 100, 1.0)
-        raise Refused("gone")
+        assert gate.wait(20)
+        return Fetched(6, 100, 1.0)
 
     loads = Loads(fetch, 0.05)
     for n in range(AT_ONCE_MAX + 1):
@@ -377,6 +375,14 @@ def test_every_load_ends_and_none_after_its_deadline_begins():
     gate.set()
     ends = all_ends(loads, AT_ONCE_MAX + 1)
     assert [ends[f"r{n}"].error for n in range(AT_ONCE_MAX)] == [""] * AT_ONCE_MAX and "its turn came after" in ends[f"r{AT_ONCE_MAX}"].error
+    loads.close()
+
+
+def test_a_load_that_is_refused_or_has_no_token_ends_with_the_reason():
+    def fetch(moved, blocks, timeout_s):
+        raise Refused("gone")
+
+    loads = Loads(fetch, 60.0)
     loads.begin(Load("refused", TOKEN, [1, 2], 6))
     loads.begin(Load("no token", {"instance": 1}, [1, 2], 6))
     ends = all_ends(loads, 2)
