@@ -1,11 +1,14 @@
 """What a channel over NIXL carries on this machine, against a raw TCP socket and the bulk channel of the same run, and what it costs while nothing is sent.
 
-    python tools/bench_nixl.py [--pairs 8] [--megabytes 96] [--tls cma,tcp --tls tcp] [--devices lo] [--idle 20] [-o table|json]
+    python tools/bench_nixl.py [--seconds 60] [--pairs 8] [--megabytes 96] [--tls cma,tcp --tls tcp] [--devices lo] [--idle 6] [-o table|json]
 
 Two processes on this host, alternating runs, every frame checked for its length. `ratio`: the median over pairs of (way / raw TCP of the same pair). Idle: the
 processor time of both ends of a link that is up and carries nothing, in percent of one core, with a loop that waits for the transport's descriptor alone.
 `sender`, `receiver`: processor time of each end for a gigabyte, medians. Two busy processes: with fewer than two idle cores the speeds are the scheduler's, and
 the slower end's processor time says what could have been carried.
+
+It ends within `--seconds`: every frame size has its share of them and as many pairs as fit (`pairs` of its row; --pairs at most, 1 at least), sizes for which
+nothing is left are left out and named. Rows are printed as they are measured; what is being done stands on stderr.
 
 Knows: transports, sockets. Must not know: streams, cores.
 """
@@ -32,9 +35,11 @@ from kvguard.transport.memory import PayloadMemory
 from kvguard.transport.nixl_agent import NixlSettings
 from kvguard.transport.zeromq import ZeromqTransport
 
-SIZES = (64 * KIB, 256 * KIB, MIB, 4 * MIB)
+LARGE_FIRST = (MIB, 4 * MIB, 256 * KIB, 64 * KIB)  # the sizes that have a target come first
 FRAMES_MIN = 8
 WAIT_S = 30.0
+CLOSING_S = 2.0
+PATIENT = {"greeting_ms": 15_000, "silence_ms": 5000}  # a busy machine is measured, not judged
 
 
 def fill(connection: socket.socket, view: memoryview) -> None:
@@ -62,7 +67,7 @@ def receive_raw(listening: socket.socket, pipe) -> None:
 
 
 def receive_frames(nixl: NixlSettings | None, pipe) -> None:
-    transport = ZeromqTransport("receiver", nixl=nixl)
+    transport = ZeromqTransport("receiver", nixl=nixl, **PATIENT)
     pipe.send(transport.listen("tcp://127.0.0.1:0"))
     left = None
     try:
@@ -144,7 +149,7 @@ class Framed:
         self._pipe, theirs = multiprocessing.Pipe()
         self._process = multiprocessing.Process(target=receive_frames, args=(nixl, theirs), daemon=True)
         self._process.start()
-        self._transport = ZeromqTransport("sender", nixl=nixl)
+        self._transport = ZeromqTransport("sender", nixl=nixl, **PATIENT)
         self._transport.dial("peer:receiver", self._pipe.recv())
         deadline = time.monotonic() + WAIT_S
         while not any(isinstance(event, Up) for event in self._events()):
@@ -196,55 +201,111 @@ class Framed:
         self._transport.close()
 
 
-def measure(carriers: list, sizes: tuple[int, ...], pairs: int, total_bytes: int) -> list[dict]:
-    """One row per frame size and way."""
-    rows = []
-    for size in sizes:
-        payload, count = memoryview(np.ones(size, np.uint8)), max(FRAMES_MIN, total_bytes // size)
-        costs: dict[str, list[Cost]] = {carrier.name: [] for carrier in carriers}
-        for pair in range(-1, pairs):  # the first only warms up
-            for carrier in carriers if pair % 2 else tuple(reversed(carriers)):
-                cost = carrier.carry(count, payload)
-                if pair >= 0:
-                    costs[carrier.name].append(cost)
-        raw, gigabytes = costs[carriers[0].name], count * size / 1e9
-        for name, found in costs.items():
-            ratios = sorted(base.seconds / one.seconds for one, base in zip(found, raw, strict=True))
-            rows.append({
-                "frame_bytes": size, "way": name, "gb_s": gigabytes / statistics.median(one.seconds for one in found), "ratio": statistics.median(ratios),
-                "ratio_low": ratios[0], "ratio_high": ratios[-1], "sender_s_per_gb": statistics.median(one.sender_s for one in found) / gigabytes,
-                "receiver_s_per_gb": statistics.median(one.receiver_s for one in found) / gigabytes,
-            })  # fmt: skip
+class Budget:
+    """Seconds that a measurement may take, from now on."""
+
+    def __init__(self, seconds: float) -> None:
+        self._until = time.monotonic() + seconds
+
+    def left(self) -> float:
+        return self._until - time.monotonic()
+
+
+def progress(what: str, budget: Budget) -> None:
+    print(f"bench_nixl: {what} ({budget.left():.0f} s left)", file=sys.stderr, flush=True)
+
+
+def measure(carriers: list, size: int, pairs: int, total_bytes: int, budget: Budget) -> list[dict]:
+    """Frames of one size, a row for each way: as many pairs as fit, at least one. The first round only warms up, and says how long one takes."""
+    payload, count = memoryview(np.ones(size, np.uint8)), max(FRAMES_MIN, total_bytes // size)
+    costs: dict[str, list[Cost]] = {carrier.name: [] for carrier in carriers}
+    longest = 0.0
+    for pair in range(-1, pairs):
+        if pair > 0 and budget.left() < longest:
+            break
+        began = time.monotonic()
+        for carrier in carriers if pair % 2 else tuple(reversed(carriers)):
+            cost = carrier.carry(count, payload)
+            if pair >= 0:
+                costs[carrier.name].append(cost)
+        longest = max(longest, time.monotonic() - began)
+    raw, gigabytes, rows = costs[carriers[0].name], count * size / 1e9, []
+    for name, found in costs.items():
+        ratios = sorted(base.seconds / one.seconds for one, base in zip(found, raw, strict=True))
+        rows.append({
+            "frame_bytes": size, "way": name, "pairs": len(ratios), "gb_s": gigabytes / statistics.median(one.seconds for one in found),
+            "ratio": statistics.median(ratios), "ratio_low": ratios[0], "ratio_high": ratios[-1],
+            "sender_s_per_gb": statistics.median(one.sender_s for one in found) / gigabytes,
+            "receiver_s_per_gb": statistics.median(one.receiver_s for one in found) / gigabytes,
+        })  # fmt: skip
     return rows
+
+
+def told(rows: list[dict]) -> None:
+    for row in rows:
+        cores = " ".join(f"{row[f'{end}_s_per_gb']:.3f} s/GB" for end in ("sender", "receiver"))
+        ratios = "  ".join(f"{row[key]:.2f}" for key in ("ratio", "ratio_low", "ratio_high"))
+        print(f"{row['frame_bytes'] // KIB:>5} KiB {row['way']:<32} {row['gb_s']:>5.2f} GB/s {cores}   {ratios}  ({row['pairs']})", flush=True)
+
+
+def speeds(ways: dict[str, NixlSettings], options: argparse.Namespace, budget: Budget, say) -> tuple[list[dict], list[int]]:
+    """Rows, and the sizes that there was no time for; `say` is told each size's rows when they are there."""
+    rows, missed, carriers = [], [], []
+    try:
+        progress("links", budget)
+        carriers += [Raw(), Framed("bulk", None)]
+        carriers += [Framed(name, settings) for name, settings in ways.items()]
+        for index, size in enumerate(LARGE_FIRST):
+            if rows and budget.left() <= 0:
+                missed.append(size)
+                continue
+            progress(f"frames of {size // KIB} KiB", budget)
+            found = measure(carriers, size, options.pairs, options.megabytes * 1_000_000, Budget(budget.left() / (len(LARGE_FIRST) - index)))
+            rows += found
+            say(found)
+    finally:
+        for carrier in carriers:
+            carrier.close()
+    return rows, missed
+
+
+def idles(ways: dict[str, NixlSettings], seconds: float, budget: Budget) -> dict[str, float]:
+    """Percent of a core by way: each alone, because a process's time can't be told apart by link."""
+    found = {}
+    for name, settings in ways.items() if seconds else ():
+        progress(f"{name}, idle", budget)
+        carrier = Framed(name, settings)
+        try:
+            found[carrier.name] = carrier.idle(seconds)
+        finally:
+            carrier.close()
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long it may take, the idle part in it")
+    parser.add_argument("--pairs", type=int, default=8, help="at most")
     parser.add_argument("--megabytes", type=int, default=96, help="payload a run")
     parser.add_argument("--tls", action="append", help="UCX_TLS, once for each to be measured")
     parser.add_argument("--devices", default="lo", help="UCX_NET_DEVICES")
-    parser.add_argument("--idle", type=float, default=20.0, help="seconds of nothing")
+    parser.add_argument("--idle", type=float, default=6.0, help="seconds of nothing, for each way")
     parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
     options = parser.parse_args()
-    carriers: list = [Raw(), Framed("bulk", None)]
-    try:
-        carriers += [Framed(f"nixl {tls}", NixlSettings(options.devices, tls)) for tls in options.tls or ("cma,tcp", "tcp")]
-        rows = measure(carriers, SIZES, options.pairs, options.megabytes * 1_000_000)
-        idle = {carrier.name: carrier.idle(options.idle) for carrier in carriers[1:]} if options.idle else {}
-    finally:
-        for carrier in carriers:
-            carrier.close()
-    if options.output == "json":
-        print(json.dumps({"schema": "kvguard.bench_nixl/1", "rows": rows, "idle_percent": idle}))
-        return 0
-    print(f"{'frame':>9} {'way':<32} {'speed':>10} {'sender':>10} {'receiver':>9}   against raw TCP (median of {options.pairs} pairs, lowest, highest)")
-    for row in rows:
-        cores = " ".join(f"{row[f'{end}_s_per_gb']:.3f} s/GB" for end in ("sender", "receiver"))
-        ratios = "  ".join(f"{row[key]:.2f}" for key in ("ratio", "ratio_low", "ratio_high"))
-        print(f"{row['frame_bytes'] // KIB:>5} KiB {row['way']:<32} {row['gb_s']:>5.2f} GB/s {cores}   {ratios}")
-    for name, percent in idle.items():
-        print(f"idle, both ends: {name:<32} {percent:.2f} % of a core")
+    ways = {f"nixl {tls}": NixlSettings(options.devices, tls, stuck_ms=30_000) for tls in options.tls or ("cma,tcp", "tcp")}
+    as_table = options.output == "table"
+    whole = Budget(options.seconds)
+    idle = idles(ways, options.idle, whole)
+    if as_table:
+        for name, percent in idle.items():
+            print(f"idle, both ends: {name:<32} {percent:.2f} % of a core")
+        print(f"{'frame':>9} {'way':<32} {'speed':>10} {'sender':>10} {'receiver':>9}   against raw TCP (median, lowest, highest of so many pairs)", flush=True)
+    rows, missed = speeds(ways, options, Budget(whole.left() - CLOSING_S), told if as_table else lambda found: None)
+    if as_table:
+        for size in missed:
+            print(f"{size // KIB:>5} KiB not measured: no time was left")
+    else:
+        print(json.dumps({"schema": "kvguard.bench_nixl/2", "rows": rows, "missed_frame_bytes": missed, "idle_percent": idle}))
     return 0
 
 
