@@ -57,6 +57,11 @@ class Failure(NamedTuple):
     excluded: tuple[NodeId, ...] = ()
     refused: tuple[tuple[NodeId, int], ...] = ()
 
+    def and_also(self, other: Failure) -> Failure:
+        """Both; the reason and its age are the first one's."""
+        ranks, dead_writers = _once(self.ranks, other.ranks), _once(self.dead_writers, other.dead_writers)
+        return Failure(ranks, self.reason, self.detect_ms, dead_writers, _once(self.excluded, other.excluded), _once(self.refused, other.refused))
+
 
 class Settling(NamedTuple):
     """A plan that failed in part, until the next round begins. `waits`: ranks that standbys were taking when it failed. `since_ns`: fair."""
@@ -119,7 +124,7 @@ class Known:
         self.replaced: dict[str, deque[int]] = {}  # incarnations of emitters that another one ended: they don't come back by dialling again
         self.delivered: dict[str, dict[SequenceId, tuple[int, ...]]] = {}  # births by name
         self.starts: dict[str, list[int]] = {}
-        self.held: dict[str, tuple] = {}  # while paused: what would have been started
+        self.held: dict[str, Failure] = {}  # while paused: what would have been started
         self.failed: dict[str, str] = {}
         self.assigned: dict[tuple[str, Rank], tuple] = {}
         self.reasons: dict[tuple[str, Rank], str] = {}  # of placement
@@ -229,6 +234,10 @@ class Known:
         addresses = self.addresses()
         places = self.membership.members.get(instance, {})
         return tuple(Member(rank, place.node, place.endpoint, addresses.get(place.node, "")) for rank, place in sorted(places.items()) if not place.lost)
+
+
+def _once(one: tuple, other: tuple) -> tuple:
+    return tuple(dict.fromkeys((*one, *other)))
 
 
 def member_record(place: Place) -> MemberRecord:

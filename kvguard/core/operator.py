@@ -22,8 +22,8 @@ def asked(known: Known, event: Asked) -> None:
             known.paused = verb == "pause"
             known.persist("paused", known.paused)
             held, known.held = known.held, {}
-            for instance, (ranks, reason) in held.items() if verb == "unpause" else ():
-                rounds.start(known, instance, ranks, f"{reason} (held while paused)")
+            for instance, failure in held.items() if verb == "unpause" else ():
+                rounds.start(known, instance, *failure._replace(reason=f"{failure.reason} (held while paused)"))
         known.out.append(AnswerAsked(event.id, {"paused": known.paused, "dry_run": dry}))
     elif verb == "failover":
         _failover(known, event, arguments, dry)

@@ -44,8 +44,8 @@ def status(known: Known) -> dict:
 def held(known: Known) -> list[dict]:
     """What would have been done if recoveries weren't paused."""
     return [
-        {"instance": instance, "ranks": [str(rank) for rank in ranks], "epoch": known.epoch(instance).counter + 1, "reason": reason}
-        for instance, (ranks, reason) in sorted(known.held.items())
+        {"instance": instance, "ranks": [str(rank) for rank in sorted(one.ranks)], "epoch": known.epoch(instance).counter + 1, "reason": one.reason}
+        for instance, one in sorted(known.held.items())
     ]  # fmt: skip
 
 
@@ -64,8 +64,9 @@ def _instance(known: Known, name: str) -> dict:
     state = "recovering" if phase else "failed" if name in known.failed else "running"
     reason = f"{phase}: {current.waiting or current.record.reason}" if phase else known.failed.get(name, "")
     if name in known.held:
-        ranks, why = known.held[name]
-        reason = f"paused: would raise the epoch to {epoch.counter + 1} and recover {', '.join(map(str, ranks)) or 'no rank'}: {why}"
+        held_back = known.held[name]
+        ranks = ", ".join(map(str, sorted(held_back.ranks))) or "no rank"
+        reason = f"paused: would raise the epoch to {epoch.counter + 1} and recover {ranks}: {held_back.reason}"
     emitter = "none" if session is None else "silent" if session.ended else "linked" if session.link else "unlinked"
     pending = name in known.resumes
     return {"instance": name, "epoch": epoch.counter, "issuer": epoch.issuer, "state": state, "reason": reason, "emitter": emitter, "resume_pending": pending}

@@ -119,8 +119,7 @@ def _settle(known: Known, instance: str, start) -> None:
         ranks = ", ".join(f"{rebuild.node}: rank {rebuild.rank}" for rebuild in left)
         current.waiting = f"waiting for {ranks}, then begins again: {current.settling.failure.reason}"
         return
-    failure, current.settling = current.settling.failure, None
-    start(known, instance, *failure)
+    start(known, instance, *current.settling.failure)
 
 
 def _order_rebuilds(known: Known, current: Round, rebuilds) -> None:

@@ -25,15 +25,18 @@ def start(
     known: Known, instance: str, ranks: tuple[Rank, ...], reason: str, detect_ms: float = 0.0, dead_writers: tuple[Rank, ...] = (),
     excluded: tuple[NodeId, ...] = (), refused: tuple[tuple[NodeId, int], ...] = (), targets: tuple[tuple[Rank, NodeId], ...] = (),
 ) -> None:  # fmt: skip
-    """Raise the epoch and fence. A round under way is replaced: what it had not brought back is lost again."""
+    """Raise the epoch and fence. A round under way is replaced: what it had not brought back is lost again, and what had failed of it has."""
     places = known.membership.members.setdefault(instance, {})
+    before = known.rounds.get(instance)
     if known.paused:
-        old = known.held.get(instance, ((), ""))
-        known.held[instance] = (tuple(sorted(dict.fromkeys((*old[0], *ranks)))), old[1] or reason)
-        if known.held[instance][0] != old[0] or not old[1]:
+        failure = Failure(ranks, reason, detect_ms, dead_writers, excluded, refused)
+        old = known.held.get(instance)
+        known.held[instance] = old.and_also(failure) if old is not None else failure
+        if old is None or known.held[instance].ranks != old.ranks:
             known.note("paused", instance, f"would raise the epoch to {known.epoch(instance).counter + 1} and recover {_list(ranks)}: {reason}")
         return
-    before = known.rounds.get(instance)
+    if before is not None and before.settling is not None:
+        ranks, _, _, dead_writers, excluded, refused = Failure(ranks, reason, 0.0, dead_writers, excluded, refused).and_also(before.settling.failure)
     attempt, timing = 1, {"detect": detect_ms}
     away = resuming.away(known, instance)
     if before is not None and before.record.phase != ledger.RESUMED:

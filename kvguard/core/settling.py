@@ -2,8 +2,9 @@
 
 Knows: a planned round, what was ordered and done of it. Must not know: how a round begins, what is planned in it.
 Invariants: a standby that is taking its rank is waited for as long as it may come, because the next fence would kill it as one whose rank is given away;
-nothing new is given away meanwhile; the wait ends with settle_ns at the latest (I7). Nothing of it is durable: nodes say failures again, to a coordinator that
-restarts as to any other, which takes it that its former life has given every rank of the plan away.
+nothing new is given away meanwhile; the wait ends with settle_ns at the latest (I7); whatever the next round begins for, it knows what has failed. Nothing of
+it is durable: nodes say failures again, to a coordinator that restarts as to any other, which takes it that its former life has given every rank of the plan
+away.
 """
 
 from __future__ import annotations
@@ -20,12 +21,7 @@ def begin(known: Known, current: Round, failure: Failure) -> None:
         waits = tuple(rebuild.rank for rebuild in current.record.order.rebuilds if rebuild.rank in current.ordered)
         current.settling = Settling(failure, waits, known.fair_ns)
         return
-    old = before.failure
-    both = Failure(
-        _once(old.ranks, failure.ranks), old.reason, old.detect_ms, _once(old.dead_writers, failure.dead_writers), _once(old.excluded, failure.excluded),
-        _once(old.refused, failure.refused),
-    )  # fmt: skip
-    current.settling = before._replace(failure=both)
+    current.settling = before._replace(failure=before.failure.and_also(failure))
 
 
 def under_way(known: Known, current: Round) -> list[Rebuild]:
@@ -40,7 +36,3 @@ def under_way(known: Known, current: Round) -> list[Rebuild]:
         return not gone and (node, rebuild.standby) not in failure.refused and (node, f"rank {rebuild.rank}") not in current.dones
 
     return [rebuild for rebuild in record.order.rebuilds if rebuild.rank in waits and may_come(rebuild)]
-
-
-def _once(one: tuple, other: tuple) -> tuple:
-    return tuple(dict.fromkeys((*one, *other)))

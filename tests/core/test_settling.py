@@ -7,8 +7,8 @@ import pytest
 from kvguard.core.events import Arrived
 from kvguard.core.known import Settings
 from kvguard.format import messages as m
-from kvguard.types import Rank
-from tests.core.cast import MS, Cast, Daemon, three_stages
+from kvguard.types import Epoch, Rank
+from tests.core.cast import INSTANCE, MS, Cast, Daemon, three_stages
 
 R0, R1, R2 = (Rank(0, pp, 0) for pp in range(3))
 
@@ -234,3 +234,39 @@ def test_an_epoch_from_elsewhere_waits_for_nobody():
     assert cast.epoch() == 10
 
 
+
+
+def test_a_round_that_begins_for_another_reason_meanwhile_knows_what_had_failed():
+    """A node comes back with a higher epoch while a standby is waited for: what failed, and who was lost besides, counts in the round above that epoch."""
+    cast, a, c = two_lost()
+    b = cast.daemons["b"]
+    c.errors["rank 0.2.0"] = "out of memory"
+    cast.run(500)
+    cast.say(b, b.kill_rank(R1))
+    cast.run(100)
+    assert cast.epoch() == 2, "a's standby is waited for"
+    cast.take(Arrived(b.link, m.NodeHello("b", b.incarnation, "tcp://b", ((INSTANCE, Epoch(7, "another")),), "1")))
+    record = cast.coordinator.known.rounds[INSTANCE].record
+    assert record.epoch.counter == 8 and R1 in record.lost and R1 in record.dead_writers and ("c", 3000) in record.refused
+    cast.run(500)
+    arrive(cast, a)
+    cast.run(500)
+    assert not cast.emitter.resumes[-1].error and c.ranks[R2]["incarnation"] == 3001
+
+
+def test_a_pause_keeps_what_had_failed():
+    cast, a, c = two_lost()
+    b = cast.daemons["b"]
+    c.errors["rank 0.2.0"] = "out of memory"
+    cast.run(500)
+    cast.ask("pause")
+    arrive(cast, a)
+    cast.run(300)
+    cast.say(b, b.kill_rank(R1))
+    cast.run(300)
+    assert cast.epoch() == 2 and cast.coordinator.held()[0]["ranks"] == ["0.1.0"]
+    cast.ask("unpause")
+    record = cast.coordinator.known.rounds[INSTANCE].record
+    assert record.epoch.counter == 3 and record.lost == (R1, R2) and R1 in record.dead_writers and record.refused == (("c", 3000),)
+    cast.run(500)
+    assert not cast.emitter.resumes[-1].error and c.ranks[R2]["incarnation"] == 3001 and a.ranks[R0]["incarnation"] == 1000
