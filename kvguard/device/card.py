@@ -12,6 +12,7 @@ import os
 import msgspec
 
 from kvguard.device.driver import HANDLE_BYTES
+from kvguard.device.pouch import DESCRIPTORS_MAX
 from kvguard.errors import Refused
 from kvguard.format.layout import POOL_BYTES_MAX
 
@@ -23,7 +24,8 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 class Card(msgspec.Struct, frozen=True, array_like=True):
     """Device memory of another process. `kind`: pool | ring. `uuid`: of the GPU. `handle`: of the whole allocation, in which it lies at `offset`.
 
-    `size`: bytes of it; `rows`: of a ring.
+    `size`: bytes of it; `rows`: of a ring. `chunks`: memory by descriptor, runs of (bytes, how many) that follow each other in one range of addresses; their
+    descriptors come behind the card (exports.py), and `handle` is the name that its exporter gave it. `kept`: not to be given back with its engine's process.
     """
 
     kind: str
@@ -32,6 +34,12 @@ class Card(msgspec.Struct, frozen=True, array_like=True):
     offset: int
     size: int
     rows: int = 0
+    chunks: tuple[tuple[int, int], ...] = ()
+    kept: bool = False
+
+    def chunk_sizes(self) -> list[int]:
+        """Bytes of each chunk, in order."""
+        return [size for size, count in self.chunks for _ in range(count)]
 
 
 _decoder = msgspec.msgpack.Decoder(Card)
@@ -63,6 +71,7 @@ def read(descriptor: int) -> Card | None:
     except (msgspec.DecodeError, RecursionError, OverflowError) as error:
         raise Refused(f"the descriptor's card can't be read: {error}. Try: the same kvguard version in engine and daemon") from error
     sizes = 0 <= card.offset <= POOL_BYTES_MAX and 0 < card.size <= POOL_BYTES_MAX and 0 <= card.rows <= POOL_BYTES_MAX
+    sizes = sizes and all(0 < size <= POOL_BYTES_MAX and 0 < count for size, count in card.chunks) and sum(count for _, count in card.chunks) <= DESCRIPTORS_MAX
     if seals & SEALS != SEALS or not sizes or len(card.handle) != HANDLE_BYTES:
         raise Refused("the descriptor's card is not sealed, or its sizes make no sense. Try: Pool.export() of this version")
     return card

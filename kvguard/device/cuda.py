@@ -16,12 +16,15 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvguard.device import card
+from kvguard.device import card, exports
 from kvguard.device.driver import Driver
 from kvguard.device.gpu_pool import GpuPool
 from kvguard.device.host import HostDevice
-from kvguard.device.opened import RING_BYTES, STAGED_BYTES, Mappings, OpenedPool
+from kvguard.device.kept import KeptMemory, KeptPool
+from kvguard.device.mappings import Mappings
+from kvguard.device.opened import RING_BYTES, STAGED_BYTES, OpenedPool
 from kvguard.device.owned import OwnedPool
+from kvguard.device.virtual import chunks_of
 from kvguard.errors import BadConfig, DeviceLost, KvguardError, Refused, TimedOut
 from kvguard.format.layout import Layout
 
@@ -98,49 +101,63 @@ class CudaDevice:
         The engine says on which stream it launches: `pool.current = lambda: torch.cuda.current_stream().cuda_stream`.
         """
         driver = self.driver(gpu)
-        found = driver.allocation_of(address)
-        layout.check(found.address + found.size - address)
+        if chunks_of(driver.virtual, address, layout.pool_bytes) is None:
+            found = driver.allocation_of(address)
+            layout.check(found.address + found.size - address)
+        else:
+            layout.check(layout.pool_bytes)
         return OwnedPool(driver, layout, address)
+
+    def lend(self, layout: Layout, gpu: str = "") -> list[int]:
+        """See device/base.py: memory of virtual memory management, on the GPU of that UUID (the only one where it isn't said). Raises BadConfig, Refused."""
+        layout.check(layout.pool_bytes)
+        return exports.lent(self._of_uuid(gpu) if gpu else self.driver(), layout.pool_bytes)
 
     # ---- another process's ----------------------------------------------------------------------------------------------------------
 
     def open(self, layout: Layout, descriptors: list[int], writable: bool = True) -> OpenedPool | OwnedPool:
-        """See device/base.py: a card's pool for reading (`writable` is not offered), a host pool's bytes in GPU memory of our own."""
-        taken: list[int] = []
+        """See device/base.py: a card's pool for reading (only kept memory is offered `writable`), a host pool's bytes in GPU memory of our own."""
+        held = list(descriptors)
         try:
-            if not descriptors:
+            if not held:
                 raise Refused("a GPU's pool comes as a descriptor with its card. Try: Pool.export()")
-            terms = card.read(descriptors[0])
+            terms = card.read(held[0])
             if terms is None:
-                taken += descriptors
-                return self._adopt(layout, descriptors)
-            return self._open(layout, terms)
+                return self._adopt(layout, held)
+            return self._open(layout, terms, held, writable)
         except (DeviceLost, TimedOut, BadConfig) as error:  # whoever attaches is refused; the process lives
             raise Refused(str(error)) from error
         finally:
-            for descriptor in descriptors:
-                if descriptor not in taken:
-                    os.close(descriptor)
+            exports.close_all(held)
 
-    def _open(self, layout: Layout, terms: card.Card) -> OpenedPool:
+    def _open(self, layout: Layout, terms: card.Card, descriptors: list[int], writable: bool) -> OpenedPool | OwnedPool:
         try:
             layout.check(terms.size)
         except BadConfig as error:
             raise Refused(f"the pool of {terms.size} bytes doesn't fit its layout: {error}") from error
-        driver = next((one for one in self._all() if one.uuid == terms.uuid), None)
-        if driver is None or terms.kind != "pool":
-            seen = ", ".join(one.uuid for one in self._drivers)
-            raise Refused(f"the pool is on {terms.uuid}, this process sees {seen}. Try: the same CUDA_VISIBLE_DEVICES for engine and daemon")
+        if terms.kind != "pool":
+            raise Refused(f"a {terms.kind} is no pool. Try: Pool.export()")
+        driver = self._of_uuid(terms.uuid)
+        if terms.kept and writable:
+            return _own(driver, layout, KeptMemory(driver, terms, descriptors))
         how = self.capturing
-        return OpenedPool(
-            driver, layout, self._mappings[driver.uuid], terms, capture=how.capture, bytes_per_s=how.bytes_per_s, ring_bytes=how.ring_bytes,
-            staged_bytes=how.staged_bytes,
-        )  # fmt: skip
+        said = {"capture": how.capture, "bytes_per_s": how.bytes_per_s, "ring_bytes": how.ring_bytes, "staged_bytes": how.staged_bytes}
+        if terms.kept:
+            return KeptPool(driver, layout, self._mappings[driver.uuid], terms, descriptors, **said)
+        behind = [os.dup(descriptor) for descriptor in descriptors[1:]]
+        return OpenedPool(driver, layout, self._mappings[driver.uuid], terms, behind, **said)
+
+    def _of_uuid(self, uuid: str) -> Driver:
+        driver = next((one for one in self._all() if one.uuid == uuid), None)
+        if driver is None:
+            seen = ", ".join(one.uuid for one in self._drivers)
+            raise Refused(f"the pool is on {uuid}, this process sees {seen}. Try: the same CUDA_VISIBLE_DEVICES for engine and daemon")
+        return driver
 
     def _adopt(self, layout: Layout, descriptors: list[int]) -> OwnedPool:
-        """What was salvaged, in a pool of our own: only what the file has is carried."""
-        found = os.dup(descriptors[0])
-        source = HostDevice().open(layout, descriptors, writable=False)
+        """What was salvaged, in a pool of our own: only what the file has is carried. `descriptors`: the caller's."""
+        source = HostDevice().open(layout, [os.dup(descriptor) for descriptor in descriptors], writable=False)
+        found = descriptors[0]
         try:
             pool = self.allocate(layout)
             try:
@@ -151,7 +168,14 @@ class CudaDevice:
             return pool
         finally:
             source.close()
-            os.close(found)
+
+
+def _own(driver: Driver, layout: Layout, kept: KeptMemory) -> OwnedPool:
+    try:
+        return OwnedPool(driver, layout, kept.address, kept=kept)
+    except BaseException:
+        kept.close()
+        raise
 
 
 def _upload(pool: GpuPool, memory: memoryview, descriptor: int) -> None:

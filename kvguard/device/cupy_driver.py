@@ -1,7 +1,7 @@
 """The driver of one NVIDIA GPU, by cupy, and by cuda-bindings for what cupy lacks. Both are imported when the first driver is made, never before.
 
 Knows: CUDA's calls and what their errors mean. Must not know: layouts, pools, rings.
-Invariants: every call is made with this driver's GPU current in the calling thread; an error comes out as explained() says, nothing of cupy goes through;
+Invariants: every call is made with this driver's GPU current in the calling thread; an error comes out as cuda_errors.py says, nothing of cupy goes through;
 two bindings of one result are never mixed: addresses, streams and events are plain ints here.
 Nothing in this file has run on a GPU yet: tools/gpu_check.sh is what runs it; the tests play its part of cupy with one that raises what cupy raises.
 """
@@ -10,60 +10,22 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import numpy as np
 
 from kvguard.device import kernels
+from kvguard.device.cuda_errors import EXPLAINED, asked, explained, guarded
+from kvguard.device.cuda_virtual import CudaVirtual
 from kvguard.device.driver import HANDLE_BYTES, Allocation
 from kvguard.device.kernels.plan import THREADS, Launch
-from kvguard.errors import BadConfig, DeviceLost, KvguardError, Refused
+from kvguard.errors import BadConfig, Refused
 
 HOST_PORTABLE, HOST_MAPPED, HOST_READ_ONLY = 1, 2, 8  # cudaHostRegister's and cudaHostAlloc's
 NON_BLOCKING, NO_TIMING = 1, 2  # streams, events
 DEFAULT_KIND = 4  # cudaMemcpyDefault: addresses say where they are
 COMPILER_OPTIONS = ("--std=c++11",)
 NOT_READY = 600  # cudaErrorNotReady, which cudaEventQuery answers and nobody raises
-
-# What CUDA calls it -> (is the GPU lost, what it is, what to do).
-EXPLAINED: dict[str, tuple[bool, str, str]] = {
-    "InsufficientDriver": (False, "there is no NVIDIA driver, or one older than cupy's CUDA", "nvidia-smi; install a driver, or the extra that fits it"),
-    "StubLibrary": (False, "the driver's library is a stub for linking", "the host's libcuda.so.1 first in the library path"),
-    "NoDevice": (False, "the driver shows no GPU", "nvidia-smi; CUDA_VISIBLE_DEVICES; PrivateDevices=no and DeviceAllow= in the unit"),
-    "SystemDriverMismatch": (False, "the kernel's driver and its library are of different versions", "reboot, or reload the nvidia modules"),
-    "CompatNotSupportedOnDevice": (False, "the compatibility library is not for this GPU", "remove cuda-compat from the library path"),
-    "SystemNotReady": (False, "the GPU's fabric isn't ready", "systemctl status nvidia-fabricmanager"),
-    "DevicesUnavailable": (False, "the GPU is taken exclusively, or MIG is on without an instance", "nvidia-smi -q; compute mode Default, or a MIG instance"),
-    "MemoryAllocation": (False, "not enough device memory is free", "a smaller pool, or end what holds the GPU's memory"),
-    "OutOfMemory": (False, "not enough memory is free", "a smaller pool, or LimitMEMLOCK=infinity for pinned memory"),
-    "MapBufferObjectFailed": (False, "another process's memory can't be mapped", "engine and daemon on one GPU of one host, in one IPC namespace"),
-    "DeviceUninitialized": (False, "a handle of this very process, or of memory that is gone", "open it in another process, while the exporter lives"),
-    "InvalidDevicePointer": (False, "no allocation of this device holds the address", "a pointer of this device"),
-    "NotSupported": (False, "the GPU or its virtualisation doesn't offer it", "MIG and some virtual GPUs can't share memory between processes: device = host"),
-    "InvalidValue": (False, "a handle that is stale, or memory that can't be exported by handle", "memory of cudaMalloc, exported while its process lives"),
-    "ContextIsDestroyed": (True, "the GPU's context is gone", "restart this process"),
-    "ECCUncorrectable": (True, "an uncorrectable memory fault (Xid 48 and its like)", "nvidia-smi -q -d ECC; drain the node"),
-    "Unknown": (True, "the GPU fell off, or its driver failed (dmesg: Xid)", "dmesg | grep -i xid; drain the node"),
-}
-LOST = (
-    "IllegalAddress", "LaunchFailure", "LaunchFailed", "IllegalInstruction", "MisalignedAddress", "InvalidAddressSpace", "InvalidPc", "HardwareStackError",
-    "Assert", "NvlinkUncorrectable", "MpsClientTerminated", "MpsConnectionFailed", "LaunchTimeout", "ExternalDevice", "TensorMemoryLeak", "Contained",
-    "DeviceUnavailable",
-)  # fmt: skip
-
-
-def explained(error: BaseException, doing: str) -> KvguardError:
-    """What an error of cupy or cuda-bindings means. By name: numbers differ between the two APIs."""
-    said = str(error) or type(error).__name__
-    plain = said.replace("_", "").lower()
-    for name, (lost, what, attempt) in EXPLAINED.items():
-        if name.lower() in plain:
-            return (DeviceLost if lost else Refused)(f"{doing}: {what} ({said[:200]}). Try: {attempt}")
-    if any(name.lower() in plain for name in LOST):
-        return DeviceLost(f"{doing}: the GPU had a fault, its memory can't be believed ({said[:200]}). Try: dmesg | grep -i xid; restart this process")
-    return Refused(f"{doing}: {said[:300]}. Try: nvidia-smi; tools/gpu_check.sh")
 
 
 def load() -> tuple[Any, Any]:
@@ -89,22 +51,6 @@ def every_gpu() -> tuple[CupyDriver, ...]:
     return tuple(CupyDriver(number) for number in range(count))
 
 
-def _guarded(method: Callable) -> Callable:
-    """With the GPU current, errors explained."""
-
-    @wraps(method)
-    def call(self: CupyDriver, *args, **kwargs):
-        try:
-            self._runtime.setDevice(self.number)
-            return method(self, *args, **kwargs)
-        except KvguardError:
-            raise
-        except Exception as error:
-            raise explained(error, f"{method.__name__} on {self.name}") from error
-
-    return call
-
-
 class CupyDriver:
     """See driver.Driver. `number`: as CUDA counts the GPUs that this process sees. Made: a context is open, some hundred MB of the GPU are taken."""
 
@@ -115,118 +61,112 @@ class CupyDriver:
         self.writes_words = False
         self._functions: dict[str, Any] = {}
         self._open()
+        self.virtual = CudaVirtual(self._runtime, self._driver, self.number, self.name)
 
-    @_guarded
+    @guarded
     def _open(self) -> None:
         self._runtime.free(0)
         properties = self._runtime.getDeviceProperties(self.number)
         self.name = _text(properties["name"])
-        device = self._asked(self._driver.cuDeviceGet, self.number)
-        self.uuid = _uuid_text(self._asked(self._driver.cuDeviceGetUuid, device))
+        device = asked(self._driver.cuDeviceGet, self.number)
+        self.uuid = _uuid_text(asked(self._driver.cuDeviceGetUuid, device))
         attribute = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS
-        self.writes_words = bool(self._asked(self._driver.cuDeviceGetAttribute, attribute, device))
-
-    def _asked(self, call: Callable, *args):
-        """A call of cuda-bindings: its result, or an error with the name that the driver gives it."""
-        status, *values = call(*args)
-        if int(status):
-            raise RuntimeError(f"{call.__name__}: {getattr(status, 'name', status)}")
-        return values[0] if len(values) == 1 else tuple(values)
+        self.writes_words = bool(asked(self._driver.cuDeviceGetAttribute, attribute, device))
 
     # ---- memory -------------------------------------------------------------------------------------------------------------------
 
-    @_guarded
+    @guarded
     def allocate(self, size: int) -> int:
         address = self._runtime.malloc(size)
         self._runtime.memset(address, 0, size)
         self._runtime.deviceSynchronize()
         return address
 
-    @_guarded
+    @guarded
     def free(self, address: int) -> None:
         self._runtime.free(address)
 
-    @_guarded
+    @guarded
     def allocation_of(self, address: int) -> Allocation:
-        base, size = self._asked(self._driver.cuMemGetAddressRange, self._driver.CUdeviceptr(address))
+        base, size = asked(self._driver.cuMemGetAddressRange, self._driver.CUdeviceptr(address))
         attribute = self._driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
-        return Allocation(int(base), int(size), bool(self._asked(self._driver.cuPointerGetAttribute, attribute, self._driver.CUdeviceptr(address))))
+        return Allocation(int(base), int(size), bool(asked(self._driver.cuPointerGetAttribute, attribute, self._driver.CUdeviceptr(address))))
 
-    @_guarded
+    @guarded
     def handle_of(self, address: int) -> bytes:
         return bytes(self._runtime.ipcGetMemHandle(address))[:HANDLE_BYTES]
 
-    @_guarded
+    @guarded
     def open_handle(self, handle: bytes) -> int:
         return self._runtime.ipcOpenMemHandle(handle)
 
-    @_guarded
+    @guarded
     def close_handle(self, address: int) -> None:
         self._runtime.ipcCloseMemHandle(address)
 
-    @_guarded
+    @guarded
     def pinned(self, size: int) -> tuple[memoryview, int]:
         address = self._runtime.hostAlloc(max(size, 1), HOST_PORTABLE | HOST_MAPPED)
         memory = (ctypes.c_ubyte * max(size, 1)).from_address(address)
         weakref.finalize(memory, self._runtime.freeHost, address).atexit = False  # the context goes first then, and takes it along
         return memoryview(memory).cast("B"), address
 
-    @_guarded
+    @guarded
     def registered(self, memory: memoryview) -> int:
         address = np.frombuffer(memory, np.uint8).ctypes.data
         flags = HOST_PORTABLE | HOST_MAPPED | (HOST_READ_ONLY if memory.readonly else 0)
         self._runtime.hostRegister(address, memory.nbytes, flags)
-        return int(self._asked(self._driver.cuMemHostGetDevicePointer, address, 0))
+        return int(asked(self._driver.cuMemHostGetDevicePointer, address, 0))
 
-    @_guarded
+    @guarded
     def unregistered(self, memory: memoryview) -> None:
         self._runtime.hostUnregister(np.frombuffer(memory, np.uint8).ctypes.data)
 
     # ---- order --------------------------------------------------------------------------------------------------------------------
 
-    @_guarded
+    @guarded
     def stream(self, urgent: bool) -> int:
-        lowest, highest = self._asked(self._driver.cuCtxGetStreamPriorityRange)
+        lowest, highest = asked(self._driver.cuCtxGetStreamPriorityRange)
         return self._runtime.streamCreateWithPriority(NON_BLOCKING, highest if urgent else lowest)
 
     def current(self) -> int:
         return self._cupy.cuda.get_current_stream().ptr
 
-    @_guarded
+    @guarded
     def record(self, stream: int) -> Any:
         event = _Event(self._runtime)
         self._runtime.eventRecord(event.address, stream)
         return event
 
-    @_guarded
+    @guarded
     def wait(self, stream: int, event: Any) -> None:
         self._runtime.streamWaitEvent(stream, event.address, 0)
 
-    @_guarded
+    @guarded
     def is_done(self, event: Any) -> bool:
         status = self._runtime.eventQuery(event.address)
         if status not in (0, NOT_READY):
             raise self._runtime.CUDARuntimeError(status)
         return status == 0
 
-    @_guarded
+    @guarded
     def synchronise(self, stream: int) -> None:
         self._runtime.streamSynchronize(stream)
 
     # ---- work ---------------------------------------------------------------------------------------------------------------------
 
-    @_guarded
+    @guarded
     def copy(self, to: int, at: int, size: int, stream: int) -> None:
         self._runtime.memcpyAsync(to, at, size, DEFAULT_KIND, stream)
 
-    @_guarded
+    @guarded
     def copy_rows(self, to: int, to_pitch: int, at: int, at_pitch: int, width: int, rows: int, stream: int) -> None:
         if rows == 1:
             self._runtime.memcpyAsync(to, at, width, DEFAULT_KIND, stream)
         else:
             self._runtime.memcpy2DAsync(to, to_pitch, at, at_pitch, width, rows, DEFAULT_KIND, stream)
 
-    @_guarded
+    @guarded
     def launch(self, launch: Launch, pool: int, flat: int, slots: int, places: int, runs: int, stream: int) -> None:
         flat = flat if places else flat + launch.skip * launch.unit_bytes
         longs = [launch.blocks, launch.block_tokens, launch.block_stride, launch.slot_stride, launch.unit_bytes]
@@ -236,10 +176,10 @@ class CupyDriver:
         with self._cupy.cuda.ExternalStream(stream):
             self._function(launch.kernel)((launch.grid,), (THREADS,), args)
 
-    @_guarded
+    @guarded
     def write_word(self, address: int, value: int, stream: int) -> None:
         if self.writes_words:
-            self._asked(self._driver.cuStreamWriteValue64, stream, address, value, 0)
+            asked(self._driver.cuStreamWriteValue64, stream, address, value, 0)
             return
         with self._cupy.cuda.ExternalStream(stream):
             self._function("kvg_publish")((1,), (1,), (np.uint64(address), np.uint64(value)))
@@ -252,7 +192,7 @@ class CupyDriver:
             self._functions = {one: module.get_function(one) for one in (*names, "kvg_publish")}
         return self._functions[name]
 
-    @_guarded
+    @guarded
     def compile(self) -> None:
         self._function("kvg_publish")
 

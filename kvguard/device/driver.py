@@ -1,8 +1,8 @@
-"""What is asked of a GPU's driver, in twenty calls: the seam between the CUDA device (cuda.py and its neighbours) and cupy (cupy_driver.py).
+"""What is asked of a GPU's driver, in a few calls: the seam between the CUDA device (cuda.py and its neighbours) and cupy (cupy_driver.py, cuda_virtual.py).
 
 Knows: addresses, streams, events, handles. Must not know: layouts, pools, cupy.
 Invariants: nothing here waits except `synchronise`; what was put on one stream happens in order; an error of the GPU itself is DeviceLost and final for this
-process, any other Refused or BadConfig, with a `Try:`. The rehearsal (rehearsal.py) keeps to the same without a GPU.
+process, any other Refused or BadConfig, with a `Try:`. The rehearsal (rehearsal.py, rehearsed_virtual.py) keeps to the same without a GPU.
 """
 
 from __future__ import annotations
@@ -19,11 +19,60 @@ HANDLE_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """`address` of the whole allocation that a pointer lies in, `size` in bytes, `exportable` by handle (False: expandable segments, VMM)."""
+    """`address` of the whole allocation that a pointer lies in, `size` in bytes, `exportable` by handle. Of virtual memory: of the chunk, which is not."""
 
     address: int
     size: int
     exportable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Memory of virtual memory management that is mapped in one piece: `address`, `size` in bytes; `shareable` by descriptor."""
+
+    address: int
+    size: int
+    shareable: bool
+
+
+class Virtual(Protocol):
+    """Addresses and the memory behind them, apart (CUDA's virtual memory management): the memory can be handed to another process as a descriptor.
+
+    Memory lives while it is mapped anywhere, a handle to it is held, or a descriptor of it is open: whoever made it may be gone.
+    """
+
+    granularity: int  # bytes that sizes and addresses are multiples of
+
+    def chunk_of(self, address: int) -> Chunk | None:
+        """What is mapped there; None where it is memory of another kind, or nothing."""
+
+    def create(self, size: int) -> int:
+        """A handle to memory that can be shared by descriptor; what is in it is nobody's business. Raises Refused where there isn't enough."""
+
+    def retained(self, address: int) -> int:
+        """A handle to the memory that is mapped there."""
+
+    def release(self, handle: int) -> None: ...
+
+    def descriptor_of(self, handle: int) -> int:
+        """A descriptor for another process; the caller's to close. Raises Refused for memory that was not made to be shared so."""
+
+    def imported(self, descriptor: int) -> int:
+        """A handle to the memory behind a descriptor, which stays the caller's. Raises Refused for anything else."""
+
+    def reserve(self, size: int) -> int:
+        """Addresses with nothing behind them."""
+
+    def unreserve(self, address: int, size: int) -> None: ...
+
+    def map(self, address: int, size: int, handle: int) -> None:
+        """From the memory's beginning, readable and writable. Raises Refused for more bytes than it has."""
+
+    def unmap(self, address: int, size: int) -> None:
+        """Of one `map`; nothing may be using it any more."""
+
+    def clear(self, address: int, size: int) -> None:
+        """Zeros, there when this returns."""
 
 
 class Driver(Protocol):
@@ -32,6 +81,7 @@ class Driver(Protocol):
     uuid: str
     name: str
     writes_words: bool  # whether a stream can write a 64-bit word without a kernel
+    virtual: Virtual
 
     # ---- memory -------------------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ Invariants
 - With `capture = "engine"` nothing here launches a kernel: bytes come out of the ring, or as whole blocks by copy engines, small pieces, two in flight, paced.
 - A slot's bytes come from its latest record in the ring, or from the pool itself; never from an older one.
 - After a fault of the GPU nothing is read any more: `lost` says why, and every later call raises DeviceLost with it.
-- One mapping has one close, however many pools lie in it.
 - A pool is opened and welcomed in one thread; whatever reads or closes it comes from one thread at a time.
 """
 
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -26,6 +24,7 @@ from kvguard.device.extents import Extents
 from kvguard.device.gpu_pool import GpuPool
 from kvguard.device.host import Copies, HostDevice, HostPool, slots_of, slots_of_blocks
 from kvguard.device.kernels.plan import Plan
+from kvguard.device.mappings import Mappings
 from kvguard.device.paced import Paced
 from kvguard.errors import DeviceLost, KvguardError, Refused, TimedOut
 from kvguard.format.layout import Layout
@@ -35,30 +34,6 @@ RING_BYTES = 64 << 20
 STAGED_BYTES = 128 << 20  # of host memory: what was packed stays here until newer steps need the place
 MIRROR_BYTES = 8 << 20
 ROWS_MIN = 16
-
-
-class Mappings:
-    """Other processes' allocations, each mapped once. Belongs to one driver; pools open in one thread and close in another."""
-
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-        self._open: dict[bytes, list[int]] = {}  # handle -> [address, users]
-        self._lock = threading.Lock()
-
-    def open(self, handle: bytes) -> int:
-        with self._lock:
-            if handle not in self._open:
-                self._open[handle] = [self._driver.open_handle(handle), 0]
-            self._open[handle][1] += 1
-            return self._open[handle][0]
-
-    def close(self, handle: bytes) -> None:
-        with self._lock:
-            entry = self._open[handle]
-            entry[1] -= 1
-            if not entry[1]:
-                del self._open[handle]
-                self._driver.close_handle(entry[0])
 
 
 class Mirror:
@@ -125,20 +100,21 @@ class OpenedPool:
     """See device/base.py; for reading alone. `lost`: why the GPU's memory can't be believed any more. Counts: `from_ring`, `from_pool` units captured."""
 
     def __init__(
-        self, driver: Driver, layout: Layout, mappings: Mappings, terms: card.Card, *, capture: str = "engine", bytes_per_s: int = 0,
+        self, driver: Driver, layout: Layout, mappings: Mappings, terms: card.Card, descriptors: list[int], *, capture: str = "engine", bytes_per_s: int = 0,
         ring_bytes: int = RING_BYTES, staged_bytes: int = STAGED_BYTES,
     ) -> None:  # fmt: skip
+        """`descriptors`: what came behind the card, taken. Raises Refused, DeviceLost."""
         self.layout, self.driver = layout, driver
         self.plan = Plan.of(layout)
         self.lost = ""
-        self._mappings, self._handle = mappings, terms.handle
-        self.address = mappings.open(terms.handle) + terms.offset
+        self._mappings, self._terms = mappings, terms
+        start, size = mappings.open(terms, descriptors)
+        self.address = start + terms.offset
         self._ring: RingEnd | None = None
         self._kernels: GpuPool | None = None
         try:
-            found = driver.allocation_of(self.address)
-            if found.address + found.size < self.address + layout.pool_bytes:
-                raise Refused(f"the allocation has {found.size} bytes, too few for the pool that it is said to hold. Try: Pool.export()")
+            if size < terms.offset + layout.pool_bytes:
+                raise Refused(f"the allocation has {size} bytes, too few for the pool that it is said to hold. Try: Pool.export()")
             self._paced = Paced(driver, driver.stream(urgent=False), bytes_per_s)
             self._mirror = Mirror(driver, layout, self._paced)
             if capture == "daemon":
@@ -147,7 +123,7 @@ class OpenedPool:
                 slots = self.plan.blocks * self.plan.block_tokens
                 self._ring = RingEnd(driver, layout, self.plan.unit_bytes, slots, self._paced, ring_bytes, staged_bytes)
         except BaseException:
-            _quietly(lambda: mappings.close(terms.handle))
+            _quietly(lambda: mappings.close(terms))
             raise
         self._closed = False
         self.from_ring = self.from_pool = 0
@@ -222,7 +198,7 @@ class OpenedPool:
         Then this mapping is closed, so that a restart can allocate. Raises DeviceLost after a fault of the GPU: then nothing was read.
         """
         self._refuse_lost()
-        deadline = time.monotonic() + salvage_ms_max / 1000
+        deadline = self.deadline(salvage_ms_max)
         saved, kept = HostDevice().allocate(self.layout), set()
         count = 0
         try:
@@ -238,6 +214,11 @@ class OpenedPool:
             raise
         self.close()
         return saved, count
+
+    @staticmethod
+    def deadline(ms_max: int) -> float:
+        """Of the monotonic clock."""
+        return time.monotonic() + ms_max / 1000
 
     def _carry(self, saved: HostPool, blocks: list[int], deadline: float) -> bool:
         for first in range(0, len(blocks), self._mirror.blocks):
@@ -282,7 +263,7 @@ class OpenedPool:
         for part in (self._kernels, self._ring):
             if part is not None:
                 _quietly(part.close)
-        _quietly(lambda: self._mappings.close(self._handle))
+        _quietly(lambda: self._mappings.close(self._terms))
 
 
 def _quietly(close: Callable[[], None]) -> None:

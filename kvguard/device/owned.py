@@ -18,10 +18,11 @@ from collections import deque
 
 import numpy as np
 
-from kvguard.device import card, ring
+from kvguard.device import card, exports, ring
 from kvguard.device.driver import Driver, Event
 from kvguard.device.gpu_pool import PAGE_BYTES, GpuPool, page_of
 from kvguard.device.host import slots_of, slots_of_blocks
+from kvguard.device.kept import KeptMemory
 from kvguard.errors import KvguardError, Refused
 from kvguard.format.layout import Layout
 
@@ -75,11 +76,15 @@ class Joined:
 
 
 class OwnedPool(GpuPool):
-    """`allocation`: to be freed with the pool; 0 where the memory is the engine's (share). Counts: `packed`, `skipped` steps; `lost`: why no step is packed."""
+    """`allocation`: to be freed with the pool; 0 where the memory is the engine's (share), or `kept` (closed with the pool; it outlives this process).
 
-    def __init__(self, driver: Driver, layout: Layout, address: int, allocation: int = 0) -> None:
+    Counts: `packed`, `skipped` steps; `lost`: why no step is packed.
+    """
+
+    def __init__(self, driver: Driver, layout: Layout, address: int, allocation: int = 0, kept: KeptMemory | None = None) -> None:
         super().__init__(driver, layout, address)
-        self._allocation = allocation
+        self._allocation, self._kept = allocation, kept
+        self._name = exports.new_name()
         self._side = driver.stream(urgent=False)
         self._columns = Columns(driver)
         self._pages: dict[int, tuple[memoryview, int, memoryview]] = {}  # registered host pages: view, device address, what keeps them mapped
@@ -101,15 +106,14 @@ class OwnedPool(GpuPool):
     # ---- sharing ------------------------------------------------------------------------------------------------------------------
 
     def export(self) -> list[int]:
-        """[a card]: where another process finds the pool. Raises Refused for memory that can't be shared by handle."""
-        found = self.driver.allocation_of(self.address)
-        if not found.exportable:
-            raise Refused(
-                "the pool lies in expandable segments or virtual memory management, which has no handle that another process could open. "
-                "Try: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False, or a pool from kvguard.engine.attach.allocate"
-            )
-        handle = self.driver.handle_of(found.address)
-        return [card.write(card.Card("pool", self.driver.uuid, handle, self.address - found.address, self.layout.pool_bytes))]
+        """[a card, its memory's descriptors]: where another process finds the pool. Raises Refused for memory that can't be shared."""
+        if self._kept is not None:
+            return self._kept.export()
+        return exports.exported(self.driver, self.address, self.layout.pool_bytes, self._name)
+
+    def clear(self) -> None:
+        """Zeros everywhere, as a pool begins."""
+        self.driver.virtual.clear(self.address, self.layout.pool_bytes)
 
     def join(self, descriptors: list[int]) -> None:
         """[a card, words]: the daemon's ring, from now on; owned here. Called in any thread; never raises: without a ring the daemon reads the pool."""
@@ -232,6 +236,8 @@ class OwnedPool(GpuPool):
             super().close()
             if self._allocation:
                 self.driver.free(self._allocation)
+            if self._kept is not None:
+                self._kept.close()
         except KvguardError as error:
             self._closed = True
             _log.warning("kvguard: the pool's memory goes with its process: %s", error)

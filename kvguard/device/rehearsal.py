@@ -22,6 +22,7 @@ import numpy as np
 from kvguard.device.driver import HANDLE_BYTES, Allocation
 from kvguard.device.kernels import twin
 from kvguard.device.kernels.plan import Launch
+from kvguard.device.rehearsed_virtual import RehearsedVirtual
 from kvguard.errors import DeviceLost, Refused
 
 
@@ -50,6 +51,7 @@ class Rehearsal:
         self._lock = threading.RLock()  # a driver may be called from any thread
         self.ends: list[bool] = []  # of each event, whether it was reached
         self.launched: list[str] = []
+        self.virtual = RehearsedVirtual()
         self.held_pages: set[int] = set()  # host memory that is registered, by address
 
     def lose(self, why: str) -> None:
@@ -99,6 +101,9 @@ class Rehearsal:
         for base, one in list(self._mapped.items()):
             if base <= address < base + one.size:
                 return Allocation(base, one.size, one.exportable)
+        chunk = self.virtual.chunk_of(address)
+        if chunk is not None:
+            return Allocation(chunk.address, chunk.size, False)
         raise Refused(f"no allocation holds the address {address:#x}. Try: a pointer of this device")
 
     def handle_of(self, address: int) -> bytes:

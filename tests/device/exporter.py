@@ -24,21 +24,50 @@ def values_of(seed: int, slot: int, size: int) -> bytes:
     return np.random.default_rng([seed, slot]).integers(0, 256, size, np.uint8).tobytes()
 
 
+def in_chunks(virtual, count: int) -> int:
+    """Address of `count` granules of memory side by side, each a piece of its own."""
+    address = virtual.reserve(count * virtual.granularity)
+    for n in range(count):
+        handle = virtual.create(virtual.granularity)
+        virtual.map(address + n * virtual.granularity, virtual.granularity, handle)
+        virtual.release(handle)
+    virtual.clear(address, count * virtual.granularity)
+    return address
+
+
 class Engine:
     """The orders, one method each."""
 
     def __init__(self, line: socket.socket) -> None:
         self.line, self.pool, self.word = line, None, None
 
-    def allocate(self, kind: str, layout: str, shared: bool = False, offset: int = 0):
+    def allocate(self, kind: str, layout: str, shared: bool = False, offset: int = 0, chunks: int = 0):
         self.device = open_device(kind)
         self.layout = msgspec.json.decode(layout, type=Layout)
-        if shared:  # memory of the engine's own, in which the pool lies somewhere
+        if chunks:  # virtual memory of so many pieces, in which the pool begins `offset` bytes before the end of the first
+            self.pool = self.device.share(self.layout, in_chunks(self.device.driver().virtual, chunks) + self.device.driver().virtual.granularity - offset)
+        elif shared:  # memory of the engine's own, in which the pool lies somewhere
             address = self.device.driver().allocate(self.layout.pool_bytes + offset + 64)
             self.pool = self.device.share(self.layout, address + offset)
         else:
             self.pool = self.device.allocate(self.layout)
         return {"fds": self.pool.export()}
+
+    def take(self, kind: str, layout: str, fds, fresh: bool = False):
+        """Memory that is kept, as an engine gets it."""
+        self.device = open_device(kind)
+        self.layout = msgspec.json.decode(layout, type=Layout)
+        self.pool = self.device.open(self.layout, fds)
+        if fresh:
+            self.pool.clear()
+        return {"fds": self.pool.export()}
+
+    def read(self, slots: list[int]):
+        """The sum of what is there, by slot."""
+        unit, tokens = self.pool.plan.unit_bytes, self.pool.plan.block_tokens
+        out = memoryview(bytearray(len(slots) * unit))
+        self.pool.capture([slot // tokens for slot in slots], [slot % tokens for slot in slots], [1] * len(slots), out)
+        return {"bytes": [out[n * unit : (n + 1) * unit].hex() for n in range(len(slots))]}
 
     def join(self, fds):
         if self.word is None:

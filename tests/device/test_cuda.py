@@ -278,7 +278,7 @@ def test_a_word_waits_for_what_was_launched_before_it():
     pool.close()
 
 
-def test_memory_that_has_no_handle_is_refused_with_what_to_set():
+def test_memory_that_has_neither_handle_nor_descriptor_is_refused():
     driver = Rehearsal()
     pool = CudaDevice(lambda: (driver,)).share(LAYOUTS["usual"], driver.allocate(1 << 16, exportable=False))
     with pytest.raises(Refused, match="expandable_segments:False"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -9,8 +10,10 @@ import types
 import numpy as np
 import pytest
 
-from kvguard.device import cupy_driver, open_device
+from kvguard.device import cuda_virtual, cupy_driver, open_device
 from kvguard.device.cuda import CudaDevice
+from kvguard.device.driver import Chunk
+from kvguard.device.virtual import Segment, created
 from kvguard.errors import BadConfig, DeviceLost, Refused
 from kvguard.format.layout import Layout
 
@@ -46,13 +49,14 @@ class FakeRuntime:
         return call
 
 
-def installed(monkeypatch, runtime: FakeRuntime, writes_words: int = 1) -> None:
+def installed(monkeypatch, runtime: FakeRuntime, writes_words: int = 1, **more) -> None:
+    """`more`: of cuda.bindings.driver."""
     ok = Status(0)
     uuid = types.SimpleNamespace(bytes=bytes(range(16)))
     driver = types.SimpleNamespace(
         cuDeviceGet=lambda number: (ok, number), cuDeviceGetUuid=lambda device: (ok, uuid), cuDeviceGetAttribute=lambda *_: (ok, writes_words),
         CUdevice_attribute=types.SimpleNamespace(CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS=1), cuCtxGetStreamPriorityRange=lambda: (ok, 0, -5),
-        CUdeviceptr=int, cuStreamWriteValue64=lambda *_: (ok,),
+        CUdeviceptr=int, cuStreamWriteValue64=lambda *_: (ok,), **more,
     )  # fmt: skip
     cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
     monkeypatch.setattr(cupy_driver, "load", lambda: (cupy, driver))
@@ -181,3 +185,120 @@ def test_words_without_stream_writes_are_written_by_a_kernel(monkeypatch):
     driver._cupy.RawModule, driver._cupy.cuda.ExternalStream = Module, Streams
     driver.write_word(4096, 1 << 40, 9)
     assert launched == [("kvg_publish", (1,), (1,), (np.uint64(4096), np.uint64(1 << 40))), 9]
+
+
+# ---- virtual memory -----------------------------------------------------------------------------------------------------------------
+
+
+class Names:
+    """An enumeration's names, each a number of its own."""
+
+    def __init__(self, **values: int) -> None:
+        self.__dict__.update(values)
+
+
+POINTERS = {"IS_LEGACY_CUDA_IPC_CAPABLE": 10, "MAPPED": 13, "ALLOWED_HANDLE_TYPES": 14, "MAPPING_SIZE": 18, "MAPPING_BASE_ADDR": 19}
+
+
+class FakeVmm:
+    """The calls of cuda.bindings.driver for virtual memory, noted in order. `fails`: by name of a call, what its status is called."""
+
+    def __init__(self, **fails: str) -> None:
+        self.fails, self.calls, self.pointer = fails, [], {10: 0, 13: 1, 14: 1, 18: 2 << 20, 19: 4 << 20}
+        self.CUpointer_attribute = Names(**{f"CU_POINTER_ATTRIBUTE_{name}": number for name, number in POINTERS.items()})
+        self.CUmemAllocationHandleType = Names(CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR=1)
+        self.CUmemAllocationType = Names(CU_MEM_ALLOCATION_TYPE_PINNED=1)
+        self.CUmemLocationType = Names(CU_MEM_LOCATION_TYPE_DEVICE=1)
+        self.CUmemAccess_flags = Names(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)
+        self.CUmemAllocationGranularity_flags = Names(CU_MEM_ALLOC_GRANULARITY_MINIMUM=0)
+        self.CUdevice_attribute = Names(
+            CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS=1, CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED=110
+        )
+        self.CUmemAllocationProp = lambda: types.SimpleNamespace(location=types.SimpleNamespace(), allocFlags=types.SimpleNamespace())
+        self.CUmemAccessDesc = types.SimpleNamespace
+
+    def names(self) -> dict:
+        """Everything, as keywords for installed()."""
+        answers = {
+            "cuMemGetAllocationGranularity": 2 << 20, "cuMemCreate": 77, "cuMemRetainAllocationHandle": 78, "cuMemExportToShareableHandle": 5,
+            "cuMemImportFromShareableHandle": 79, "cuMemAddressReserve": 4 << 20, "cuMemRelease": None, "cuMemAddressFree": None, "cuMemMap": None,
+            "cuMemSetAccess": None, "cuMemUnmap": None,
+        }  # fmt: skip
+        enums = {name: value for name, value in vars(self).items() if name.startswith("CU")}
+        return {**enums, **{name: self._call(name, answer) for name, answer in answers.items()}}
+
+    def _call(self, name: str, answer):
+        def call(*arguments):
+            self.calls.append((name, *arguments))
+            status = Status(1 if name in self.fails else 0)
+            status.name = self.fails.get(name, "CUDA_SUCCESS")
+            return (status,) if answer is None else (status, answer)
+
+        call.__name__ = name
+        return call
+
+    def cuPointerGetAttribute(self, value, number, address) -> int:  # noqa: N802 - the driver's own name
+        found = self.pointer.get(number.value)
+        if found is None:
+            return 1
+        value._obj.value = found
+        return 0
+
+
+def virtual(monkeypatch, fake: FakeVmm, runtime: FakeRuntime | None = None):
+    installed(monkeypatch, runtime or FakeRuntime(), **{name: value for name, value in fake.names().items() if name != "CUdevice_attribute"})
+    monkeypatch.setattr(cuda_virtual, "_library", lambda: fake)
+    driver = cupy_driver.CupyDriver()
+    driver.virtual._driver.CUdevice_attribute = fake.CUdevice_attribute
+    return driver.virtual
+
+
+def test_memory_is_made_to_be_shared_and_goes_in_order(monkeypatch):
+    fake = FakeVmm()
+    made = virtual(monkeypatch, fake)
+    fd, size = created(made, 100)
+    assert (fd, size, made.granularity) == (5, 2 << 20, 2 << 20)
+    wanted = fake.calls[1][2]
+    assert (wanted.requestedHandleTypes, wanted.location.type, wanted.location.id, wanted.allocFlags.gpuDirectRDMACapable) == (1, 1, 0, 1)
+    assert [call[0] for call in fake.calls[1:]] == ["cuMemCreate", "cuMemExportToShareableHandle", "cuMemRelease"]
+    fake.calls.clear()
+    piece = os.memfd_create("piece")
+    Segment(made, [2 << 20], [[piece]]).close()
+    assert [call[:3] for call in fake.calls] == [
+        ("cuMemAddressReserve", 2 << 20, 0), ("cuMemImportFromShareableHandle", piece, 1), ("cuMemMap", 4 << 20, 2 << 20), ("cuMemSetAccess", 4 << 20, 2 << 20),
+        ("cuMemRelease", 79), ("cuMemUnmap", 4 << 20, 2 << 20), ("cuMemAddressFree", 4 << 20, 2 << 20),
+    ]  # fmt: skip
+    with pytest.raises(OSError):
+        os.fstat(piece)
+
+
+def test_what_can_t_be_made_accessible_is_unmapped_again(monkeypatch):
+    fake = FakeVmm(cuMemSetAccess="CUDA_ERROR_NOT_SUPPORTED")
+    made = virtual(monkeypatch, fake)
+    with pytest.raises(Refused, match="MIG"):
+        Segment(made, [2 << 20], [[os.memfd_create("piece")]])
+    assert [call[0] for call in fake.calls[-4:]] == ["cuMemSetAccess", "cuMemUnmap", "cuMemRelease", "cuMemAddressFree"]
+
+
+def test_a_pointer_says_what_is_mapped_there(monkeypatch):
+    fake = FakeVmm()
+    made = virtual(monkeypatch, fake)
+    assert made.chunk_of(5 << 20) == Chunk(4 << 20, 2 << 20, True)
+    fake.pointer[14] = 8  # fabric handles alone
+    assert made.chunk_of(5 << 20) == Chunk(4 << 20, 2 << 20, False)
+    for changed in ({10: 1}, {13: 0}, {10: None, 13: None}, {18: None}):
+        fake.pointer = {**FakeVmm().pointer, **changed}
+        assert made.chunk_of(5 << 20) is None
+
+
+def test_without_virtual_memory_nothing_is_lent_and_it_is_said_why(monkeypatch):
+    made = virtual(monkeypatch, FakeVmm(cuMemGetAllocationGranularity="CUDA_ERROR_NOT_SUPPORTED"))
+    with pytest.raises(Refused, match="Try:"):
+        created(made, 100)
+    lost = virtual(monkeypatch, FakeVmm(cuMemCreate="CUDA_ERROR_OUT_OF_MEMORY"))
+    with pytest.raises(Refused, match="smaller pool"):
+        created(lost, 100)
+    gone = virtual(monkeypatch, FakeVmm(), FakeRuntime())
+    gone._runtime.fails["deviceSynchronize"] = "cudaErrorECCUncorrectable: uncorrectable ECC error encountered"
+    with pytest.raises(DeviceLost, match="drain"):
+        gone.unmap(4 << 20, 2 << 20)
