@@ -104,7 +104,7 @@ class Coordinator:
         elif isinstance(message, messages.EmitterHello):
             sessions.on_hello(known, link, message, rounds.start)
         elif isinstance(message, messages.EmitterBeat):
-            sessions.on_beat(known, link, message)
+            sessions.on_beat(known, link, message, rounds.start)
         elif isinstance(message, messages.Adopted):
             sessions.on_adopted(known, link, message)
         elif isinstance(message, messages.Delivered):
@@ -188,12 +188,10 @@ class Coordinator:
             promised = dict(known.membership.nodes[node].promises)
             for instance in list(known.epochs):
                 self._bring_up_to_date(node, instance, promised.get(instance))
-        for rank_beat in new:
-            if not self._is_over(node, rank_beat):
-                self._adopt(node, rank_beat)  # also one that died before it was heard of: below it is lost like any other
-        replaced = [rank_beat.stream for rank_beat in strange if self._strange(node, rank_beat)]
+        replaced = [rank_beat.stream for rank_beat in new if not self._is_over(node, rank_beat) and self._is_another(node, rank_beat)]
+        replaced += [rank_beat.stream for rank_beat in strange if self._strange(node, rank_beat)]
         for stream in replaced:
-            self._tell_replaced(node, stream.instance, stream.rank)
+            sessions.on_replaced(known, stream.instance, stream.rank, node, rounds.start)
         for rank_beat in message.ranks:
             member = known.membership.members.get(rank_beat.stream.instance, {}).get(rank_beat.stream.rank)
             if member is None or member.stream != rank_beat.stream or member.node != node or member.lost:
@@ -226,6 +224,14 @@ class Coordinator:
         if not known.phase(instance):
             sessions.welcome(known, instance)
 
+    def _is_another(self, node: NodeId, rank_beat: RankBeat) -> bool:
+        """A rank that isn't known is from now on; also one that died before it was heard of, which is then lost like any other. True: the emitter may wait for
+        a process that was this rank and left."""
+        key = rank_beat.stream.instance, rank_beat.stream.rank
+        self._adopt(node, rank_beat)
+        left_ns = self.known.left.pop(key, None)
+        return left_ns is not None and sessions.may_await(self.known, key[0], left_ns)
+
     def _strange(self, node: NodeId, rank_beat: RankBeat) -> bool:
         """A rank under another stream or on another node than the one known. True: it is the rank from now on; nobody worked with the former one."""
         known, instance, rank = self.known, rank_beat.stream.instance, rank_beat.stream.rank
@@ -248,14 +254,6 @@ class Coordinator:
         known.duplicates[instance, rank, node] = known.now_ns
         known.note_once("duplicate_rank", f"{instance}/{rank}", f"alive on {member.node}, and claimed by {node}: the first keeps it", node, rank_beat.stream)
         return False
-
-    def _tell_replaced(self, node: NodeId, instance: str, rank: Rank) -> None:
-        """By an epoch: the emitter may have sent work to the former process since it was last heard, and dials whom its last resumption named."""
-        known = self.known
-        session = known.membership.sessions.get(instance)
-        if session is not None and not session.ended and not known.phase(instance):
-            lost = tuple(other for other, place in sorted(known.membership.members[instance].items()) if place.lost)
-            rounds.start(known, instance, lost, f"rank {rank} on {node} is another process, with an empty pool")
 
     def _fault(self, node: NodeId, message: Fault) -> None:
         known, instance, rank = self.known, message.stream.instance, message.stream.rank
@@ -289,6 +287,7 @@ class Coordinator:
     def _leave(self, instance: str, rank: Rank, reason: str) -> None:
         known = self.known
         del known.membership.members[instance][rank]
+        known.left[instance, rank] = known.fair_ns
         known.assigned.pop((instance, rank), None)
         known.keep_member(instance, rank)
         known.note("left", f"{instance}/{rank}", reason)

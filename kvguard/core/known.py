@@ -123,6 +123,8 @@ class Known:
         self.duplicates: dict[tuple[str, Rank, NodeId], int] = {}  # when a rank that lives elsewhere was last claimed by that node
         self.replaced: dict[str, deque[int]] = {}  # incarnations of emitters that another one ended: they don't come back by dialling again
         self.delivered: dict[str, dict[SequenceId, tuple[int, ...]]] = {}  # births by name
+        self.left: dict[tuple[str, Rank], int] = {}  # ranks that left: fair ns; the emitter may not have heard of it
+        self.untold: dict[str, str] = {}  # what an emitter that was called silent has to hear by an epoch, should it be back
         self.starts: dict[str, list[int]] = {}
         self.held: dict[str, Failure] = {}  # while paused: what would have been started
         self.failed: dict[str, str] = {}

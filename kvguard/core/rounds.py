@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kvguard.core import hosting, resuming
+from kvguard.core import hosting, resuming, sessions
 from kvguard.core.known import Failure, Known, Round, member_record
 from kvguard.core.ladder import Wishes
 from kvguard.core.membership import DEAD, MS
@@ -64,6 +64,7 @@ def start(
     if known.resumes.pop(instance, None) is not None:
         known.persist(f"resume/{instance}", None)
     known.failed.pop(instance, None)
+    sessions.begun_anew(known, instance)
     known.membership.recovering[instance] = known.fair_ns
     known.note("fenced", instance, reason, epoch=epoch.counter, lost=_list(record.lost), attempt=attempt)
     if not _within_bounds(known, instance, current):

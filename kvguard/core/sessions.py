@@ -2,7 +2,8 @@
 
 Knows: sessions, pending Resumes. Must not know: how a recovery proceeds.
 Invariants: one session per instance, named by a durable incarnation; a new incarnation ends the old one and raises the epoch, because what the old one adopted
-but did not say can't be known; the first emitter of an instance without sequences raises nothing; a Resume is said again until it is adopted.
+but did not say can't be known; the first emitter of an instance without sequences raises nothing; a Resume is said again until it is adopted; no emitter waits
+for a process that another one followed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from kvguard.core.known import BIRTHS_MAX, DELIVERED_MAX, Known
 from kvguard.core.membership import Session
 from kvguard.format.lineage import is_other
 from kvguard.format.messages import Adopted, Delivered, EmitterBeat, EmitterHello, Fenced, Welcome
+from kvguard.types import NodeId, Rank
 
 REPLACED_MAX = 64
 
@@ -45,12 +47,14 @@ def on_hello(known: Known, link: str, message: EmitterHello, start) -> None:
     pending = known.resumes.get(instance)
     unheard = pending is not None and not pending.error and instance in known.unheard
     raised = False
-    if not known.phase(instance) and not unheard and _must_raise(known, message, before, again):
-        why = "a new emitter" if not again else f"the emitter is in epoch {message.epoch.counter}, the instance in {known.epoch(instance).counter}"
-        lost = tuple(rank for rank, place in sorted(known.membership.members.get(instance, {}).items()) if place.lost)
-        start(known, instance, lost, why)
+    untold = known.untold.get(instance, "")
+    if not known.phase(instance) and (untold or (not unheard and _must_raise(known, message, before, again))):
+        why = f"the emitter is in epoch {message.epoch.counter}, the instance in {known.epoch(instance).counter}"
+        why = "a new emitter" if not again else untold or why
+        _begin(known, instance, why, start)
         raised = not known.paused
     if not again:
+        begun_anew(known, instance)
         known.emitters[instance] = message.incarnation
         known.persist(f"emitter/{instance}", message.incarnation)
     welcome(known, instance)
@@ -87,7 +91,7 @@ def _mine(known: Known, link: str, message) -> Session | None:
     return None
 
 
-def on_beat(known: Known, link: str, message: EmitterBeat) -> None:
+def on_beat(known: Known, link: str, message: EmitterBeat, start) -> None:
     session = _mine(known, link, message)
     if session is None:
         return
@@ -97,7 +101,9 @@ def on_beat(known: Known, link: str, message: EmitterBeat) -> None:
         session.ended = False
         known.note("emitter", message.instance, "the emitter that was called silent is heard again")
         pending = known.resumes.get(message.instance)
-        if pending is not None and not known.phase(message.instance):
+        if message.instance in known.untold and not known.phase(message.instance):
+            _begin(known, message.instance, known.untold[message.instance], start)
+        elif pending is not None and not known.phase(message.instance):
             known.tell_emitter(message.instance, pending)
 
 
@@ -142,5 +148,36 @@ def on_silence(known: Known, instance: str, reason: str, silent_ms: float, start
         return
     if instance in known.unheard:
         return
-    lost = tuple(rank for rank, place in sorted(known.membership.members[instance].items()) if place.lost)
-    start(known, instance, lost, reason, silent_ms)
+    _begin(known, instance, reason, start, silent_ms)
+
+
+def on_replaced(known: Known, instance: str, rank: Rank, node: NodeId, start) -> None:
+    """Another process is the rank. Told by an epoch: the emitter may have sent work to the former one since it was last heard, and dials whom its last
+    resumption named. One that is known from the store alone will hear of it when it dials; one that was called silent only if it is back, for then it was not
+    dead."""
+    session = known.membership.sessions.get(instance)
+    if instance not in known.emitters or known.phase(instance):
+        return
+    why = f"rank {rank} on {node} is another process, with an empty pool"
+    if session is not None and session.ended:
+        known.untold[instance] = why
+    else:
+        _begin(known, instance, why, start)
+
+
+def may_await(known: Known, instance: str, left_ns: int) -> bool:
+    """Whether the emitter may wait for a process that left at `left_ns` (fair): it has work in flight, or has hardly been heard since."""
+    session = known.membership.sessions.get(instance)
+    return session is None or session.scheduled > 0 or session.seen_ns - left_ns < known.settings.patience.suspect_ns
+
+
+def begun_anew(known: Known, instance: str) -> None:
+    """An epoch, or another emitter: nobody waits for what was before."""
+    known.untold.pop(instance, None)
+    for key in [key for key in known.left if key[0] == instance]:
+        del known.left[key]
+
+
+def _begin(known: Known, instance: str, why: str, start, silent_ms: float = 0.0) -> None:
+    lost = tuple(rank for rank, place in sorted(known.membership.members.get(instance, {}).items()) if place.lost)
+    start(known, instance, lost, why, silent_ms)

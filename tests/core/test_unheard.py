@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from kvguard.format import ledger
@@ -206,3 +207,76 @@ def test_without_an_emitter_there_is_nobody_to_tell():
     cast.connect(Emitter(2))
     cast.run(500)
     assert cast.epoch() == 1 and len(cast.emitter.resumes) == 1
+
+
+def idle(patient: bool = False) -> tuple[Cast, Daemon]:
+    """One rank without sequences on a; an emitter that has nothing in flight, as far as it is known. `patient`: it may be silent for a minute."""
+    cast, a = lone(standbys=0)
+    a.host(R0, {})
+    plain = cast.emitter.hello
+    cast.emitter.hello = lambda: msgspec.structs.replace(plain(), silence_ms=60_000 if patient else 0)
+    cast.connect(cast.emitter)
+    cast.emitter.scheduled = 0
+    cast.run(300)
+    return cast, a
+
+
+def assert_told(cast: Cast) -> None:
+    cast.run(500)
+    assert cast.epoch() == 1 and [str(e.rank) for e in cast.emitter.resumes[-1].members] == ["0.0.0"]
+    assert "another process" in cast.coordinator.history()[0]["reason"]
+    cast.run(1000)
+    assert cast.epoch() == 1
+
+
+def test_a_coordinator_that_was_restarted_tells_an_emitter_that_has_not_dialled_again_yet():
+    """It knows the member and the emitter from its store alone; the emitter waits for a step of the process that is gone."""
+    cast, a = idle()
+    cast.emitter.alive = False
+    cast._begin()
+    a.host(R0, {}, life=2)
+    cast.run(300)
+    cast.emitter.alive, cast.emitter.scheduled = True, 1
+    cast.connect(cast.emitter)
+    assert_told(cast)
+
+
+@pytest.mark.parametrize("again", ["heard", "dialled"])
+def test_an_emitter_that_was_called_silent_hears_of_another_process_when_it_is_back(again):
+    cast, a = idle()
+    cast.emitter.alive = False
+    cast.run(1500)
+    a.host(R0, {}, life=2)
+    cast.run(300)
+    assert cast.epoch() == 0
+    cast.emitter.alive, cast.emitter.scheduled = True, 1
+    if again == "dialled":
+        cast.connect(cast.emitter)
+    assert_told(cast)
+
+
+@pytest.mark.parametrize("cleanly", [False, True])
+def test_a_rank_that_left_and_comes_again_is_told_to_an_emitter_that_may_wait_for_the_former_process(cleanly):
+    """It was cut off, within its promise, when the rank left; what it had sent meanwhile went to nobody."""
+    cast, a = idle(patient=True)
+    cast.emitter.alive = False
+    if cleanly:
+        cast.say(a, m.Fault("a", a.ranks[R0]["stream"], a.ranks[R0]["incarnation"], "detached", "", False, 0.0))
+    del a.ranks[R0]
+    cast.run(3000)
+    assert [note.subject for note in cast.noted("left")] == ["i/0.0.0"]
+    a.host(R0, {}, life=2)
+    cast.run(300)
+    cast.emitter.alive, cast.emitter.scheduled = True, 1
+    cast.connect(cast.emitter)
+    assert_told(cast)
+
+
+def test_an_emitter_that_was_heard_idle_since_has_nothing_to_hear():
+    cast, a = idle()
+    del a.ranks[R0]
+    cast.run(3500)
+    assert cast.noted("left")
+    a.host(R0, {}, life=2)
+    cast.run(1000)
+    assert cast.epoch() == 0 and len(cast.noted("attached")) == 2
