@@ -2,18 +2,17 @@
 
 Knows: the protocols of pools and tables (here: Table). Must not know: links, sessions, files, processes.
 Invariants: a piece whose row or block generation differs before or after the copy contributes no byte, no sum and no id; sums are taken from the very copy
-that is sent; a capture completes before this returns (host pools; a device pool that completes later feeds the same event itself).
+that is sent; of a dead engine's pool only the rows that were salvaged whole are read: elsewhere it holds zeros under generations that still count.
+A capture has two halves: `begun` in the loop's thread, `copied` in any (daemon/copies.py says which); `capture` is both at once.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvguard.core import effects, events
-from kvguard.errors import DeviceLost
 from kvguard.format import pages
 from kvguard.format.lineage import birth_of
 from kvguard.format.messages import PIECE_BLOCK, PIECE_REFERENCE, PIECE_TOKENS, Holding, IdsFrame, KnownIds, StreamShape
@@ -21,8 +20,6 @@ from kvguard.types import Lineage, StreamId
 
 if TYPE_CHECKING:  # numpy comes with the first engine: a daemon that starts has no time for it
     import numpy as np
-
-log = logging.getLogger(__name__)
 
 
 class Table(Protocol):
@@ -57,6 +54,8 @@ class Stream:
     endpoint: str = ""
     alive: bool = True
     lost: str = ""  # why the memory behind `pool` can't be believed any more
+    leaving: bool = False  # its process has ended, and its memory is being salvaged
+    kept: frozenset[int] | None = None  # rows whose KV was salvaged; None: all that there are
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------------------
@@ -72,8 +71,29 @@ def _fresh(stream: Stream, wanted: tuple[np.ndarray, np.ndarray], rows: np.ndarr
     return (of_rows == wanted[0]) & (of_blocks == wanted[1])
 
 
-def capture(stream: Stream, effect: effects.Capture, lend: Callable[[int], memoryview] = fresh) -> tuple[memoryview, tuple[int, ...], bytes]:
-    """(bytes of the good pieces in order, indices of the stale ones, packed sums of the good ones). `lend`: writable memory for so many bytes."""
+class Begun(NamedTuple):
+    """One capture of `pool`: which pieces are wanted (columns of int arrays, bool [n] `copied`: those with bytes), and memory for them."""
+
+    stream: Stream
+    pool: Bytes
+    incarnation: int
+    effect: effects.Capture
+    rows: np.ndarray
+    blocks: np.ndarray
+    slots: np.ndarray
+    counts: np.ndarray
+    wanted: tuple[np.ndarray, np.ndarray]
+    before: np.ndarray
+    copied: np.ndarray
+    sizes: np.ndarray
+    out: memoryview
+
+
+Taken = tuple[memoryview, tuple[int, ...], bytes]
+
+
+def begun(stream: Stream, effect: effects.Capture, lend: Callable[[int], memoryview] = fresh) -> Begun:
+    """What is to be copied, after the first look at the generations. `lend`: writable memory for so many bytes."""
     import numpy as np
 
     shape = stream.shape
@@ -83,24 +103,33 @@ def capture(stream: Stream, effect: effects.Capture, lend: Callable[[int], memor
     slots = np.array(effect.starts, np.int64) % shape.block_tokens
     sizes = np.where(flags == PIECE_TOKENS, counts * shape.token_bytes, np.where(flags == PIECE_BLOCK, shape.block_bytes, 0))
     before = _fresh(stream, wanted, rows, blocks)
+    if stream.kept is not None:
+        before &= np.isin(rows, list(stream.kept))
     copied = before & (flags != PIECE_REFERENCE)
     out = lend(int(sizes[copied].sum()))
-    if copied.any():
-        try:
-            if shape.addressable:
-                stream.pool.capture(blocks[copied], slots[copied], counts[copied], out)
-            else:
-                stream.pool.capture_blocks(blocks[copied], out)
-        except DeviceLost as error:
-            if not stream.lost:  # said once: from here on nothing of this pool is sent, its positions stay unprotected, and the daemon lives
-                log.error("%s can't be replicated any more: %s", stream.id, error)
-            stream.lost = str(error)
-            return memoryview(b""), tuple(range(len(effect.rows))), b""
-    good = before & _fresh(stream, wanted, rows, blocks)
-    if not good[copied].all():
-        out = _compacted(out, sizes[copied], good[copied])
+    return Begun(stream, stream.pool, stream.incarnation, effect, rows, blocks, slots, counts, wanted, before, copied, sizes, out)
+
+
+def copied(order: Begun) -> Taken:
+    """(bytes of the good pieces in order, indices of the stale ones, packed sums of the good ones). Raises what the pool raises."""
+    import numpy as np
+
+    shape, some, out = order.stream.shape, order.copied, order.out
+    if some.any():
+        if shape.addressable:
+            order.pool.capture(order.blocks[some], order.slots[some], order.counts[some], out)
+        else:
+            order.pool.capture_blocks(order.blocks[some], out)
+    good = order.before & _fresh(order.stream, order.wanted, order.rows, order.blocks)
+    if not good[some].all():
+        out = _compacted(out, order.sizes[some], good[some])
     sums = pages.sums_of(out, shape.token_bytes if shape.addressable else shape.block_bytes)
     return out, tuple(np.flatnonzero(~good).tolist()), pages.pack_sums(sums)
+
+
+def capture(stream: Stream, effect: effects.Capture, lend: Callable[[int], memoryview] = fresh) -> Taken:
+    """Both halves. Raises what the pool raises."""
+    return copied(begun(stream, effect, lend))
 
 
 def _compacted(data: memoryview, sizes: np.ndarray, good: np.ndarray) -> memoryview:

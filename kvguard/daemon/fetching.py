@@ -115,8 +115,8 @@ class Fetching:
         if rank is None or rank.layout is None:
             return None
         if rank.stream.alive:
-            if rank.killed:
-                raise _Ending("its process is being ended")
+            if rank.killed or rank.stream.leaving:
+                raise _Ending("its process is being ended, or its memory salvaged")
             return None
         blocks = _committed(rank, token, lineage, birth)
         if blocks is None:

@@ -22,6 +22,7 @@ from kvguard.core.node import COORDINATOR, Node, NodeSettings
 from kvguard.core.promises import decode_epoch
 from kvguard.daemon.checking import Checking
 from kvguard.daemon.control import ControlServer, LocalIncoming
+from kvguard.daemon.copies import Copies
 from kvguard.daemon.fetching import Fetching
 from kvguard.daemon.journal import Journal
 from kvguard.daemon.keeping import owner_of, shelf_of
@@ -35,6 +36,7 @@ from kvguard.daemon.perform_node import PROMISE, NodeShell, node_performer, prom
 from kvguard.daemon.process import begun, noted, serve
 from kvguard.daemon.questions import Questions
 from kvguard.daemon.ranks import Ranks
+from kvguard.daemon.workers import Workers
 from kvguard.device import open_device
 from kvguard.device.base import Device, Pool
 from kvguard.errors import BadConfig
@@ -97,10 +99,15 @@ class NodeDaemon:
             lend=self.transport.lend,
         )  # fmt: skip
         self.loop = Loop(self.core, node_performer(self.shell))
+        self.workers = Workers(self.loop)
+        self.shell.copies = Copies(self.workers, self.loop.after)
         device = LaterDevice(config.device, capture=config.capture, ring_bytes=config.ring_bytes, bytes_per_s=config.capture_bytes_per_s)
-        device.prepare()
+        fault = device.prepare()
+        for event in self.shell.copies.failed(config.device, fault) if fault else ():
+            self.loop.feed(event)
         self.ranks = Ranks(
-            device, store, self, self.control.send, self.shell.streams, self.shell.local, self.shell.epochs, config.salvage_ms_max,
+            device, store, self, self.control.send, self.shell.streams, self.shell.local, self.shell.epochs, config.salvage_ms_max, self.workers,
+            self.shell.copies,
         )  # fmt: skip
         self.shell.engines = self.ranks
         self.fetching = Fetching(self.shell, self.ranks, self.control.send)
@@ -257,12 +264,12 @@ class LaterDevice:
         self._capturing = capturing
         self._device: Device | None = None
 
-    def prepare(self) -> None:
-        """Never raises."""
-        if self.kind != "host":
-            fault = self._opened().prepare()
-            if fault:
-                log.error("no engine with a pool on a GPU can be protected: %s", fault)
+    def prepare(self) -> str:
+        """Why it can't be used; "" where it can. Never raises."""
+        fault = self._opened().prepare() if self.kind != "host" else ""
+        if fault:
+            log.error("no engine with a pool on a GPU can be protected: %s", fault)
+        return fault
 
     def open(self, layout: Layout, descriptors: list[int], writable: bool = True) -> Pool:
         """See device/base.py."""
@@ -307,7 +314,7 @@ def run(config: NodeConfig, reload: Callable[[], NodeConfig], moments: Moments |
     daemon = NodeDaemon(config, notifier, moments)
     try:
         log.info("node %s listens at %s, engines attach at %s", config.name, daemon.address, config.socket_path)
-        serve(daemon, notifier, reload, moments)
+        serve(daemon, notifier, reload, moments, daemon.workers.progressing)
     finally:
         daemon.close()
         notifier.close()

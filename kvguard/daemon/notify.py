@@ -2,7 +2,8 @@
 
 Knows: the environment's words (NOTIFY_SOCKET, WATCHDOG_USEC, LISTEN_FDS, FDSTORE), datagrams with descriptors. Must not know: what runs, what is kept.
 Invariants: no call blocks or raises because of a manager that doesn't listen: what it didn't take is counted; the words leave the environment, so that no child
-speaks for this process; the watchdog is fed by a turn of every loop of the process and by nothing else.
+speaks for this process; the watchdog is fed by a turn of every loop of the process and by nothing else, and only while the other threads move or are known not
+to.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 
 from kvguard.daemon.loop import Loop
 
@@ -108,10 +109,12 @@ class Notifier:
 
 
 class Watchdog:
-    """Feeds the manager's watchdog while every loop of the process takes its turns: one that is stuck starves it."""
+    """Feeds the manager's watchdog while every loop of the process takes its turns and `progressing` says that so do all other threads: one that is stuck,
+    and isn't known to be, starves it."""
 
-    def __init__(self, notifier: Notifier, loops: Iterable[Loop]) -> None:
+    def __init__(self, notifier: Notifier, loops: Iterable[Loop], progressing: Callable[[], bool] = lambda: True) -> None:
         self._notifier = notifier
+        self._progressing = progressing
         self._loops = tuple(loops)
         self._turned: set[int] = set()
         self._period_ns = notifier.watchdog_ns // FEEDS_PER_TIMEOUT
@@ -120,7 +123,7 @@ class Watchdog:
 
     def _turn(self, number: int) -> tuple:
         self._turned.add(number)
-        if len(self._turned) == len(self._loops):
+        if len(self._turned) == len(self._loops) and self._progressing():
             self._turned.clear()
             self._notifier.alive()
         self._loops[number].after(self._period_ns, lambda: self._turn(number))

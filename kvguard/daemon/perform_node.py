@@ -16,6 +16,7 @@ from kvguard.core.promises import decode_epoch
 from kvguard.daemon import capture as capturing
 from kvguard.daemon import pushing
 from kvguard.daemon.capture import Stream
+from kvguard.daemon.copies import Copies, all_stale
 from kvguard.daemon.perform import SHARED, Deed, Events, Shell, note, performer, send_numbered
 from kvguard.errors import Refused
 from kvguard.format.messages import Held, Holding, IdsFrame, PlanOrder, Rebuild, Report
@@ -78,6 +79,7 @@ class NodeShell(Shell):
     pushes: dict[StreamId, Push] = field(default_factory=dict)  # replicas to be pushed on that are still being read (daemon/checking.py)
     slice_bytes: int = 16 << 20  # of replicas, verified in one go: 3 to 5 ms of hashing
     lend: Callable[[int], memoryview] = capturing.fresh  # memory for payloads; a transport that writes from where they are lends its own
+    copies: Copies = field(default_factory=Copies)  # where and when captures are taken
     corrupt_frames: int = 0  # drills: how many of the next KV frames leave with one byte changed
 
 
@@ -85,18 +87,7 @@ class NodeShell(Shell):
 
 
 def capture(shell: NodeShell, effect: effects.Capture) -> Events:
-    stream = shell.streams.get(effect.stream)
-    if stream is None:
-        return all_stale(effect, "the stream is gone")
-    data, stale, sums = capturing.capture(stream, effect, shell.lend)
-    shell.counters["captures"] += 1
-    shell.counters["pieces_stale"] += len(stale)
-    buffer = shell.buffers.keep(data) if len(data) else 0
-    return (events.Captured(effect.id, effect.stream, effect.epoch, buffer, len(data), stale, sums),)
-
-
-def all_stale(effect: effects.Capture, _why: str) -> Events:
-    return (events.Captured(effect.id, effect.stream, effect.epoch, 0, 0, tuple(range(len(effect.rows))), b""),)
+    return shell.copies.take(shell, effect)
 
 
 def send_kv(shell: NodeShell, effect: effects.SendKv) -> Events:

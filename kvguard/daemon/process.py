@@ -27,7 +27,7 @@ from kvguard.transport.zeromq import ZeromqTransport
 
 log = logging.getLogger(__name__)
 
-LOUD = {"unprotected", "duplicate_rank", "refused", "hung", "stale_epoch", "fenced", "broken_frame", "suspect", "failed"}
+LOUD = {"unprotected", "duplicate_rank", "refused", "hung", "stale_epoch", "fenced", "broken_frame", "suspect", "failed", "device_fault"}
 STATUS_NS = 1_000_000_000
 Config = NodeConfig | CoordinatorConfig
 
@@ -59,10 +59,10 @@ def begun(config: Config) -> Notifier:
     return Notifier(os.environ)
 
 
-def serve(daemon: Daemon, notifier: Notifier, reload: Callable[[], Config], moments: Moments) -> None:
-    """Run until SIGTERM, or an error that only a restart mends."""
+def serve(daemon: Daemon, notifier: Notifier, reload: Callable[[], Config], moments: Moments, progressing: Callable[[], bool] = lambda: True) -> None:
+    """Run until SIGTERM, or an error that only a restart mends. `progressing`: whether every thread beside the loop moves, or is known not to."""
     obey_signals(daemon.loop, lambda: reread(daemon, notifier, reload))
-    Watchdog(notifier, [daemon.loop])
+    Watchdog(notifier, [daemon.loop], progressing)
     notifier.ready(daemon.summary())
     moments.reached("ready")
     gc.freeze()  # what was made until here stays

@@ -18,11 +18,14 @@ from kvguard.core import events
 from kvguard.daemon import schedulers
 from kvguard.daemon.capture import Stream, as_event
 from kvguard.daemon.descriptors import is_eventfd, process_of, readable, same_file, stopped
+from kvguard.daemon.copies import Copies, gpu_of
 from kvguard.daemon.lifelines import Lifelines, Watches
-from kvguard.daemon.salvage import goes_on_in, is_elsewhere, salvaged
-from kvguard.daemon.seats import LocalRank, Spare
+from kvguard.daemon.salvage import Salvaging, goes_on_in, is_elsewhere
+from kvguard.daemon.seats import LocalRank
+from kvguard.daemon.spares import Spares
+from kvguard.daemon.workers import Workers
 from kvguard.device.base import Device
-from kvguard.errors import BadConfig, KvguardError, Refused
+from kvguard.errors import KvguardError, Refused
 from kvguard.format import local
 from kvguard.format.messages import IDS_ONLY, Holding, KnownIds, PlanOrder, Rebuild
 from kvguard.limits import NAME_BYTES_MAX
@@ -32,11 +35,13 @@ from kvguard.types import NO_EPOCH, Epoch, Rank, StreamId, is_scheduler
 log = logging.getLogger(__name__)
 
 Events = Iterable[events.Event]
-SPARES_MAX = 64
 RANKS_MAX = 256
 SALVAGE_MS_MAX = 300
-LAYOUTS_MAX = 1024  # of ranks that one standby can take
 PIDFD, BELL, TABLE, POOL = 0, 1, 2, 3  # places of an Attach's descriptors
+
+
+class NotYet(Refused):
+    """An engine may try again in a moment."""
 
 
 class Tells(Protocol):
@@ -50,17 +55,19 @@ class Ranks:
 
     def __init__(
         self, device: Device, store: ReplicaStore, watches: Watches, tell: Tells, streams: dict[StreamId, Stream], local_streams: dict[StreamId, Stream],
-        epochs: dict[str, Epoch], salvage_ms_max: int = SALVAGE_MS_MAX,
+        epochs: dict[str, Epoch], salvage_ms_max: int = SALVAGE_MS_MAX, workers: Workers | None = None, copies: Copies | None = None,
     ) -> None:  # fmt: skip
         self._device = device
-        self._salvage_ms_max = salvage_ms_max
         self._store = store
         self._watches = watches
         self._lifelines = Lifelines(watches)
         self._tell = tell
         self._streams, self._local, self._epochs = streams, local_streams, epochs
+        self._workers = workers
+        self._salvaging = Salvaging(workers, copies, salvage_ms_max, lambda rank: self.ranks.get(rank.stream.id) is rank)
         self.ranks: dict[StreamId, LocalRank] = {}
-        self.spares: dict[int, Spare] = {}
+        self._standbys = Spares(watches)
+        self.spares = self._standbys.known
 
     # ---- attaching ----------------------------------------------------------------------------------------------------------------
 
@@ -73,7 +80,7 @@ class Ranks:
             told = self._attach(connection, message, descriptors, taken)
         except Refused as error:
             log.warning("attach of %s refused: %s", message.stream or message.instance, str(error))
-            self._tell(connection, local.AttachRefused(str(error), True))
+            self._tell(connection, local.AttachRefused(str(error), type(error) is not NotYet))
             return ()
         except OSError as error:  # no descriptor, or no memory, left: the daemon lives on without this engine
             log.error("attach of %s failed: %s", message.stream or message.instance, str(error))
@@ -107,7 +114,7 @@ class Ranks:
         if not 0 < len(message.instance.encode()) <= NAME_BYTES_MAX or len(message.endpoint.encode()) > 4 * NAME_BYTES_MAX:
             raise Refused(f"instance {message.instance!r} or endpoint is empty or too long. Try: at most {NAME_BYTES_MAX} bytes")
         if message.role == "standby":
-            return self._attach_spare(connection, message, descriptors, taken)
+            return (self._standbys.attach(connection, message, descriptors[PIDFD], taken),)
         if message.role == "scheduler":
             message = schedulers.described(message, len(descriptors))
         elif not _is_rank(message) or len(descriptors) <= POOL + message.lifeline:
@@ -129,20 +136,6 @@ class Ranks:
         self._lifelines.hold(self.ranks[message.stream].stream, lifeline)
         return told
 
-    def _attach_spare(self, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
-        fingerprints = _fingerprints(message)
-        former = self.spares.get(message.incarnation)
-        if former is None and len(self.spares) >= SPARES_MAX:
-            raise Refused(f"{SPARES_MAX} standbys are attached already")
-        if former is not None:
-            former.connection = connection
-        else:
-            spare = Spare(message.instance, message.incarnation, descriptors[PIDFD], connection)
-            taken.append(spare.pidfd)
-            self.spares[spare.incarnation] = spare
-            self._watches.watch(spare.pidfd, lambda: self._spare_died(spare))
-        return (events.StandbyAttached(message.instance, message.incarnation, message.endpoint, fingerprints),)
-
     def _refuse_second(self, message: local.Attach) -> None:
         """Two live processes as one rank would both write its sequences."""
         for stream, rank in self.ranks.items():
@@ -154,12 +147,14 @@ class Ranks:
         """The same process over a new connection, or another one that goes on with a dead one's pool and table."""
         if not same_file(known.table_descriptor, descriptors[TABLE]):
             raise Refused(f"{message.stream} is known here with another table. Try: a new pool token for a new pool")
+        if known.stream.leaving or known.stream.alive and known.stream.incarnation != message.incarnation and gpu_of(known.pool):
+            raise NotYet(f"what the process left that was {message.stream} is still being read. Try: again in a moment")
         told: list[events.Event] = []
         if known.stream.incarnation != message.incarnation:
             told += self._leave(known, "its process ended") if known.stream.alive else ()
             if is_elsewhere(known, descriptors[POOL:]):
                 taken += descriptors[POOL:]
-                goes_on_in(known, self._device.open(known.layout, descriptors[POOL:], writable=False))
+                self._salvaging.unmap(goes_on_in(known, self._device.open(known.layout, descriptors[POOL:], writable=False)))
             self._unwatch(known)
             os.close(known.pidfd)
             os.close(known.bell)
@@ -167,23 +162,20 @@ class Ranks:
             taken += [known.pidfd, known.bell]
         known.connection = connection
         known.stream.incarnation, known.stream.endpoint, known.stream.alive = message.incarnation, message.endpoint, True
+        known.stream.kept = None
         self._watch(known)
-        self._no_longer_spare(connection)
+        self._standbys.took_rank(connection)
         told.append(events.StreamAttached(known.stream.id, known.stream.shape, message.incarnation, message.epoch, message.endpoint))
         return [*told, *self.look(known.stream.id)]
-
-    def _no_longer_spare(self, connection: int) -> None:
-        """A standby that took a rank goes on over its connection as that rank."""
-        for spare in [spare for spare in self.spares.values() if spare.connection == connection]:
-            self._watches.forget(spare.pidfd)
-            os.close(spare.pidfd)
-            del self.spares[spare.incarnation]
 
     def _attach_new(self, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
         from kvguard.engine.look import TableReader
 
         if len(self.ranks) >= RANKS_MAX:
             raise Refused(f"{RANKS_MAX} ranks are attached already")
+        stuck = self._workers.faults() if self._workers is not None and self._device.kind != "host" else {}
+        if stuck:  # opening would wait for it, and with it this whole daemon
+            raise NotYet(next(iter(stuck.values())))
         layout = next(iter(message.layouts.values()), None)  # a scheduler has none, and no pool
         taken += descriptors[POOL:]
         pool = self._device.open(layout, descriptors[POOL:], writable=False) if layout is not None else schedulers.NoPool()
@@ -206,7 +198,7 @@ class Ranks:
         self.ranks[message.stream] = rank
         self._streams[message.stream] = self._local[message.stream] = stream
         self._watch(rank)
-        self._no_longer_spare(connection)
+        self._standbys.took_rank(connection)
         epoch, promise = message.epoch, self._epochs.get(message.instance, NO_EPOCH)
         reader.set_epoch(promise.counter)  # before the look: what is published after it was checked against the word
         seen = self.look(stream.id)
@@ -279,9 +271,7 @@ class Ranks:
             self._unwatch(rank)
             rank.stream.alive, rank.connection = False, 0
             told.append(events.StreamDetached(rank.stream.id, rank.stream.incarnation))
-        for spare in [spare for spare in self.spares.values() if spare.connection == connection]:
-            told += self._spare_died(spare, "detached")
-        return told
+        return [*told, *self._standbys.detach(connection)]
 
     def disconnected(self, connection: int) -> None:
         """The socket went; the process may live on and come back."""
@@ -295,29 +285,24 @@ class Ranks:
     def _leave(self, rank: LocalRank, reason: str) -> list[events.Event]:
         told = list(self.look(rank.stream.id))
         self._unwatch(rank)
-        rank.stream.alive, rank.connection, rank.order = False, 0, None
+        rank.connection, rank.order = 0, None
         log.warning("%s: %s", rank.stream.id, reason)
-        return [*told, events.ProcessDied(rank.stream.incarnation, rank.stream.id, reason, salvaged(rank, self._salvage_ms_max))]
-
-    def _spare_died(self, spare: Spare, reason: str = "its process ended") -> Events:
-        self._watches.forget(spare.pidfd)
-        os.close(spare.pidfd)
-        del self.spares[spare.incarnation]
-        return (events.ProcessDied(spare.incarnation, None, spare.killed or reason, False),)
+        return [*told, *self._salvaging.begin(rank, reason)]
 
     def forget(self, stream: StreamId) -> None:
         rank = self.ranks.pop(stream, None)
         if rank is not None:
             self._unwatch(rank)
-            rank.pool.close()
+            self._salvaging.unmap(rank.pool)
             for descriptor in (rank.table_descriptor, rank.pidfd, rank.bell):
                 os.close(descriptor)
 
     def close(self) -> None:
         for stream in list(self.ranks):
             self.forget(stream)
-        for spare in list(self.spares.values()):
-            self._spare_died(spare)
+        self._standbys.close()
+        if self._workers is not None:
+            self._workers.close()
 
     # ---- orders (perform_node.Engines) --------------------------------------------------------------------------------------------
 
@@ -335,7 +320,7 @@ class Ranks:
     def order_restore(self, stream: StreamId, plan: PlanOrder) -> None:
         """Where the line is down, or dropped because the engine doesn't read it, the order is said when the engine is back; the coordinator has a deadline."""
         rank = self.ranks.get(stream)
-        if rank is None or not rank.stream.alive:
+        if rank is None or not rank.stream.alive or rank.stream.leaving:
             raise Refused(f"no engine of {stream} lives here: it can't be told to truncate. Try: kvguard status")
         rank.order = plan
         if not rank.connection or not self._tell(rank.connection, local.RestoreOrder(plan)):
@@ -383,10 +368,9 @@ class Ranks:
 
     def _scrub(self, connection: int) -> None:
         """A pull failed: whatever the replicas hold that their sums don't vouch for goes before anybody plans with it again."""
-        for spare in self.spares.values():
-            for stream in spare.sources if spare.connection == connection else ():
-                log.warning("a pull from the replica of %s failed: it is verified", stream)
-                self._store.damaged(stream)
+        for stream in self._standbys.sources(connection):
+            log.warning("a pull from the replica of %s failed: it is verified", stream)
+            self._store.damaged(stream)
 
     def kill(self, incarnation: int) -> None:
         """SIGKILL through the pidfd: never through a number that may be another's by now."""
@@ -402,16 +386,3 @@ def _is_rank(message: local.Attach) -> bool:
     stream = message.stream
     named = stream is not None and stream.instance == message.instance and not is_scheduler(stream.rank)
     return message.role == "rank" and named and len(message.layouts) == 1
-
-
-def _fingerprints(message: local.Attach) -> dict[str, int]:
-    """Of the ranks that a standby can take. Raises Refused: an unchecked layout may claim sizes that nobody could count through."""
-    if len(message.layouts) > LAYOUTS_MAX:
-        raise Refused(f"a standby for {len(message.layouts)} ranks, at most {LAYOUTS_MAX}")
-    try:
-        for rank, layout in message.layouts.items():
-            Rank.parse(rank)
-            layout.check(layout.pool_bytes)
-        return {rank: layout.fingerprint for rank, layout in message.layouts.items()}
-    except (BadConfig, ValueError, OverflowError) as error:
-        raise Refused(f"a standby whose ranks or layouts make no sense: {error}") from error

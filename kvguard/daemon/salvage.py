@@ -1,8 +1,9 @@
 """What is left of a dead engine's GPU memory, brought into host memory before the mapping goes.
 
-Knows: a rank's facts, its table, a pool that can be salvaged. Must not know: drivers, who restores it, plans.
-Invariants: what a report says of a dead pool is what was brought out whole; the mapping is closed whatever happens, so that a restarted engine finds its memory
-free; it takes no longer than it may, during which this thread does nothing else; after a fault of the GPU nothing is read.
+Knows: a rank's facts, its table, a pool that can be salvaged, the threads that read GPUs. Must not know: drivers, who restores it, plans.
+Invariants: what a report says of a dead pool is what was brought out whole, and nothing else of it is captured; the mapping is closed whatever happens, so
+that a restarted engine finds its memory free; it takes no longer than it may, beside the loop; after a fault of the GPU nothing is read. The death is suspected
+at once and told when it is known what is left, so that a fencing round begins meanwhile and its report waits.
 """
 
 from __future__ import annotations
@@ -10,34 +11,115 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
+from kvguard.core import events
+from kvguard.daemon.copies import Copies, gpu_of
 from kvguard.daemon.descriptors import same_file
 from kvguard.daemon.seats import LocalRank
-from kvguard.device.base import Pool
-from kvguard.errors import KvguardError, Refused
+from kvguard.daemon.workers import Job, Outcome, Workers
+from kvguard.device.base import Pool, Salvageable
+from kvguard.errors import DeviceLost, KvguardError, Refused
 
 log = logging.getLogger(__name__)
 
 
-def salvaged(rank: LocalRank, salvage_ms_max: int) -> bool:
-    """Whether the dead rank's pool can be planned with. A host pool is what it was; a GPU's is a host pool afterwards, or is gone with all its sequences."""
-    salvage = getattr(rank.pool, "salvage", None)
-    if salvage is None:
-        return rank.layout is not None
+class Salvage(NamedTuple):
+    """What is to be brought out of `pool`: (row, its blocks) of whole sequences, the short ones first, so that the most come out in the time that there is."""
+
+    pool: Salvageable
+    found: list[tuple[int, list[int]]]
+
+    def carry(self, salvage_ms_max: int) -> tuple[Pool, int, float]:
+        """(a host pool, how many of `found` are in it, ms taken); `pool` is closed, also where this raises KvguardError or OSError. In any thread."""
+        began = time.monotonic()
+        try:
+            saved, whole = self.pool.salvage([blocks for _, blocks in self.found], salvage_ms_max)
+        except BaseException:
+            self.pool.close()
+            raise
+        return saved, whole, 1000 * (time.monotonic() - began)
+
+
+def begun(rank: LocalRank) -> Salvage:
+    """After the last look at the dead rank's table."""
     found = [(row, blocks) for row, committed in rank.facts.committed() if (blocks := _blocks(rank, row, committed)) is not None]
-    found.sort(key=lambda one: len(one[1]))  # the most sequences in the time that there is
-    began = time.monotonic()
+    found.sort(key=lambda one: len(one[1]))
+    return Salvage(rank.pool, found)
+
+
+def carried(order: Salvage, salvage_ms_max: int) -> Outcome:
+    """`carry` in this thread."""
     try:
-        pool, whole = salvage([blocks for _, blocks in found], salvage_ms_max)
+        return Outcome(order.carry(salvage_ms_max))
     except (KvguardError, OSError) as error:
-        log.error("nothing of %s could be salvaged: %s", rank.stream.id, error)
+        return Outcome(None, error)
+
+
+def taken(rank: LocalRank, order: Salvage, outcome: Outcome) -> bool:
+    """Whether the dead rank's pool can be planned with: it is a host pool from now on, or is gone with the KV of all its sequences."""
+    if outcome.error is not None:
+        log.error("nothing of %s could be salvaged: %s", rank.stream.id, outcome.error)
         rank.facts.keep(())
-        rank.pool.close()
+        rank.stream.kept = frozenset()
         return False
-    rank.facts.keep({row for row, _ in found[:whole]})
-    rank.pool = rank.stream.pool = pool
-    log.warning("%s: %d of %d sequences salvaged in %.0f ms", rank.stream.id, whole, len(found), 1000 * (time.monotonic() - began))
+    saved, whole, ms = outcome.value
+    rows = frozenset(row for row, _ in order.found[:whole])
+    rank.facts.keep(rows)
+    rank.stream.kept = rows
+    rank.pool = rank.stream.pool = saved
+    log.warning("%s: %d of %d sequences salvaged in %.0f ms", rank.stream.id, whole, len(order.found), ms)
     return True
+
+
+class Salvaging:
+    """`workers` None: all of it in the caller's thread. `knows`: whether a rank is still one of this node's."""
+
+    def __init__(self, workers: Workers | None, copies: Copies | None, salvage_ms_max: int, knows: Callable[[LocalRank], bool]) -> None:
+        self._workers, self._copies, self._salvage_ms_max, self._knows = workers, copies, salvage_ms_max, knows
+
+    def begin(self, rank: LocalRank, reason: str) -> list[events.Event]:
+        """Its process has ended, and was looked at for the last time: what the core hears of that now. A host pool is what it was."""
+        if not hasattr(rank.pool, "salvage"):
+            return [_died(rank, reason, rank.layout is not None)]
+        order = begun(rank)
+        if self._workers is None:
+            return self._ended(rank, order, reason, carried(order, self._salvage_ms_max))
+        job = Job(
+            lambda: order.carry(self._salvage_ms_max), lambda outcome: self._ended(rank, order, reason, outcome), lambda: order.pool.copied_bytes,
+            lambda value: value[0].close(),
+        )  # fmt: skip
+        try:
+            self._workers.put(order.pool.gpu, job, first=True)
+        except DeviceLost as error:
+            return self._ended(rank, order, reason, Outcome(None, error))
+        rank.stream.leaving = True
+        return [events.DeathSuspected(rank.stream.incarnation, rank.stream.id, reason)]
+
+    def _ended(self, rank: LocalRank, order: Salvage, reason: str, outcome: Outcome) -> list[events.Event]:
+        if not self._knows(rank):
+            if outcome.error is None:
+                outcome.value[0].close()
+            return []
+        if outcome.error is not None:
+            self.unmap(order.pool)
+        told: list[events.Event] = [_died(rank, reason, taken(rank, order, outcome))]
+        if type(outcome.error) is DeviceLost and self._copies is not None:
+            told += self._copies.failed(gpu_of(order.pool), str(outcome.error))
+        return told
+
+    def unmap(self, pool: Pool) -> None:
+        """A GPU's is closed in the thread that reads it, which may be at it."""
+        if gpu_of(pool) and self._workers is not None:
+            self._workers.release(gpu_of(pool), pool.close)
+        else:
+            pool.close()
+
+
+def _died(rank: LocalRank, reason: str, salvageable: bool) -> events.ProcessDied:
+    rank.stream.alive = rank.stream.leaving = False
+    return events.ProcessDied(rank.stream.incarnation, rank.stream.id, reason, salvageable)
 
 
 def is_elsewhere(rank: LocalRank, descriptors: list[int]) -> bool:
@@ -55,11 +137,11 @@ def is_elsewhere(rank: LocalRank, descriptors: list[int]) -> bool:
             os.close(descriptor)
 
 
-def goes_on_in(rank: LocalRank, pool: Pool) -> None:
-    """The same blocks, in the successor's memory: what it says from now on counts."""
-    rank.pool.close()
-    rank.pool = rank.stream.pool = pool
-    rank.stream.lost = ""
+def goes_on_in(rank: LocalRank, pool: Pool) -> Pool:
+    """The same blocks, in the successor's memory: what it says from now on counts. The former pool, to be closed."""
+    former, rank.pool, rank.stream.pool = rank.pool, pool, pool
+    rank.stream.lost, rank.stream.kept = "", None
+    return former
 
 
 def _blocks(rank: LocalRank, row: int, committed: int) -> list[int] | None:

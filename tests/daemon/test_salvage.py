@@ -53,9 +53,17 @@ def rank(make_life):
     return made
 
 
+def brought_out(rank) -> bool:
+    """Whether its death says that its pool can be planned with."""
+    rank.stream.alive = True
+    [died] = salvage.Salvaging(None, None, 300, lambda one: one is rank).begin(rank, "its process ended")
+    assert not rank.stream.alive and died.reason == "its process ended"
+    return died.salvageable
+
+
 def test_whole_sequences_come_out_the_short_ones_first(rank):
     mapped = rank.pool
-    assert salvage.salvaged(rank, 300)
+    assert brought_out(rank)
     assert mapped.asked == [[3], [0, 1, 2]] and mapped.closed
     assert rank.pool is rank.stream.pool and rank.pool.layout == LAYOUT
     assert rank.positions() == {"long": 9, "short": 3, "gone": 0}
@@ -64,21 +72,21 @@ def test_whole_sequences_come_out_the_short_ones_first(rank):
 
 def test_what_did_not_come_out_in_time_is_not_planned_with(rank):
     rank.pool = Mapped(whole=1)
-    assert salvage.salvaged(rank, 300)
-    assert rank.positions() == {"long": 0, "short": 3, "gone": 0}
+    assert brought_out(rank)
+    assert rank.positions() == {"long": 0, "short": 3, "gone": 0} and len(rank.stream.kept) == 1
     rank.pool.close()
 
 
 def test_after_a_fault_of_the_gpu_there_is_nothing_and_a_successor_brings_its_own(rank):
     mapped = rank.pool = Mapped(lost=True)
-    assert not salvage.salvaged(rank, 300)
+    assert not brought_out(rank)
     assert mapped.closed and set(rank.positions().values()) == {0}
     fresh = HostDevice().allocate(LAYOUT)
     descriptors = fresh.export()
     assert salvage.is_elsewhere(rank, descriptors)
     rank.stream.lost = "Xid 79"
     salvage.goes_on_in(rank, fresh)
-    assert rank.stream.pool is fresh and not rank.stream.lost and not salvage.is_elsewhere(rank, descriptors)
+    assert rank.stream.pool is fresh and not rank.stream.lost and rank.stream.kept is None and not salvage.is_elsewhere(rank, descriptors)
     fresh.close()
     for descriptor in descriptors:
         os.close(descriptor)
@@ -86,5 +94,5 @@ def test_after_a_fault_of_the_gpu_there_is_nothing_and_a_successor_brings_its_ow
 
 def test_a_host_pool_is_what_it_was(rank):
     rank.pool = HostDevice().allocate(LAYOUT)
-    assert salvage.salvaged(rank, 300) and rank.positions() == {"long": 9, "short": 3, "gone": 5}
+    assert brought_out(rank) and rank.positions() == {"long": 9, "short": 3, "gone": 5}
     rank.pool.close()

@@ -1,0 +1,278 @@
+"""One thread for each GPU that does the work which may take a while there: copies, salvage, unmapping. The daemon's loop never waits for any of it.
+
+Knows: jobs by GPU, an eventfd, when a job last moved. Must not know: what a job does, streams, the core.
+
+Invariants
+- What a job found comes back to the loop's thread, in the order in which a GPU's jobs ended, and exactly once: found, failed, or given up.
+- A queue holds JOBS_MAX jobs; more are refused, not kept. What frees memory goes to its head.
+- A thread that has ended, or whose job has not moved for STALL_NS, is given up: its jobs fail with DeviceLost and a reason, and so does whatever is put there
+  until it moves again. What such a job still finds is thrown away. No fault of a job ends the loop.
+- `progressing` is what the watchdog counts: every thread is idle, moves, or was given up and told of.
+- The interpreter's lock is handed over after SWITCH_S, because a loop that has mail to read would wait for it longer than for the mail.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from kvguard.core import events
+from kvguard.errors import DeviceLost
+
+log = logging.getLogger(__name__)
+
+Events = Iterable[events.Event]
+JOBS_MAX = 1024  # of one GPU: the core asks for two captures a stream and holder
+STALL_NS = 10_000_000_000  # a copy is waited for 1 s (device/paced.py), and a slow pace sleeps between pieces: what stands still for longer won't go on
+LOOK_NS = 250_000_000  # between two looks at the threads while they work
+SWITCH_S = 0.0005
+JOIN_S = 2.0
+
+
+class Turns(Protocol):
+    """What is asked of loop.Loop."""
+
+    def watch(self, descriptor: int, ready: Callable[[], Events]) -> None: ...
+
+    def forget(self, descriptor: int) -> None: ...
+
+    def after(self, delay_ns: int, ready: Callable[[], Events]) -> None: ...
+
+
+class Outcome(NamedTuple):
+    """What a job found, or why it found nothing."""
+
+    value: Any = None
+    error: Exception | None = None
+
+
+@dataclass
+class Job:
+    """`run`: in the GPU's thread. `ended`: in the loop's, with the outcome. `moved`: rises while it runs, any thread. `discard`: a value that nobody takes."""
+
+    run: Callable[[], Any]
+    ended: Callable[[Outcome], Events]
+    moved: Callable[[], int] = int
+    discard: Callable[[Any], None] = lambda value: None
+    lasting: bool = False  # it is done also by a thread that was given up, should that come back
+    told: bool = field(default=False)  # `ended` was called
+
+
+class Worker:
+    """One thread. The loop's thread alone calls anything but `_work`."""
+
+    def __init__(self, gpu: str, ring: Callable[[], None], clock: Callable[[], int]) -> None:
+        """Raises RuntimeError where no thread can be had."""
+        self.gpu = gpu
+        self.given_up = ""
+        self.found: deque[tuple[Job, Outcome]] = deque()
+        self._ring, self._clock = ring, clock
+        self._jobs: deque[Job] = deque()
+        self._busy: Job | None = None
+        self._ready = threading.Condition()
+        self._stopping = False
+        self._seen: tuple[Job | None, int] = (None, -1)
+        self._moved_ns = clock()
+        self._thread = threading.Thread(target=self._work, name=f"kvguard-{gpu}"[:15], daemon=True)
+        self._thread.start()
+
+    def put(self, job: Job, first: bool) -> None:
+        """Raises OverflowError where JOBS_MAX wait; what goes `first` is always taken."""
+        with self._ready:
+            if len(self._jobs) >= JOBS_MAX and not first:
+                raise OverflowError(f"{JOBS_MAX} jobs wait for {self.gpu} already")
+            if first:
+                self._jobs.appendleft(job)
+            else:
+                self._jobs.append(job)
+            self._ready.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._ready:
+                self._ready.wait_for(lambda: self._jobs or self._stopping)
+                if not self._jobs:
+                    return
+                self._busy = job = self._jobs.popleft()
+            try:
+                outcome = Outcome(job.run())
+            except Exception as error:
+                outcome = Outcome(None, error)
+            self.found.append((job, outcome))
+            with self._ready:
+                self._busy = None
+            job = outcome = None  # whatever they hold on to isn't held on to here while nothing is to be done
+            self._ring()
+
+    @property
+    def is_idle(self) -> bool:
+        with self._ready:
+            return self._busy is None and not self._jobs
+
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+    def look(self) -> str:
+        """Why it has to be given up, if so; "" as long as it moves, or has nothing to do."""
+        with self._ready:
+            busy = self._busy
+            idle = busy is None and not self._jobs
+        now, seen = self._clock(), (busy, busy.moved() if busy is not None else 0)
+        if idle or seen != self._seen or (busy is None and not self.ended):
+            self._seen, self._moved_ns = seen, now
+        if self.ended and not self._stopping:
+            return f"the thread that reads {self.gpu} has ended. Try: restart this daemon; its log says why"
+        if now - self._moved_ns < STALL_NS:
+            return ""
+        return f"{self.gpu} has not moved a byte for {(now - self._moved_ns) // 1_000_000} ms. Try: nvidia-smi; dmesg | grep -i xid; restart this daemon"
+
+    def abandoned(self) -> list[Job]:
+        """Everything that has not ended, in order; nothing of it is waited for any more. What runs may still end: then it is thrown away."""
+        with self._ready:
+            found = [*([self._busy] if self._busy is not None else ()), *self._jobs]
+            self._jobs = deque(job for job in self._jobs if job.lasting)
+        return [job for job in found if not job.told and not job.lasting]
+
+    def stop(self, wait_s: float) -> bool:
+        """No more jobs than there are; whether the thread has ended."""
+        with self._ready:
+            self._stopping = True
+            self._ready.notify()
+        self._thread.join(wait_s)
+        return self.ended
+
+
+class Workers:
+    """All of them, made when the first job for a GPU comes."""
+
+    def __init__(self, turns: Turns, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        self._turns, self._clock = turns, clock
+        self._by_gpu: dict[str, Worker] = {}
+        self._bell = -1
+        self._looking = False
+        self.releasing = 0  # pools that are not closed yet
+
+    def put(self, gpu: str, job: Job, first: bool = False) -> None:
+        """Behind what waits there, or `first`: memory is to be given back. Raises DeviceLost, with the reason, where that GPU's thread was given up,
+        OverflowError where too much waits; then nothing of the job is done."""
+        worker = self._worker(gpu)
+        if worker.given_up:
+            raise DeviceLost(worker.given_up)
+        worker.put(job, first)
+        self._look_soon()
+
+    def release(self, gpu: str, close: Callable[[], None]) -> None:
+        """Close what lies on that GPU, in its thread, as soon as that can be; also where the thread was given up, should it ever come back."""
+        try:
+            self._worker(gpu).put(Job(close, self._released, lasting=True), first=True)
+        except DeviceLost as error:
+            log.error("memory on %s isn't given back: %s", gpu, error)
+            return
+        self.releasing += 1
+        self._look_soon()
+
+    def _released(self, outcome: Outcome) -> Events:
+        self.releasing -= 1
+        if outcome.error is not None:
+            log.error("memory isn't given back: %s", outcome.error)
+        return ()
+
+    def faults(self) -> dict[str, str]:
+        """By GPU, why nothing of it is read: its thread was given up."""
+        return {gpu: worker.given_up for gpu, worker in self._by_gpu.items() if worker.given_up}
+
+    def progressing(self) -> bool:
+        """Whether every thread is idle, moves, or was given up: a loop that doesn't find out any more must not go on feeding a watchdog."""
+        return all(worker.given_up or not worker.look() for worker in self._by_gpu.values())
+
+    def _worker(self, gpu: str) -> Worker:
+        worker = self._by_gpu.get(gpu)
+        if worker is None:
+            if self._bell < 0:
+                self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                self._turns.watch(self._bell, self._rung)
+                sys.setswitchinterval(SWITCH_S)
+            bell = self._bell
+            try:
+                worker = self._by_gpu[gpu] = Worker(gpu, lambda: os.eventfd_write(bell, 1), self._clock)
+            except RuntimeError as error:
+                raise DeviceLost(f"no thread can be had to read {gpu}: {error}. Try: a higher TasksMax in the unit") from error
+        return worker
+
+    # ---- in the loop's thread -----------------------------------------------------------------------------------------------------
+
+    def _rung(self) -> Events:
+        try:
+            os.eventfd_read(self._bell)
+        except BlockingIOError:
+            log.debug("the workers' bell was answered already")
+        return self._ended()
+
+    def _ended(self) -> list[events.Event]:
+        told: list[events.Event] = []
+        for worker in list(self._by_gpu.values()):
+            while worker.found:
+                job, outcome = worker.found.popleft()
+                if worker.given_up:
+                    log.warning("%s moves again", worker.gpu)
+                    worker.given_up = ""
+                told += self._tell(job, outcome)
+        return told
+
+    @staticmethod
+    def _tell(job: Job, outcome: Outcome) -> Events:
+        if not job.told:
+            job.told = True
+            return job.ended(outcome)
+        if outcome.error is not None:
+            log.error("a job that nobody waits for any more failed: %s", outcome.error)
+        else:
+            job.discard(outcome.value)
+        return ()
+
+    def _look_soon(self) -> None:
+        if not self._looking:
+            self._looking = True
+            self._turns.after(LOOK_NS, self._look)
+
+    def _look(self) -> Events:
+        """From time to time while anything is to be done."""
+        self._looking = False
+        told = self._ended()
+        for worker in self._by_gpu.values():
+            reason = worker.look()
+            if reason:
+                worker.given_up = worker.given_up or reason
+                for job in worker.abandoned():
+                    log.error("given up: %s", reason)
+                    job.told = True
+                    told += job.ended(Outcome(None, DeviceLost(reason)))
+        if any(not worker.is_idle for worker in self._by_gpu.values()):
+            self._look_soon()
+        return told
+
+    def close(self) -> None:
+        """What waits is done, or left behind after JOIN_S; nobody hears of it."""
+        deadline, all_ended = time.monotonic() + JOIN_S, True
+        for gpu, worker in self._by_gpu.items():
+            if not worker.stop(max(0.0, deadline - time.monotonic())):
+                all_ended = False
+                log.error("%s is still at work: what is mapped of it goes with this process", gpu)
+            while worker.found:
+                job, outcome = worker.found.popleft()
+                job.told = True
+                self._tell(job, outcome)
+        self._by_gpu.clear()
+        if self._bell >= 0:
+            self._turns.forget(self._bell)
+            if all_ended:  # else it would be rung when it is another descriptor
+                os.close(self._bell)
+            self._bell = -1
