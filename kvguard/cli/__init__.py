@@ -6,13 +6,14 @@ Invariants: documents go to stdout, everything else to stderr; exit codes are th
 
 from __future__ import annotations
 
+import os
 import sys
 
 from kvguard.errors import KvguardError
 
 VERBS = {
     "bench": ("kvguard.cli.bench", "What this machine and link can carry, against memcpy and raw sockets."),
-    "check": ("kvguard.cli.check", "For monitoring: is everything protected? 0 ok, 1 warning, 2 critical, 3 unknown."),
+    "check": ("kvguard.cli.looks", "For monitoring: is everything protected? 0 ok, 1 warning, 2 critical, 3 unknown."),
     "config": ("kvguard.cli.config", "Write, check and show configurations."),
     "coordinator": ("kvguard.cli.coordinator", "Run the coordinator."),
     "demo": ("kvguard.cli.demo", "Kill something in mid-generation and watch the text go on."),
@@ -27,13 +28,14 @@ VERBS = {
     "pause": ("kvguard.cli.orders", "Stop automatic failovers."),
     "replicas": ("kvguard.cli.replicas", "List, show and verify replicas."),
     "resync": ("kvguard.cli.orders", "Have replicas verified, and what is damaged sent again."),
-    "status": ("kvguard.cli.status", "What is protected, where, and why not."),
+    "status": ("kvguard.cli.looks", "What is protected, where, and why not."),
     "systemd": ("kvguard.cli.systemd", "The daemons as systemd services."),
     "top": ("kvguard.cli.top", "A live screen: ranks, lag, windows, arenas, epochs, recoveries."),
     "unpause": ("kvguard.cli.orders", "Allow automatic failovers again."),
     "wait-salvaged": ("kvguard.cli.salvaged", "Wait until nothing of a dead engine's memory is held here: for ExecStartPre."),
 }
 DAEMONS = ("node", "coordinator")  # what starts without the rest (starting.py)
+QUICK = ("status", "check")  # and what is asked without it (quick.py)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,9 +49,20 @@ def main(arguments: list[str] | None = None) -> None:
             if values is not None:
                 starting.daemon(given[0], values)
                 return
+        if given and given[0] in QUICK:
+            from kvguard.cli import quick
+
+            asked = quick.asked(given)
+            if asked is not None:
+                sys.exit(quick.run(given[0], asked))
         from kvguard.cli.group import verbs
 
         verbs.main(args=arguments, prog_name="kvguard")
     except KvguardError as error:
         print(f"kvguard: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # who read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,26 +1,21 @@
-"""How verbs reach the coordinator and the nodes: options, keys, one question at a time.
+"""How verbs reach the coordinator and the nodes: keys, one question at a time.
 
-Knows: where a coordinator's address may be said: --coordinator, KVGUARD_COORDINATOR, a configuration file. Must not know: what is asked.
+Knows: where a coordinator's address may be said: on the command line or in the environment, else in a configuration file; that answers have a form
+(documents.py). Must not know: options (options.py), what is asked.
+Invariant: what an answer lacks, or has of another kind, is an operating error that names it: who reads the document finds what it reads.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
-import click
-
-from kvguard import config
 from kvguard.errors import BadConfig, KvguardError, NotAuthorised
 
 PLACES = ("/etc/kvguard/node.toml", "/etc/kvguard/coordinator.toml")
 
 
-@dataclass(frozen=True)
-class Reach:
+class Reach(NamedTuple):
     """Whom to ask, and with which key file ("" for none). `insecure`: off loopback without keys."""
 
     address: str
@@ -32,13 +27,13 @@ class Reach:
         return self.node("coordinator", self.address, verb, arguments)
 
     def node(self, name: str, address: str, verb: str, arguments: dict | None = None) -> dict:
-        """The answer's document. Raises Unreachable, TimedOut, or the operating error that the answer stands for."""
+        """The answer's document. Raises Unreachable, TimedOut, BadAnswer, or the operating error that the answer stands for."""
+        from kvguard.cli import documents
         from kvguard.transport import keys as keyring
         from kvguard.transport.ask import ask
 
         loaded = keyring.load(self.keys) if self.keys else None
-        return ask(address, verb, arguments or {}, self.timeout_s, loaded, node=name, insecure=self.insecure)
-
+        return documents.understood(ask(address, verb, arguments or {}, self.timeout_s, loaded, node=name, insecure=self.insecure), name, address, verb)
 
     def stranger(self, name: str, address: str) -> str | None:
         """What becomes of somebody with a fresh key at `address` ("": the coordinator's): answered, refused, or why neither is known; None without keys."""
@@ -60,35 +55,23 @@ class Reach:
 
 def found(file: str | None, address: str | None, keys: str | None, insecure: bool) -> tuple[str, str, bool]:
     """The coordinator's address, the key file, whether keys may be missing. Raises BadConfig where no place says it."""
-    place = file or next((name for name in PLACES if Path(name).is_file()), None)
+    place = file or next((name for name in PLACES if os.path.isfile(name)), None)
     if address and (place is None or keys is not None):
         return address, keys or "", insecure
     if place is None:
         raise BadConfig(f"nobody says where the coordinator is (none of {', '.join(PLACES)} exists). Try: --coordinator tcp://HOST:7400, or --config FILE")
-    tables, _ = config.parse(Path(place), faults := [])
+    from kvguard import config
+
+    faults: list[config.Fault] = []
+    tables = [config.parse(path, faults)[0] for path in config.layers(place, faults)]
     if faults:
         raise BadConfig("\n".join(map(str, faults)))
-    if "node" in tables:
-        node = config.load(config.NodeConfig, place)
-        return address or node.coordinator, node.keys if keys is None else keys, insecure or node.insecure
-    coordinator = config.load(config.CoordinatorConfig, place)
-    own = coordinator.listen.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-    return address or own, coordinator.keys if keys is None else keys, insecure or coordinator.insecure
-
-
-def reaching(verb: Callable) -> Callable:
-    """Adds the options that say whom to ask; the verb gets a Reach first."""
-
-    @click.option("--config", "file", type=click.Path(), envvar="KVGUARD_CONFIG", help="A node's or coordinator's configuration that says where to ask.")
-    @click.option("--coordinator", "address", envvar="KVGUARD_COORDINATOR", help="tcp://HOST:PORT of the coordinator.")
-    @click.option("--keys", envvar="KVGUARD_KEYS", help="File with this user's key.")
-    @click.option("--insecure", is_flag=True, help="Ask an address off loopback without keys.")
-    @click.option("--timeout", type=click.FloatRange(0.1, 3600.0), default=5.0, show_default=True, help="Seconds to wait for an answer.")
-    @functools.wraps(verb)
-    def asking(file: str | None, address: str | None, keys: str | None, insecure: bool, timeout: float, **options):
-        return verb(Reach(*found(file, address, keys, insecure), timeout), **options)
-
-    return asking
+    section = next((name for name in ("node", "coordinator", "gateway") if any(name in table for table in tables)), None)
+    if section is None:
+        raise BadConfig(f"{place} configures no process of kvguard: it has no section [node], [coordinator] or [gateway]. Try: --coordinator tcp://HOST:7400")
+    loaded = config.load(config.KINDS[section], place)
+    own = loaded.listen.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:") if section == "coordinator" else loaded.coordinator
+    return address or own, loaded.keys if keys is None else keys, insecure or loaded.insecure
 
 
 def gathered(reach: Reach, verb: str, arguments: dict) -> tuple[dict, list[str]]:

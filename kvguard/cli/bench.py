@@ -15,6 +15,7 @@ import click
 
 from kvguard.cli import show
 from kvguard.cli.asking import Reach, found
+from kvguard.cli.options import output_option
 from kvguard.config import ADDRESS
 from kvguard.errors import BadConfig, Refused
 from kvguard.limits import KIB, MIB
@@ -41,7 +42,7 @@ def address_of(_context, _parameter, value: str | None) -> str | None:
 @click.option("--keys", envvar="KVGUARD_KEYS", help="File with this user's key.")
 @click.option("--insecure", is_flag=True, help="Leave this machine without keys.")
 @click.option("--timeout", type=click.FloatRange(0.1, 3600.0), default=5.0, show_default=True, help="Seconds to wait for an answer of a daemon.")
-@show.output_option
+@output_option
 def bench(bytes_per_token: int | None, target: str | None, listening: str | None, quick: bool, output: str, **given) -> None:
     """What this machine and link can carry, against memcpy and raw sockets.
 

@@ -1,20 +1,18 @@
-"""kvguard check: one line and an exit code for monitoring in the manner of Nagios: 0 ok, 1 warning, 2 critical, 3 unknown.
+"""What kvguard check says: one line and an exit code for monitoring in the manner of Nagios: 0 ok, 1 warning, 2 critical, 3 unknown.
 
-Knows: the coordinator's kvguard.status/1. Must not know: how it is made.
+Knows: the coordinator's kvguard.status/1. Must not know: how it is made; options, and the library for them (looks.py).
 Invariants: what can't be asked is unknown, never ok; every finding names its subject and the reason that the status gives; the worst finding decides.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
-import click
-
 from kvguard.cli import show
-from kvguard.cli.asking import Reach, reaching
+from kvguard.cli.asking import Reach
 from kvguard.errors import KvguardError
 
+LAG_TOKENS, ARENA_PERCENT = 64, 90.0  # beyond these it warns
 OK, WARNING, CRITICAL, UNKNOWN = range(4)
 WORDS = ("ok", "warning", "critical", "unknown")
 RANKS = {"unprotected": WARNING, "recovering": WARNING, "lost": CRITICAL}
@@ -80,19 +78,14 @@ def line(state: int, found: list[Finding], numbers: dict[str, int]) -> str:
     return told + (" | " + " ".join(f"{name}={value}" for name, value in numbers.items()) if numbers else "")
 
 
-@click.command()
-@reaching
-@click.option("--lag-tokens", type=click.IntRange(0), default=64, show_default=True, help="Warn where a rank's holders are further behind.")
-@click.option("--arena-percent", type=click.FloatRange(1, 100), default=90.0, show_default=True, help="Warn where replicas fill more of a node's budget.")
-@show.output_option
-def check(reach: Reach, lag_tokens: int, arena_percent: float, output: str) -> None:
-    """For monitoring: is everything protected? Exit code 0 ok, 1 warning, 2 critical, 3 unknown."""
+def run(reach: Reach, limits: Limits, output: str) -> int:
+    """The exit code. `output`: table or json."""
     try:
         status = reach.coordinator("status")
     except KvguardError as error:
         state, found, numbers = UNKNOWN, [Finding(UNKNOWN, "coordinator", str(error))], {}
     else:
-        found, numbers = findings(status, Limits(lag_tokens, arena_percent)), figures(status)
+        found, numbers = findings(status, limits), figures(status)
         state = max((finding.severity for finding in found), default=OK)
         if not status["ranks"]:
             state, found = UNKNOWN, [Finding(UNKNOWN, "ranks", "none is attached anywhere"), *found]
@@ -100,5 +93,5 @@ def check(reach: Reach, lag_tokens: int, arena_percent: float, output: str) -> N
         told = [{"severity": WORDS[finding.severity], "subject": finding.subject, "reason": finding.reason} for finding in found]
         show.document({"schema": "kvguard.check/1", "state": WORDS[state], "findings": told, "figures": numbers})
     else:
-        click.echo(line(state, found, numbers))
-    sys.exit(state)
+        show.say(line(state, found, numbers))
+    return state

@@ -11,7 +11,7 @@ import json
 import click
 
 from kvguard import config as settings
-from kvguard.cli.show import output_option
+from kvguard.cli.options import output_option
 from kvguard.errors import BadConfig
 
 SECTIONS = click.Choice(sorted(settings.KINDS))

@@ -14,6 +14,7 @@ import click
 
 from kvguard.cli import show
 from kvguard.cli.asking import Reach, found
+from kvguard.cli.options import output_option
 from kvguard.errors import BadConfig, KvguardError
 
 reports_option = click.option("--reports", type=click.Path(file_okay=False), envvar="KVGUARD_DRILL_DIR", help="Where reports are kept.")
@@ -31,7 +32,7 @@ def drill() -> None:
 
 
 @drill.command("list")
-@show.output_option
+@output_option
 def list_(output: str) -> None:
     """All drills, and what each claims."""
     from kvguard.drill.scenarios import SCENARIOS

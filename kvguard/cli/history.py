@@ -8,13 +8,14 @@ from __future__ import annotations
 import click
 
 from kvguard.cli import show
-from kvguard.cli.asking import Reach, reaching
+from kvguard.cli.asking import Reach
+from kvguard.cli.options import output_option, reaching
 from kvguard.types import Rung
 
 
 @click.command()
 @reaching
-@show.output_option
+@output_option
 def history(reach: Reach, output: str) -> None:
     """Epochs: why, who, how long, what was lost."""
     found = reach.coordinator("history")

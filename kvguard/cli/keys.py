@@ -11,6 +11,7 @@ import re
 import click
 
 from kvguard.cli import show
+from kvguard.cli.options import output_option
 from kvguard.transport import keys as keyring
 from kvguard.transport import rotating
 
@@ -43,7 +44,7 @@ def generate(file: str, allow: dict[str, bytes]) -> None:
 
 @keys.command("list")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
-@show.output_option
+@output_option
 def list_(file: str, output: str) -> None:
     """The public key in FILE and the peers that it allows."""
     told = document(keyring.load(file))
@@ -72,7 +73,7 @@ def document(found: keyring.Keys) -> dict:
 @click.option("--finish", is_flag=True, help="Everywhere, at the end: of each node the newest key alone.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done.")
 @click.option("--yes", is_flag=True, help="Don't ask before old keys go.")
-@show.output_option
+@output_option
 def rotate(file: str, allow: dict[str, bytes], switch: bool, finish: bool, dry_run: bool, yes: bool, output: str) -> None:
     """Another key for this process, without locking anybody out. After each step: reload (SIGHUP) whose FILE it is.
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import click
 
 from kvguard.cli import show, waiting
-from kvguard.cli.asking import Reach, gathered, reaching
+from kvguard.cli.asking import Reach, gathered
+from kvguard.cli.options import output_option, reaching
 from kvguard.errors import Refused, Unreachable
 from kvguard.types import Rank
 
@@ -36,7 +37,7 @@ unasked_option = click.option("--yes", is_flag=True, expose_value=False, help="D
 @reaching
 @dry_run_option
 @unasked_option
-@show.output_option
+@output_option
 def pause(reach: Reach, dry_run: bool, output: str) -> None:
     """Stop automatic failovers. Replication goes on; what would have been done is logged, and stands in status and history."""
     answered(reach, "pause", {"dry_run": dry_run}, output)
@@ -46,7 +47,7 @@ def pause(reach: Reach, dry_run: bool, output: str) -> None:
 @reaching
 @dry_run_option
 @unasked_option
-@show.output_option
+@output_option
 def unpause(reach: Reach, dry_run: bool, output: str) -> None:
     """Allow automatic failovers again. Those that were held back begin."""
     if not dry_run:
@@ -75,7 +76,7 @@ def as_rank(_context, _parameter, value: str) -> str:
 @click.argument("rank", callback=as_rank)
 @dry_run_option
 @yes_option
-@show.output_option
+@output_option
 def failover(reach: Reach, instance: str, rank: str, dry_run: bool, yes: bool, output: str) -> None:
     """Fence INSTANCE and rebuild RANK (dp.pp.tp) elsewhere."""
     known = [one for one in reach.coordinator("status")["ranks"] if (one["instance"], one["rank"]) == (instance, rank) and one["state"] != "standby"]
@@ -102,7 +103,7 @@ wait_option = click.option("--wait", "wait_s", type=click.FloatRange(0), default
 @dry_run_option
 @yes_option
 @wait_option
-@show.output_option
+@output_option
 def handoff(reach: Reach, instance: str, rank: str, target: str, dry_run: bool, yes: bool, wait_s: float, output: str) -> None:
     """Move RANK (dp.pp.tp) of INSTANCE to another node, without loss."""
     order = {"instance": instance, "rank": rank, "to": target}
@@ -112,14 +113,14 @@ def handoff(reach: Reach, instance: str, rank: str, target: str, dry_run: bool, 
             click.confirm(f"{found['does']}. Do it?", abort=True, err=True)
         found = reach.coordinator("handoff", order)
         if wait_s:
-            found = waiting.handed_off(reach, found["handoff"], wait_s)
+            found = waiting.handed_off(reach, found.get("handoff"), wait_s)
     if output == "json":
         document("handoff", found)
     elif dry_run or not wait_s:
         click.echo(f"{'would do' if dry_run else 'begun'}: {found['does']}")
     else:
         took = f", {found['total_ms']:.0f} ms" if found.get("total_ms") is not None else ""
-        again = f"{found['recomputed']} positions are computed again"
+        again = f"{found.get('recomputed', 0)} positions are computed again"
         click.echo(f"{instance} {rank} lives on {target} now, in epoch {found['epoch']}: {found['reason']}, {again}{took}")
 
 
@@ -130,15 +131,15 @@ def handoff(reach: Reach, instance: str, rank: str, target: str, dry_run: bool, 
 @dry_run_option
 @yes_option
 @wait_option
-@show.output_option
+@output_option
 def drain(reach: Reach, node: str, undo: bool, dry_run: bool, yes: bool, wait_s: float, output: str) -> None:
     """Empty NODE: its replicas are placed elsewhere, then its ranks are handed off, one by one. Nothing new is placed on it until --undo."""
     if undo:
         answered(reach, "drain", {"node": node, "undo": True, "dry_run": dry_run}, output)
         return
     found = reach.coordinator("drain", {"node": node, "dry_run": True})
-    replicas = [f"the replica of {one['instance']}/{one['rank']} goes to {', '.join(one['to'])}" for one in found["replicas"]]
-    ranks = [f"{one['instance']}/{one['rank']} is handed off to {one['to']}" for one in found["ranks"]]
+    replicas = [f"the replica of {one['instance']}/{one['rank']} goes to {show.text(one['to'])}" for one in found.get("replicas", ())]
+    ranks = [f"{one['instance']}/{one['rank']} is handed off to {one['to']}" for one in found.get("ranks", ())]
     does = "; ".join([*replicas, *ranks]) or "nothing is on it; nothing will be placed on it"
     if not dry_run:
         if not yes:
@@ -158,7 +159,7 @@ def drain(reach: Reach, node: str, undo: bool, dry_run: bool, yes: bool, wait_s:
 @click.argument("rank", required=False)
 @dry_run_option
 @unasked_option
-@show.output_option
+@output_option
 def resync(reach: Reach, instance: str | None, rank: str | None, dry_run: bool, output: str) -> None:
     """Doubt the replicas of all instances (of INSTANCE, of its RANK): holders verify them, drop what is damaged, and get it again."""
     if rank is not None:

@@ -14,7 +14,9 @@ from pathlib import Path
 import click
 
 from kvguard.cli import show
-from kvguard.cli.asking import Reach, gathered, reaching
+from kvguard.cli.asking import Reach, gathered
+from kvguard.cli.documents import BadAnswer
+from kvguard.cli.options import output_option, reaching
 from kvguard.errors import KvguardError, Refused, Unreachable
 
 READ_BYTES = 1 << 20  # of KV at a time
@@ -39,7 +41,7 @@ def finish(found: dict, silent: list[str], output: str, title: str) -> None:
 @replicas.command("list")
 @reaching
 @click.option("--instance", help="Only this instance's.")
-@show.output_option
+@output_option
 def list_(reach: Reach, instance: str | None, output: str) -> None:
     """All replicas on all living nodes, by sequence."""
     finish(*gathered(reach, "replicas", {"instance": instance}), output, "Replicas")
@@ -49,7 +51,7 @@ def list_(reach: Reach, instance: str | None, output: str) -> None:
 @reaching
 @click.argument("sequence")
 @click.option("--instance", help="Only this instance's.")
-@show.output_option
+@output_option
 def show_(reach: Reach, sequence: str, instance: str | None, output: str) -> None:
     """One sequence's replicas, with lineage, blocks and how many ids are known."""
     found, silent = gathered(reach, "replicas", {"instance": instance, "sequence": sequence, "detail": True})
@@ -62,7 +64,7 @@ def show_(reach: Reach, sequence: str, instance: str | None, output: str) -> Non
 @reaching
 @click.argument("sequence", required=False)
 @click.option("--instance", help="Only this instance's.")
-@show.output_option
+@output_option
 def verify(reach: Reach, sequence: str | None, instance: str | None, output: str) -> None:
     """Read the bytes of all replicas (or SEQUENCE's) and compare with their checksums. Exit code 1 where one is wrong."""
     found, silent = gathered(reach, "verify", {"instance": instance, "sequence": sequence})
@@ -78,7 +80,7 @@ def verify(reach: Reach, sequence: str | None, instance: str | None, output: str
 @click.argument("target", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--instance", help="Only this instance's.")
 @click.option("--yes", is_flag=True, help="Replace FILE without asking.")
-@show.output_option
+@output_option
 def export(reach: Reach, sequence: str, target: Path, instance: str | None, yes: bool, output: str) -> None:
     """Write all replicas of SEQUENCE to FILE, an npz of numpy with three arrays by INSTANCE/RANK@HOLDER.
 
@@ -108,15 +110,18 @@ def fetched(reach: Reach, entry: dict, address: str) -> dict:
             arguments = {"stream": entry["stream"], "sequence": entry["sequence"], "start": position, "end": min(position + step, entry["positions"])}
             told = reach.node(entry["holder"], address, "read", arguments if position or step > 1 else {**arguments, "end": 0})
             parts.append(base64.b64decode(told["kv"]))
-            position = told["end"]
+            before, position = position, told["end"]
             progress.update(shown, completed=position)
-            if position >= entry["positions"] or (step > 1 and told["end"] == told["start"]):  # it may have shrunk meanwhile
+            if position >= entry["positions"] or (step > 1 and position <= before):  # it may have shrunk meanwhile
                 break
             step = max(1, READ_BYTES // told["block_bytes"]) * told["block_tokens"]
     width = told["token_bytes"] if told["addressable"] else told["block_bytes"]
-    kv = np.frombuffer(b"".join(parts), np.uint8)
-    ids, request = (np.frombuffer(base64.b64decode(told[name]), kind) for name, kind in (("ids", np.uint32), ("request", np.uint8)))
-    return {"kv": kv.reshape(-1, width), "ids": ids, "request": request}
+    try:
+        kv = np.frombuffer(b"".join(parts), np.uint8)
+        ids, request = (np.frombuffer(base64.b64decode(told[name]), kind) for name, kind in (("ids", np.uint32), ("request", np.uint8)))
+        return {"kv": kv.reshape(-1, width), "ids": ids, "request": request}
+    except ValueError as error:
+        raise BadAnswer(f"what {entry['holder']} sent of {entry['sequence']} is no replica: {error}. Try: the same version of kvguard everywhere") from error
 
 
 def write_npz(file: Path, replicas: dict[str, dict]) -> int:

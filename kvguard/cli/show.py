@@ -1,6 +1,7 @@
 """How verbs show documents: JSON as one document, tables on terminals and in pipes.
 
-Knows: rich. Must not know: what a document means. Invariant: JSON goes to stdout unadorned; NO_COLOR is obeyed (rich does).
+Knows: rich. Must not know: what a document means. Invariants: JSON goes to stdout unadorned; NO_COLOR is obeyed (rich does); nothing is imported for what can
+be shown without it.
 """
 
 from __future__ import annotations
@@ -10,19 +11,28 @@ import os
 import shutil
 import sys
 
-import click
-
 WIDTH_IN_PIPES = 200
 COLORS = {
     **dict.fromkeys(("protected", "alive"), "green"), "standby": "cyan", **dict.fromkeys(("unprotected", "suspect", "recovering"), "yellow"),
     **dict.fromkeys(("lost", "dead"), "red"),
 }  # fmt: skip
 
-output_option = click.option("-o", "output", type=click.Choice(["table", "json"]), default="table", help="Form of the output.")
+STYLES = {"bold": "1", "italic": "3", "green": "32", "cyan": "36", "yellow": "33", "red": "31"}  # as terminals number them
+
+
+def say(line: str, err: bool = False) -> None:
+    """A line, at once: what reads a pipe waits for it."""
+    print(line, file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def clear() -> None:
+    """The screen, where there is one."""
+    if sys.stdout.isatty():
+        say("\x1b[2J\x1b[1;1H")
 
 
 def document(value: dict) -> None:
-    click.echo(json.dumps(value))
+    say(json.dumps(value))
 
 
 def table(title: str, columns: list[str], rows: list[list[object]], empty: str) -> None:
@@ -31,36 +41,38 @@ def table(title: str, columns: list[str], rows: list[list[object]], empty: str) 
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH_IN_PIPES
     plain = all(cell.isascii() and cell.isprintable() for row in cells for cell in row)
-    if cells and plain and sum(widths) + 2 * (len(widths) - 1) <= room:
+    if not cells:
+        say(f"{title}: {empty}")
+    elif plain and sum(widths) + 2 * (len(widths) - 1) <= room:
         ruled(title, columns, cells, widths)
     else:
-        wrapped(title, columns, cells, empty)
+        wrapped(title, columns, cells)
 
 
 def ruled(title: str, columns: list[str], cells: list[list[str]], widths: list[int]) -> None:
     """What fits is written as rich would, without it: rich takes longer over a table of 64 ranks than the coordinator over its answer."""
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
+    def styled(cell: str, style: str) -> str:
+        return f"\x1b[{STYLES[style]}m{cell}\x1b[0m" if color and style else cell
+
     def line(row: list[str], style) -> str:
-        return "  ".join(style(cell) + " " * (width - len(cell)) for cell, width in zip(row, widths, strict=True))
+        return "  ".join(styled(cell, style(cell)) + " " * (width - len(cell)) for cell, width in zip(row, widths, strict=True))
 
     lines = [
-        click.style(title, italic=True) + " " * (sum(widths) + 2 * (len(widths) - 1) - len(title)), line(columns, lambda cell: click.style(cell, bold=True)),
-        *(line(row, lambda cell: click.style(cell, fg=COLORS[cell]) if cell in COLORS else cell) for row in cells),
+        styled(title, "italic") + " " * (sum(widths) + 2 * (len(widths) - 1) - len(title)), line(columns, lambda _: "bold"),
+        *(line(row, lambda cell: COLORS.get(cell, "")) for row in cells),
     ]  # fmt: skip
-    click.echo("\n".join(lines), color=bool(color))
+    say("\n".join(lines))
 
 
-def wrapped(title: str, columns: list[str], cells: list[list[str]], empty: str) -> None:
-    """With cells that are wrapped or hold more than ASCII, or with nothing in it: rich knows how wide things are."""
+def wrapped(title: str, columns: list[str], cells: list[list[str]]) -> None:
+    """With cells that are wrapped or hold more than ASCII: rich knows how wide things are."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH_IN_PIPES, no_color=True)
-    if not cells:
-        console.print(f"{title}: {empty}", markup=False)
-        return
     shown = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
     for row in cells:
         shown.add_row(*(f"[{COLORS[cell]}]{cell}[/]" if cell in COLORS else escape(cell) for cell in row))

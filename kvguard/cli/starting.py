@@ -1,8 +1,7 @@
 """kvguard node and kvguard coordinator as a service manager calls them: straight to the daemon, without the rest of the command line.
 
 Knows: the options of the two verbs that are daemons. Must not know: click, what a daemon does.
-Invariant: whatever isn't plainly `VERB --option value ...` is left to the command line, which explains itself; both ways mean the same. A restart takes as long
-as it takes to import what it needs: nothing else is imported on this way.
+Invariant: a restart takes as long as it takes to import what it needs: nothing else is imported on this way.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import gc
 import importlib
 
 from kvguard import config
+from kvguard.cli import plain as plainly
 from kvguard.daemon.moments import Moments
 
 OPTIONS = {"node": ("config", "name", "log-level"), "coordinator": ("config", "log-level")}
@@ -19,15 +19,10 @@ OPTIONS = {"node": ("config", "name", "log-level"), "coordinator": ("config", "l
 def plain(arguments: list[str]) -> dict[str, str | None] | None:
     """The values of a daemon's options, by name; None where `arguments` are anything else, or anything more."""
     known = OPTIONS.get(arguments[0]) if arguments else None
-    if known is None:
+    given = plainly.parsed(arguments[1:], {f"--{name}": str for name in known}) if known is not None else None
+    if not given or not given.get("--config"):
         return None
-    values: dict[str, str | None] = dict.fromkeys(known)
-    rest = [part for argument in arguments[1:] for part in (argument.split("=", 1) if argument.startswith("--") else [argument])]
-    for option, value in zip(rest[::2], rest[1::2], strict=False):
-        if not option.startswith("--") or option[2:] not in values or values[option[2:]] is not None or value.startswith("-"):
-            return None
-        values[option[2:]] = value
-    return values if len(rest) % 2 == 0 and values["config"] else None
+    return {name: given.get(f"--{name}") for name in known}
 
 
 def daemon(kind: str, values: dict[str, str | None]) -> None:

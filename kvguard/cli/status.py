@@ -1,16 +1,14 @@
-"""kvguard status.
+"""What kvguard status shows.
 
-Knows: the coordinator's kvguard.status/1 document. Must not know: how it is made.
+Knows: the coordinator's kvguard.status/1 document. Must not know: how it is made; options, and the library for them (looks.py).
 """
 
 from __future__ import annotations
 
 import time
 
-import click
-
 from kvguard.cli import show
-from kvguard.cli.asking import Reach, reaching
+from kvguard.cli.asking import Reach
 from kvguard.errors import KvguardError
 
 EVERY_S = 1.0
@@ -20,12 +18,8 @@ SCHEDULERS = ["instance", "dp", "node", "holders", "state", "reason", "sequences
 WIDE = [*RANKS, "committed", "acked", "lag_bytes", "lag_ms"]
 
 
-@click.command()
-@reaching
-@click.option("-o", "output", type=click.Choice(["table", "wide", "json"]), default="table", help="Form of the output.")
-@click.option("--watch", is_flag=True, help="Again every second, until interrupted.")
-def status(reach: Reach, output: str, watch: bool) -> None:
-    """What is protected, where, and why not."""
+def run(reach: Reach, output: str, watch: bool) -> None:
+    """`output`: table, wide or json. `watch`: again every second, until interrupted."""
     if not watch:
         display(reach.coordinator("status"), output)
         return
@@ -43,11 +37,11 @@ def look(reach: Reach, output: str) -> None:
         found = reach.coordinator("status")
     except KvguardError as error:
         if output != "json":
-            click.clear()
-        click.echo(f"kvguard: {error}", err=True)
+            show.clear()
+        show.say(f"kvguard: {error}", err=True)
         return
     if output != "json":
-        click.clear()
+        show.clear()
     display(found, output)
 
 
@@ -56,13 +50,13 @@ def display(found: dict, output: str) -> None:
         show.document(found)
         return
     if found["paused"]:
-        click.echo("Automatic failovers are PAUSED.  (kvguard unpause)")
+        show.say("Automatic failovers are PAUSED.  (kvguard unpause)")
     for one in found.get("held", ()):
         ranks = ", ".join(one["ranks"]) or "no rank"
-        click.echo(f"Held back: {one['instance']} would be in epoch {one['epoch']} and {ranks} recovered: {one['reason']}")
+        show.say(f"Held back: {one['instance']} would be in epoch {one['epoch']} and {ranks} recovered: {one['reason']}")
     for one in found.get("handoffs", ()):
         if one["state"] in ("copying", "moving"):
-            click.echo(f"Handoff of {one['instance']} {one['rank']} from {one['from']} to {one['to']}, {one['state']}: {one['reason']}")
+            show.say(f"Handoff of {one['instance']} {one['rank']} from {one['from']} to {one['to']}, {one['state']}: {one['reason']}")
     columns = WIDE if output == "wide" else RANKS
     ways = [[node["node"], peer, carrier] for node in found["nodes"] for peer, carrier in node.get("carriers", {}).items()]
     show.table("Nodes", NODES, [[node.get(key) for key in NODES] for node in found["nodes"]], "none has said hello")

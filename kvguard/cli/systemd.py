@@ -18,6 +18,7 @@ import click
 
 import kvguard
 from kvguard.cli import show
+from kvguard.cli.options import output_option
 from kvguard.errors import KvguardError
 
 PROGRAM = "/usr/bin/kvguard"  # what stands in the files
@@ -109,7 +110,7 @@ gpu_option = click.option("--gpu", is_flag=True, help="Also what a node needs wh
 @systemd.command("print")
 @daemons_argument
 @gpu_option
-@show.output_option
+@output_option
 def print_(daemons: tuple[str, ...], gpu: bool, output: str) -> None:
     """Print every file that `install` would write for DAEMONS (both without)."""
     found = placed(daemons or DAEMONS, gpu, systemd_version())

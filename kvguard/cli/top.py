@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kvguard.cli import show
-from kvguard.cli.asking import Reach, reaching
+from kvguard.cli.asking import Reach
+from kvguard.cli.options import output_option, reaching
 from kvguard.errors import KvguardError
 
 RECOVERIES = 5
@@ -121,7 +122,7 @@ def _recoveries(seen: Seen) -> Table:
 @click.command()
 @reaching
 @click.option("--every", "every_s", type=click.FloatRange(0.1, 60.0), default=1.0, show_default=True, help="Seconds between two looks.")
-@show.output_option
+@output_option
 def top(reach: Reach, every_s: float, output: str) -> None:
     """A live screen: ranks, lag, windows, arenas, epochs, recoveries. Ends with Ctrl-C."""
     if output == "json":

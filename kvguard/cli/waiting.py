@@ -18,11 +18,11 @@ from kvguard.errors import KvguardError, TimedOut, Unreachable
 PAUSE_S = 0.1
 
 
-def handed_off(reach: Reach, number: int, wait_s: float) -> dict:
+def handed_off(reach: Reach, number: int | None, wait_s: float) -> dict:
     """The handoff's last word in the status. Raises KvguardError where it failed, TimedOut."""
 
     def look(status: dict) -> tuple[dict | None, str]:
-        found = next((one for one in status["handoffs"] if one["handoff"] == number), None)
+        found = next((one for one in status.get("handoffs", ()) if one["handoff"] == number), None)
         if found is None:
             raise KvguardError("the coordinator was restarted and has given the handoff up, unless it was fenced already. Try: kvguard status, kvguard history")
         over = found["state"] in ("done", "failed")
@@ -41,9 +41,9 @@ def drained(reach: Reach, node: str, wait_s: float) -> dict:
         found = next((one for one in status["nodes"] if one["node"] == node), None)
         if found is None:
             return None, f"{node} has not said hello to a coordinator that was restarted"
-        if not found["drain"]:
+        if not found.get("drain"):
             raise KvguardError(f"the draining of {node} was undone meanwhile. Try: kvguard status")
-        return found if found["drain"] == "drained" else None, found["reason"]
+        return found if found.get("drain") == "drained" else None, found["reason"]
 
     return until(reach, look, wait_s, f"the draining of {node}, which goes on")
 

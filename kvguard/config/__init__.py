@@ -12,10 +12,10 @@ Sizes are integers in bytes or texts such as "512MiB". The same form serves node
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -124,8 +124,8 @@ def read_section(cls: type[Config], path: Path, faults: list[Fault]) -> dict[str
     names = [field.name for field in dataclasses.fields(cls)]
     for section in tables:
         if section not in KINDS:
-            near = difflib.get_close_matches(section, KINDS, 1) or [cls.SECTION]
-            faults.append(Fault(f"{path}:{top_line(lines, section)}", section, "is not a section of kvguard", f"[{near[0]}]"))
+            near = nearest(section, KINDS, cls.SECTION)
+            faults.append(Fault(f"{path}:{top_line(lines, section)}", section, "is not a section of kvguard", f"[{near}]"))
     table = tables.get(cls.SECTION, {})
     if not isinstance(table, dict):
         faults.append(Fault(f"{path}:{top_line(lines, cls.SECTION)}", cls.SECTION, "is not a section", f"[{cls.SECTION}]"))
@@ -136,9 +136,15 @@ def read_section(cls: type[Config], path: Path, faults: list[Fault]) -> dict[str
         if key in names:
             found[key] = Given(value, where, False)
         else:
-            near = difflib.get_close_matches(key, names, 1)
-            faults.append(Fault(where, key, f"is not a setting of [{cls.SECTION}]", near[0] if near else f"one of {', '.join(names)}"))
+            faults.append(Fault(where, key, f"is not a setting of [{cls.SECTION}]", nearest(key, names, f"one of {', '.join(names)}")))
     return found
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str) -> str:
+    """What somebody may have meant."""
+    import difflib  # for who has misspelt something: a start of a daemon shouldn't wait for it
+
+    return next(iter(difflib.get_close_matches(word, known, 1)), otherwise)
 
 
 def top_line(lines: list[str], name: str) -> int:
@@ -158,8 +164,8 @@ def read_environment(cls: type[Config], environ, faults: list[Fault]) -> dict[st
             if key in names:
                 found[key] = Given(environ[variable], f"environment {variable}", True)
             else:
-                near = difflib.get_close_matches(key, sorted(names), 1)
-                faults.append(Fault(f"environment {variable}", key, f"is not a setting of [{cls.SECTION}]", near[0] if near else f"unset {variable}"))
+                near = nearest(key, sorted(names), f"unset {variable}")
+                faults.append(Fault(f"environment {variable}", key, f"is not a setting of [{cls.SECTION}]", near))
     return found
 
 

@@ -107,7 +107,7 @@ def test_watching_goes_on_while_the_coordinator_is_away(monkeypatch, capsys) -> 
             raise KeyboardInterrupt
 
     monkeypatch.setattr(status.time, "sleep", pause)
-    status.status.callback.__wrapped__(Asked("tcp://127.0.0.1:1", "", False, 1.0), "json", True)
+    status.run(Asked("tcp://127.0.0.1:1", "", False, 1.0), "json", True)
     said = capsys.readouterr()
     assert [json.loads(line) for line in said.out.splitlines()] == [STATUS, STATUS] and said.err == "kvguard: nobody answers. Try: later\n"
 

@@ -14,7 +14,7 @@ ROWS = [["0.0.0", "protected", ["host-2", "host-3"], 1.25], ["", "standby [x]", 
 def test_the_quick_way_and_rich_agree(capsys, rows) -> None:
     show.table("Ranks", COLUMNS, rows, "none")
     quick = capsys.readouterr().out
-    show.wrapped("Ranks", COLUMNS, [[show.text(cell) for cell in row] for row in rows], "none")
+    show.wrapped("Ranks", COLUMNS, [[show.text(cell) for cell in row] for row in rows])
     assert quick == capsys.readouterr().out and len(quick.splitlines()) == 2 + len(rows)
 
 
