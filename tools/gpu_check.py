@@ -1,32 +1,37 @@
-"""Every step of the GPU check in turn, each within its time, and a report that says what passed, what failed and what was measured.
+"""Every step of the GPU check in turn, each in a process of its own and within its time, and a report that says what passed, what failed, what was measured.
 
-Knows: the steps' names and order, the report's form. Must not know: how a step is done (gpu_steps.py, gpu_decode.py).
-Invariants: a step that fails, or that can't be run, never keeps the others from running; a dry run states no number; a report names the GPU, the driver, the
-packages and the commit; exit code 0 only where no step failed.
+Knows: the steps' names, order and limits, the report's form. Must not know: how a step is done (gpu_step.py and its neighbours); cupy, torch, kvguard.
+Invariants: a step that fails, hangs, crashes, or loses the GPU never keeps the others from running; what it started ends with it; the report is written anew
+after every step; a dry run states no number; a report names the GPU, the driver, the packages and the commit; exit code 0 only where every step passed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
-import platform
+import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-import traceback
-from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from gpu_decode import decode_overhead
-from gpu_steps import STEPS, Bench, NotRun
-
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_S = 480
+STEP = Path(__file__).resolve().parent / "gpu_step.py"
+LIMIT_S = 470  # of all steps together: under eight minutes with what is around them
+# name -> the longest that it may take, in the order in which they run.
+LIMITS_S = {
+    "kernels": 60, "correctness": 60, "torch": 60, "survival": 60, "bandwidth": 60, "restore": 90, "salvage": 60, "decode": 150, "models": 200,
+    "contracts": 150, "daemons": 150,
+}  # fmt: skip
+ABOUT_S = 60
+SLOW = 8  # a dry run measures nothing, and may run on a machine that is busy
+ENDING_S = 20
+WORDS = 1500  # of what a step said that are kept with its failure
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def main() -> int:
@@ -35,75 +40,108 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the report (docs/measurements; of a dry run: none)")
     parser.add_argument("--only", default="", help="steps to run, by name, joined by commas")
     arguments = parser.parse_args()
-    steps: dict[str, Callable[[Bench], dict]] = {**STEPS, "decode": decode_overhead}
     only = set(filter(None, arguments.only.split(",")))
-    if only - set(steps):
-        parser.error(f"no step is called {', '.join(sorted(only - set(steps)))}. Try: {', '.join(steps)}")
-    began, results = time.monotonic(), {}
-    bench = Bench(dry=arguments.dry_run)
-    for name, step in steps.items():
+    if only - set(LIMITS_S):
+        parser.error(f"no step is called {', '.join(sorted(only - set(LIMITS_S)))}. Try: {', '.join(LIMITS_S)}")
+    dry, began = arguments.dry_run, time.monotonic()
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a step leaves behind is ours to end
+    about = in_a_process(command_of("machine", dry), ABOUT_S * (SLOW if dry else 1))
+    if not about.get("gpu"):
+        print(f"gpu_check: no GPU to check: {about.get('reason', 'nothing is known')}", file=sys.stderr)
+        return 1
+    print("; ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    out = arguments.out or (None if dry else ROOT / "docs" / "measurements")
+    results: dict[str, dict] = {}
+    for name in LIMITS_S:
         if only and name not in only:
             continue
-        if time.monotonic() - began > LIMIT_S:
-            results[name] = {"status": "not run", "reason": f"{LIMIT_S} s were over"}
-        else:
-            results[name] = carried_out(step, bench)
+        left = LIMIT_S * (SLOW if dry else 1) - (time.monotonic() - began)
+        limit = min(LIMITS_S[name] * (SLOW if dry else 1), left)
+        results[name] = in_a_process(command_of(name, dry), limit) if left > 5 else {"status": "not run", "reason": f"{LIMIT_S} s were over"}
         print(f"{name:12} {results[name]['status']:8} {results[name].get('reason', '')}", flush=True)
-    report = {"about": about(bench), "seconds": None if bench.dry else round(time.monotonic() - began, 1), "steps": results}
-    out = arguments.out or (None if bench.dry else ROOT / "docs" / "measurements")
-    if out is not None:
-        written(report, out)
-    failed = [name for name, result in results.items() if result["status"] == "fail"]
-    print(f"{'dry run, nothing measured: ' if bench.dry else ''}{len(results) - len(failed)} of {len(results)} steps without a failure")
-    return 1 if failed else 0
+        if out is not None:
+            written({"about": about, "seconds": None if dry else round(time.monotonic() - began, 1), "steps": results}, out)
+    passed = sum(result["status"] == "pass" for result in results.values())
+    print(f"{'dry run, nothing measured: ' if dry else ''}{passed} of {len(results)} steps passed")
+    return 0 if passed == len(results) else 1
 
 
-def carried_out(step: Callable[[Bench], dict], bench: Bench) -> dict:
-    """`step`'s result. Measured values are left out of a dry run: host memory says nothing about a GPU."""
-    began = time.monotonic()
-    try:
-        measured = step(bench)
-    except NotRun as reason:
-        return {"status": "not run", "reason": str(reason)}
-    except Exception as error:  # the report says it, and the next step runs
-        traceback.print_exc()
-        return {"status": "fail", "reason": f"{type(error).__name__}: {error}"[:2000]}
-    return {"status": "pass", "seconds": None if bench.dry else round(time.monotonic() - began, 1), "measured": {} if bench.dry else measured}
+def command_of(name: str, dry: bool) -> list[str]:
+    """Without the file for the result, which is the last argument but the options."""
+    return [sys.executable, str(STEP), name, *(["--dry-run"] if dry else [])]
 
 
-def about(bench: Bench) -> dict:
-    names = ("numpy", "torch", "cupy-cuda12x", "cupy-cuda13x", "cuda-bindings", "transformers")
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "gpu": bench.name, "uuid": bench.uuid, "dry_run": bench.dry, "at": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit or "unknown",
-        "python": platform.python_version(), "kernel": platform.release(), "packages": {name: version for name in names if (version := version_of(name))},
-        "nvidia_smi": asked(["nvidia-smi", "--query-gpu=name,driver_version,pcie.link.gen.current,pcie.link.width.current", "--format=csv,noheader"]),
-    }  # fmt: skip
+def in_a_process(command: list[str], limit_s: float) -> dict:
+    """The step's result, from the file that it writes; what it, and whatever it started, did instead, where there is none."""
+    with tempfile.TemporaryDirectory(prefix="kvguard-gpu-check.") as folder:
+        result, said = Path(folder) / "result.json", Path(folder) / "said"
+        with open(said, "wb") as log:
+            whole = [*command[:3], str(result), *command[3:]]
+            process = subprocess.Popen(whole, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, cwd=ROOT)
+            try:
+                process.wait(limit_s)
+                why = f"it ended with {process.returncode}"
+            except subprocess.TimeoutExpired:
+                why = f"it took longer than {limit_s:.0f} s"
+            finally:
+                ended = end_descendants(process)
+        words = said.read_text(errors="replace")
+        try:
+            found = json.loads(result.read_text())
+        except (OSError, ValueError):
+            found = {"status": "fail", "reason": f"{why}: {words[-WORDS:].strip()}"}
+        if found.get("status") == "fail":
+            print(words[-4 * WORDS :], file=sys.stderr, flush=True)
+            found["said"] = words[-WORDS:]
+        if ended and found.get("status") == "pass":
+            found |= {"status": "fail", "reason": f"it left {ended} processes behind"}
+        return found
 
 
-def version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
+def end_descendants(process: subprocess.Popen) -> int:
+    """End the step, if it still runs, and what it started in whatever session: how many there were. Orphans among them have this process for a parent.
+
+    A process that the driver doesn't let go of is given up after ENDING_S: it must not keep the other steps from running.
+    """
+    ended: set[int] = set()
+    deadline = time.monotonic() + ENDING_S
+    while time.monotonic() < deadline and (alive := children_of(os.getpid())):
+        for pid in alive:
+            ended.add(pid)
+            try:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, os.WNOHANG)
+            except (ProcessLookupError, ChildProcessError):
+                continue  # it has just ended
+        time.sleep(0.01)  # between two looks at who is still there
+    process.returncode = process.returncode if process.returncode is not None else -signal.SIGKILL
+    return len(ended)
 
 
-def asked(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{command[0]}: {error}"
+def children_of(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text(errors="replace").rpartition(") ")[2].split()
+        except OSError:
+            continue  # it has just ended
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return found
 
 
 def written(report: dict, out: Path) -> None:
     """GPU.json and GPU.md."""
     out.mkdir(parents=True, exist_ok=True)
     name = "gpu-" + re.sub(r"[^a-z0-9]+", "-", report["about"]["gpu"].lower()).strip("-")
-    (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    made = out / f".{name}.part"
+    made.write_text(json.dumps(report, indent=1) + "\n")
+    made.rename(out / f"{name}.json")
     rows = ["| step | result | measured |", "|---|---|---|"]
     for step, result in report["steps"].items():
         values = "; ".join(f"{key} {value}" for key, value in result.get("measured", {}).items())
-        rows.append(f"| {step} | {result['status']} {result.get('reason', '')} | {values} |".replace("\n", " "))
+        reason = result.get("reason", "")[:300].replace("|", "/")
+        rows.append(f"| {step} | {result['status']} {reason} | {values} |".replace("\n", " "))
     facts = "; ".join(f"{key} {value}" for key, value in report["about"].items())
     (out / f"{name}.md").write_text(f"# {report['about']['gpu']}\n\n{facts}\n\n" + "\n".join(rows) + "\n")
 

@@ -10,12 +10,21 @@ if [[ -z $python ]]; then
     python=python3
     [[ -x .venv/bin/python ]] && python=.venv/bin/python
 fi
-missing=$("$python" - <<'EOF'
-import importlib.util
+missing=$("$python" - "$@" <<'PYTHON'
+import importlib.util, sys
 wanted = {"msgspec": "msgspec", "xxhash": "xxhash", "zmq": "pyzmq", "msgpack": "msgpack", "psutil": "psutil", "click": "click", "rich": "rich",
           "numpy": "numpy", "prometheus_client": "prometheus-client", "pytest": "pytest", "hypothesis": "hypothesis", "pytest_timeout": "pytest-timeout"}
-print(" ".join(package for module, package in wanted.items() if importlib.util.find_spec(module) is None))
-EOF
+if "--dry-run" not in sys.argv and importlib.util.find_spec("cupy"):
+    wanted["cuda.bindings"] = "cuda-bindings"
+
+def there(module):
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+print(" ".join(package for module, package in wanted.items() if not there(module)))
+PYTHON
 )
 site=""
 if [[ -n $missing ]]; then

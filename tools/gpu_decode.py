@@ -23,7 +23,7 @@ from gpu_steps import ROOT, Bench, needed
 from kvguard.device import open_device
 from kvguard.format.layout import Layout
 
-BLOCK_STEPS, TURNS = 25, 8
+BLOCK_STEPS, TURNS = 40, 15
 # model -> layers, [(inputs, outputs) of a layer's matrix products], KV heads of this rank
 SHAPES = {
     "8b": (32, ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)), 8),

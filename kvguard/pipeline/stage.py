@@ -108,10 +108,10 @@ def warm_up(model: StageModel) -> None:
     model.forward(torch.zeros(1, dtype=torch.int64) if model.first else torch.zeros((1, model.shape.hidden)), batch, kv)
 
 
-def rehearse() -> None:
+def rehearse(device: str) -> None:
     """A sequence's whole life on a table and a pool of its own: what is imported at first use (numpy.ma alone: 150 ms) is there before it is needed."""
     layout = Layout.paged("rehearsal", "float32", 1, 4, 16, 1, 1)
-    pool = engine.allocate(layout)
+    pool = engine.allocate(layout, device)
     table = TableWriter.create(Geometry(4, 4, 4, 64, 16))
     row = table.open("rehearsal", (), b"")
     table.commit(row, 32, range(32), (0, 1))
@@ -231,7 +231,7 @@ def serve(settings: StageSettings) -> None:
     layout = layout_of(files, settings, settings.pp)
     model = model_of(files, settings, settings.pp)
     warm_up(model)
-    rehearse()
+    rehearse(settings.device)
     prove(layout_of(files, dataclasses.replace(settings, blocks=2), settings.pp), model.device)
     pool = engine.allocate(layout, settings.device)
     kv = view_of(tensor_of(pool), layout)
@@ -255,7 +255,7 @@ def stand_by(settings: StageSettings) -> None:
     models = [model_of(files, settings, pp) for pp in range(settings.stages)]
     for model in models:
         warm_up(model)
-    rehearse()
+    rehearse(settings.device)
     layouts = {str(Rank(0, pp, 0)): layout_of(files, settings, pp) for pp in range(settings.stages)}
     links = Links(settings.listen)
     spare = engine.attach_standby(settings.instance, layouts, endpoint=settings.listen, socket=settings.socket, device=settings.device)

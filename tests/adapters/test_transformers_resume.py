@@ -139,6 +139,32 @@ def test_a_lost_node_s_script_goes_on_from_the_replica(cluster, scripts):
     assert (found["rungs"], found["resumed_at"], found["recomputed"]) == (["replica"], 33, 0)
 
 
+@pytest.fixture(params=["rehearsal", pytest.param("cuda", marks=pytest.mark.gpu)])
+def on_a_gpu(request, cluster) -> str:
+    """The kind of device that the daemons' and scripts' pools are on; asked for before `scripts` starts the daemons."""
+    (cluster.directory / "conf.d").mkdir()
+    (cluster.directory / "conf.d" / "gpu.toml").write_text(f'[node]\ndevice = "{request.param}"\nring_bytes = 1048576\n')
+    return request.param
+
+
+@pytest.mark.parametrize("lost", ["process", "node"])
+def test_what_was_on_a_gpu_comes_back(cluster, on_a_gpu, scripts, lost):
+    """Salvaged, or pulled layer by layer. Compared with an undisturbed life of the same script; a rehearsed one with the stock cache."""
+    what = {**call("llama", 2, 40, 12, **SAMPLED), "device": on_a_gpu}
+    first = scripts("a", what)
+    first.until("token", 12)
+    cluster.protected(RANK, 2 * (9 + 12 - 1))
+    if lost == "node":
+        cluster.kill("a")
+    first.kill()
+    second = scripts("b" if lost == "node" else "a", {**what, "hold_at": -1})
+    found = second.until("sequences")
+    wanted = undisturbed(what) if on_a_gpu == "rehearsal" else scripts("b", {**what, "hold_at": -1, "instance": "calm"}).until("sequences")
+    assert_undisturbed(found, wanted)
+    assert found["rungs"] == ["replica" if lost == "node" else "pool"]
+    assert (found["resumed_at"], found["recomputed"], found["unprotected"]) == (20, 0, "")
+
+
 def test_killed_at_any_moment_and_twice(cluster, scripts):
     """Not at rest: whatever it was doing when the signal came."""
     what = call("llama", 3, 150, -1, **SAMPLED)

@@ -26,6 +26,11 @@ def tiny(family: str, seed: int = 7):
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=256, n_embd=48, n_layer=3, n_head=3, bos_token_id=1, eos_token_id=2)).eval()
 
 
+def device_of(call: dict) -> str:
+    """Where the model is; the pool of a rehearsed one is by a GPU's code, too."""
+    return "cuda" if call.get("device") == "cuda" else "cpu"
+
+
 def inputs(rows: int, columns: int, padded: bool) -> dict[str, torch.Tensor]:
     made = torch.Generator().manual_seed(100 * rows + columns)
     ids = torch.randint(3, VOCABULARY, (rows, columns), generator=made)
@@ -60,19 +65,23 @@ class Shown(BaseStreamer):
 def sums_of(cache) -> list[str]:
     """By column, xxh3 of all layers' keys and values of all rows."""
     whole = torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers])  # [layers, 2, rows, heads, columns, dim]
-    columns = whole.movedim(4, 0).contiguous().flatten(1).view(torch.uint8).numpy()
+    columns = whole.movedim(4, 0).contiguous().flatten(1).view(torch.uint8).cpu().numpy()
     return [xxhash.xxh3_64_hexdigest(column.data) for column in columns]
 
 
 def result(output, cache, **more) -> dict:
-    logits = [xxhash.xxh3_64_hexdigest(step.contiguous().view(torch.uint8).numpy().data) for step in output.logits]
+    logits = [xxhash.xxh3_64_hexdigest(step.contiguous().view(torch.uint8).cpu().numpy().data) for step in output.logits]
     return {"sequences": output.sequences.tolist(), "logits": logits, "kv": sums_of(cache), **more}
+
+
+def on(device: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in given.items()}
 
 
 def plain(call: dict) -> dict:
     """The same call with the stock cache."""
-    model, cache = tiny(call["family"]), DynamicCache()
-    given = inputs(call["rows"], call["columns"], call["padded"])
+    model, cache = tiny(call["family"]).to(device_of(call)), DynamicCache()
+    given = on(device_of(call), inputs(call["rows"], call["columns"], call["padded"]))
     torch.manual_seed(11)
     return result(model.generate(**given, past_key_values=cache, **call["options"]), cache)
 
@@ -80,13 +89,14 @@ def plain(call: dict) -> dict:
 def protected(call: dict, socket: str, coordinator: str) -> None:
     from kvguard.engine.transformers import protect
 
-    sizes = {"sequences": 4, "positions": 200, **call.get("sizes", {})}
-    guarded = protect(tiny(call["family"]), "essay", coordinator, socket=socket, wait_s=call.get("wait_s", 60.0), **sizes)
+    sizes = {"sequences": 4, "positions": 200, "device": call.get("device", ""), **call.get("sizes", {})}
+    model, instance = tiny(call["family"]).to(device_of(call)), call.get("instance", "essay")
+    guarded = protect(model, instance, coordinator, socket=socket, wait_s=call.get("wait_s", 60.0), **sizes)
     say({"joined": bool(guarded.earlier), "unprotected": guarded.unprotected})
     streamer = Shown(call["hold_at"])
     output = guarded.resume(streamer=streamer)
     if output is None:
-        given = inputs(call["rows"], call["columns"], call["padded"])
+        given = on(device_of(call), inputs(call["rows"], call["columns"], call["padded"]))
         torch.manual_seed(11)
         output = guarded.generate(**given, streamer=streamer, **call["options"])
     recovered = {"resumed_at": guarded.resumed_at, "recomputed": guarded.recomputed, "timing_ms": guarded.joined.timing_ms}

@@ -11,7 +11,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = "kernels,torch,survival,correctness,bandwidth,restore,salvage,models,decode"  # contracts and daemons are tests of their own
+QUICK = "kernels,correctness,torch,survival,bandwidth,restore,salvage,decode"  # the others run tests, and demos that have tests, of their own
+FAKE_STEP = """
+import json, os, subprocess, sys, time
+name, result = sys.argv[1:3]
+waits = [sys.executable, "-c", "import sys, time; time.sleep(600)", os.environ["MARK"]]
+found = {"status": "pass", "seconds": 0.1, "measured": {"rate": 7}}
+if name == "machine":
+    found = {"gpu": "Toy 9", "dry_run": False}
+if name == "crashes":
+    print("about to end", flush=True)
+    os.abort()
+if name in ("hangs", "leaves"):
+    subprocess.Popen(waits, start_new_session=True)
+if name == "hangs":
+    time.sleep(600)
+open(result, "w").write(json.dumps(found))
+"""
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -25,9 +41,34 @@ def test_a_dry_run_walks_every_step_and_measures_nothing(tmp_path):
     report = json.loads((tmp_path / "gpu-rehearsal-host-memory.json").read_text())
     assert report["about"]["dry_run"] and report["seconds"] is None
     assert {name: (step["status"], step.get("measured", {})) for name, step in report["steps"].items()} == {
-        name: ("not run" if name == "models" else "pass", {}) for name in QUICK.split(",")
+        name: ("pass", {}) for name in QUICK.split(",")
     }
     assert "| survival | pass" in (tmp_path / "gpu-rehearsal-host-memory.md").read_text()
+
+
+def test_a_step_that_hangs_crashes_or_leaves_something_costs_the_others_nothing(tmp_path):
+    fake, mark = tmp_path / "step.py", f"kvguard-fake-step-{os.getpid()}"
+    fake.write_text(FAKE_STEP)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import gpu_check; from pathlib import Path; gpu_check.STEP = Path({str(fake)!r}); "
+        "gpu_check.LIMITS_S = {'crashes': 60, 'hangs': 1, 'leaves': 60, 'good': 60}; "
+        f"sys.argv = ['gpu_check', '--out', {str(tmp_path)!r}]; sys.exit(gpu_check.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env={**os.environ, "MARK": mark}, check=False)
+    assert done.returncode == 1 and "1 of 4 steps passed" in done.stdout, done.stdout + done.stderr
+    steps = json.loads((tmp_path / "gpu-toy-9.json").read_text())["steps"]
+    assert {name: step["status"] for name, step in steps.items()} == {"crashes": "fail", "hangs": "fail", "leaves": "fail", "good": "pass"}
+    assert "ended with -6" in steps["crashes"]["reason"] and "about to end" in steps["crashes"]["reason"]
+    assert "longer than 1 s" in steps["hangs"]["reason"] and "left 1 processes" in steps["leaves"]["reason"]
+    alive = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if mark.encode() in read(path)]
+    assert alive == []
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""  # it has just ended
 
 
 def test_a_step_that_is_not_there_is_told():

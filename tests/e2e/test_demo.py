@@ -61,6 +61,16 @@ def test_what_was_killed_comes_back_identical(model, tmp_path, kill, arguments, 
     assert not os.listdir(tmp_path), "the demo leaves nothing behind"
 
 
+@pytest.mark.parametrize("device", ["rehearsal", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_killed_node_s_pool_on_a_gpu_comes_back_identical(model, tmp_path, device) -> None:
+    """Every process in its usual place, pools by the CUDA device's code: packed, captured, pulled layer by layer."""
+    arguments = ("--device", device, "--kill", "node", "--stages", "2", "--sequences", "2", "--at-token", "8", "--max-tokens", "24")
+    code, document, err = demo(model, tmp_path, *arguments)
+    assert code == 0, err + json.dumps(document, indent=1)[:4000]
+    assert document["device"] == device and document["fault"]["fired"] and equal_in_all(document)
+    assert document["recovery"]["rung"] == "replica" and not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("kill", ["daemon", "coordinator"])
 def test_an_outage_of_kvguard_itself_raises_no_epoch(model, tmp_path, kill) -> None:
     code, document, err = demo(model, tmp_path, "--kill", kill, "--max-tokens", "900", "--at-token", "10", "--stages", "2", "--sequences", "2")

@@ -1,0 +1,93 @@
+"""Every call that the CUDA device makes of cupy and of cuda-bindings is there, with these arguments. Skipped where they aren't installed.
+
+Read out of the sources' syntax: no call is made. cupy's runtime has no Python signatures; its docstrings begin with them.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import kvguard.device
+
+cupy = pytest.importorskip("cupy", reason="cupy is not installed: pip install 'kvguard[cuda13]'")
+driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed: pip install 'kvguard[cuda13]'")
+
+SOURCES = sorted(path for path in Path(kvguard.device.__file__).parent.rglob("*.py") if re.search(r"_runtime\.|_driver\.cu|_cupy\.", path.read_text()))
+ROOTS = {"_runtime": cupy.cuda.runtime, "runtime": cupy.cuda.runtime, "_cupy": cupy, "cupy": cupy, "_driver": driver}
+
+
+def dotted(node: ast.expr) -> list[str]:
+    """self._runtime.malloc -> [self, _runtime, malloc]; [] for anything else."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.insert(0, node.attr)
+        node = node.value
+    return [node.id, *names] if isinstance(node, ast.Name) else []
+
+
+def found(path: Path) -> list[tuple[str, int, list[str], list[ast.expr] | None, list[str]]]:
+    """(root, line, names under it, positional arguments of a call or None, keywords) of every use of the two libraries."""
+    uses = []
+    tree = ast.parse(path.read_text())
+    calls = {id(node.func): (node.args, [keyword.arg for keyword in node.keywords]) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    for node in ast.walk(tree):  # self._asked(self._driver.cuX, a, b) is a call of cuX with a and b
+        if isinstance(node, ast.Call) and node.args and dotted(node.func)[-1:] == ["_asked"]:
+            calls[id(node.args[0])] = (node.args[1:], [])
+    for node in ast.walk(tree):
+        names = dotted(node) if isinstance(node, ast.Attribute) else []
+        names = names[1:] if names[:1] == ["self"] else names
+        if len(names) > 1 and names[0] in ROOTS:
+            uses.append((names[0], node.lineno, names[1:], *calls.get(id(node), (None, []))))
+    return uses
+
+
+def bounds(target) -> tuple[int, float]:
+    """How few and how many positional arguments it takes."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        written = re.match(r"\w+\((.*?)\)", (target.__doc__ or "").replace("\n", " "))
+        if written is None:
+            return 0, float("inf")
+        listed = [one.strip() for one in written[1].split(",") if one.strip()]
+        listed = listed[: listed.index("*")] if "*" in listed else listed
+        return sum("=" not in one for one in listed), len(listed)
+    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    several = any(one.kind == one.VAR_POSITIONAL for one in parameters)
+    return sum(one.default is one.empty for one in positional), float("inf") if several else len(positional)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_every_call_exists_with_these_arguments(path):
+    uses, faults = found(path), []
+    assert uses, "nothing was found: the sources say it in another way"
+    for root, line, names, arguments, keywords in uses:
+        target = ROOTS[root]
+        for name in names:
+            target = getattr(target, name, None)
+            if target is None:
+                faults.append(f"line {line}: {root}.{'.'.join(names)} isn't there")
+                break
+        else:
+            if arguments is None or any(isinstance(one, ast.Starred) for one in arguments) or isinstance(target, type):
+                continue
+            least, most = bounds(target)
+            if not least <= len(arguments) + len(keywords) <= most:
+                faults.append(f"line {line}: {root}.{'.'.join(names)} with {len(arguments)} arguments, takes {least} to {most}: {(target.__doc__ or '')[:90]}")
+    assert not faults, "\n".join(faults)
+
+
+def test_a_call_that_is_not_there_would_be_seen(tmp_path):
+    calls = ("self._runtime.malloc(1, 2)", "self._runtime.mallocHost(1)", "self._asked(self._driver.cuDeviceGet)")
+    (tmp_path / "some.py").write_text("class A:\n def f(self):\n" + "".join(f"  {call}\n" for call in calls))
+    for use in range(3):
+        whole = found(tmp_path / "some.py")
+        assert [names[0] for _, _, names, _, _ in whole] == ["malloc", "mallocHost", "cuDeviceGet"]
+        root, _, names, arguments, _ = whole[use]
+        target = getattr(ROOTS[root], names[0], None)
+        assert target is None or not bounds(target)[0] <= len(arguments) <= bounds(target)[1]
