@@ -229,6 +229,13 @@ class Applied(Event, frozen=True):
     gap: str = ""
 
 
+class ReplicaDoubted(Event, frozen=True):
+    """Bytes of this replica were read that don't match their sums: it is verified, and its session in the store is over."""
+
+    stream: StreamId
+    reason: str
+
+
 class PlanCarried(Event, frozen=True):
     """Completes CarryPlan: replicas here are truncated as ordered. `known`: KnownIds of the sequences that this node answers for."""
 
@@ -285,6 +292,6 @@ class Asked(Event, frozen=True):
 
 __all__ = [
     "Applied", "Arrived", "Asked", "Broken", "Captured", "CarrierChanged", "Cut", "DeathSuspected", "EngineRestored", "Event", "Grown", "LinkDown", "LinkUp",
-    "Loaded", "Looked", "Opened", "PlanCarried", "PlanOrder", "Probed", "ProcessDied", "Rebuild", "ReplicasSeen", "ResyncAsked", "StandbyAttached", "StepsSeen",
+    "Loaded", "Looked", "Opened", "PlanCarried", "PlanOrder", "Probed", "ProcessDied", "Rebuild", "ReplicaDoubted", "ReplicasSeen", "ResyncAsked", "StandbyAttached", "StepsSeen",
     "StreamAttached", "StreamDetached", "Tick", "TurnEnded",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ Invariants: a stream has one session, the newest that was granted; no session is
 from __future__ import annotations
 
 from kvguard.core.effects import DropReplica, Effect, FreeBuffer, Note, Recheck, Send
-from kvguard.core.events import Applied, Arrived, Probed, ResyncAsked
+from kvguard.core.events import Applied, Arrived, Probed, ReplicaDoubted, ResyncAsked
 from kvguard.core.promises import NEWER, SAME, Promises
 from kvguard.core.receiver import Receiver, refusal
 from kvguard.format.messages import VERSION, Ack, Hello, StreamEnd
@@ -80,6 +80,11 @@ class Inbound:
         doubted = [receiver for receiver in self._streams.values() if receiver.stream.instance == event.instance]
         broken = tuple(effect for one in doubted if event.rank in (None, one.stream.rank) for effect in one.broken("an operator asked for a resync"))
         return (*broken, Recheck(event.instance, event.rank))
+
+    def replica_doubted(self, now_ns: int, event: ReplicaDoubted) -> tuple[Effect, ...]:
+        """Its sender counts on what may not be whole, and must not go on doing so until it has something to send."""
+        receiver = self._streams.get(event.stream)
+        return receiver.broken(event.reason) if receiver is not None else ()
 
     def link_down(self, link: str) -> tuple[Effect, ...]:
         out = tuple(effect for receiver in self._on(link) for effect in self._end(receiver, "after_end", "link down"))

@@ -69,7 +69,7 @@ class Node:
             events.StreamDetached: self._detached, events.ProcessDied: self._died, events.StandbyAttached: self._standby, events.Captured: out.captured,
             events.EngineRestored: self._restored, events.Probed: into.completed, events.Applied: into.completed, events.PlanCarried: self._carried,
             events.ReplicasSeen: self._seen.store, events.DeathSuspected: self._suspected, events.PoolLost: out.pool_lost,
-            events.DevicesSeen: self._seen.devices,
+            events.DevicesSeen: self._seen.devices, events.ReplicaDoubted: into.replica_doubted,
             events.ResyncAsked: lambda now, event: into.doubted(event) + out.doubted(now, event), events.CarrierChanged: out.carrier_changed,
         }  # fmt: skip
         self._messages = {

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 from kvguard.core import events
 from kvguard.daemon.perform_node import NodeShell, go_on, probe, send_report
+from kvguard.types import StreamId
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +33,14 @@ class Checking:
         self._began_ns = shell.clock()
         self.ended_ns = self._began_ns  # when the last page was verified
         self._busy = self._unverified = False
+        self._unsaid: tuple[StreamId, ...] = ()
         shell.store.doubted = self.begin
         if shell.store.unchecked():
             self.begin()
 
-    def begin(self) -> None:
-        """Something is unchecked (or was an instant ago), or waits to be pushed on."""
+    def begin(self, unsaid: tuple[StreamId, ...] = ()) -> None:
+        """Something is unchecked (or was an instant ago), or waits to be pushed on. `unsaid`: of these the senders don't know yet that they are doubted."""
+        self._unsaid += unsaid
         if not self._busy:
             self._busy, self._began_ns = True, self._shell.clock()
             self._after(0, self._slice)
@@ -47,7 +50,9 @@ class Checking:
         self._unverified = self._unverified or shell.store.unchecked() > 0
         for stream in shell.store.check_some(shell.slice_bytes, shell.probes):
             log.info("replica of %s: verified", stream)
-        told = self._answered()
+        told: list[events.Event] = [events.ReplicaDoubted(stream, "bytes that don't match their sums were read: it is verified") for stream in self._unsaid]
+        self._unsaid = ()
+        told += self._answered()
         for push in list(shell.pushes.values())[:1]:  # a recovery waits for it
             told += go_on(shell, push) or ()
         if self._unverified and not shell.store.unchecked():

@@ -245,7 +245,7 @@ def push_replica(shell: NodeShell, effect: effects.PushReplica) -> Events:
     push = shell.pushes[effect.stream] = Push(effect, replica, shell.epochs.get(effect.stream.instance, NO_EPOCH), shell.store.scrub(effect.stream))
     told = go_on(shell, push)
     if told is None:
-        shell.store.doubted()
+        shell.store.doubted(())
     return told or ()
 
 

@@ -67,7 +67,8 @@ class ReplicaStore:
         self._carried: dict[str, Epoch] = {}
         self._released = Released(self._replicas, ids_retention_ns, clock, self._record, self.counters)
         self._found_damaged: set[StreamId] = set()
-        self.doubted: Callable[[], None] = lambda: None  # replicas are to be verified again: whoever does it begins
+        # Replicas are to be verified again: whoever does it begins. And tells the senders of these, whose sessions are over.
+        self.doubted: Callable[[tuple[StreamId, ...]], None] = lambda unsaid: None
 
     # ---- a former life ------------------------------------------------------------------------------------------------------------------
 
@@ -332,13 +333,13 @@ class ReplicaStore:
         """Somebody read bytes of this replica that don't match their sums: it is doubted, so that the next report is true. Unknown streams are gone already."""
         if stream in self._replicas:
             self._found_damaged.add(stream)
-            self._doubt((stream,))
+            self._doubt((stream,), (stream,))
 
-    def _doubt(self, streams: Iterable[StreamId]) -> None:
+    def _doubt(self, streams: tuple[StreamId, ...], unsaid: tuple[StreamId, ...] = ()) -> None:
         for stream in streams:
             self._sessions.pop(self._current.pop(stream, 0), None)
             adoption.doubt(self._replicas[stream])
-        self.doubted()
+        self.doubted(unsaid)
 
     def recheck(self, instance: str, rank: Rank | None) -> tuple[StreamId, ...]:
         """Doubted: nothing of them is stated, and no session writes to them, until `check_some` has been over them. Which streams' replicas these are."""

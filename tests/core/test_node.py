@@ -366,3 +366,15 @@ def test_an_operators_doubt_breaks_sessions_before_replicas_are_verified() -> No
     late = world.say(ms.IdsFrame(77, NO_EPOCH, 1, ()), "in:b:1")
     assert not [effect for effect in late if type(effect).__name__ == "Apply"], "nothing is written to what is doubted"
     assert world.step(ev.ResyncAsked("i", R1)) == (Recheck("i", R1),) and world.step(ev.ResyncAsked("other")) == (Recheck("other", None),)
+
+
+def test_the_sender_of_a_replica_that_is_doubted_is_told_at_once() -> None:
+    """It may have nothing to send for long, and would call itself protected by what doesn't hold."""
+    world = protected()
+    world.say(ms.Hello(OTHER, 77, NO_EPOCH, "b", SHAPE), "in:b:1")
+    world.step(ev.Probed("in:b:1", 77, ms.Held(77, NO_EPOCH, ms.Holding(OTHER, "replica", False, (), (), (), (), ()))))
+    assert world.step(ev.ReplicaDoubted(LOCAL, "damaged")) == (), "nobody writes to it here"
+    assert [effect.what for effect in world.step(ev.ReplicaDoubted(OTHER, "damaged"))] == ["resync"]
+    (ack,) = [effect.message for effect in world.step(ev.TurnEnded()) if type(effect) is Send and type(effect.message) is ms.Ack]
+    assert (ack.session, ack.resync) == (77, "damaged")
+    assert not [effect for effect in world.say(ms.IdsFrame(77, NO_EPOCH, 1, ()), "in:b:1") if type(effect).__name__ == "Apply"]

@@ -144,3 +144,17 @@ def test_a_report_waits_until_a_replica_that_was_found_damaged_is_verified(life)
     life.rest()
     [said] = life.sent
     assert said.holdings[0].positions == (2, 8) and life.store.counters["positions_damaged"] == 6 and not life.store.counters["positions_unsound"]
+
+
+def test_who_sends_to_a_replica_that_is_found_damaged_is_told_in_the_next_turn(life):
+    life.rest()
+    life.perform(hello(5))
+    life.store.damage(STREAM, "a", 3, bytes_only=True)
+    life.store.damaged(STREAM)
+    life.perform(hello(6))
+    doubted, *_ = life.slice()
+    assert (type(doubted), doubted.stream) == (events.ReplicaDoubted, STREAM)
+    [probed] = life.rest()
+    assert probed.session == 6 and probed.held.holding.positions == (3, 8), "once, and then what holds"
+    life.store.recheck(STREAM.instance, None)
+    assert life.rest() == [], "an operator's doubt has been told by the core"
