@@ -4,7 +4,7 @@ Knows: the ROUTER and its monitor, ZAP, tickets. Must not know: dialling, what f
 Invariants: a link exists only after a valid greeting over a connection that is alive; with keys its node is the one whose key was shown; a routing id is
 one life of one connection (the dialler draws a new one each time), so a second connection under the same id is refused by ZeroMQ: there is no hand-over,
 which would splice two connections into one link unseen. ROUTER_MANDATORY tells when a peer is gone; a ROUTER can't hang up, so it says Bye and ignores
-what still comes.
+what still comes. A connection that belongs to no link for NOBODY_NS is cut under ZeroMQ's hands, which lets whoever finished its handshake stay.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from kvguard.transport.shared import Shared
 
 LINKS_MAX = 4096
 NIXL_LINKS_MAX = 128  # each has memory that its peer may write
+NOBODY_NS = 5_000_000_000
 TRIALS_NS = 1_000_000_000  # between two of one link: each has an agent and a zone made
 BULK_WAIT_NS = 3_000_000_000
 BIND_RETRY_NS = 2_000_000  # ZeroMQ closes a listening socket in a thread of its own
@@ -37,6 +38,18 @@ class Accepted(Link):
     trial_from_ns = 0
 
 
+class Caller:
+    """A connection that is alive."""
+
+    __slots__ = ("address", "has_greeted")
+
+    def __init__(self, address: tuple[str, int]):
+        self.address, self.has_greeted = address, False
+
+    def __str__(self) -> str:
+        return "{}:{}".format(*self.address)
+
+
 class Acceptor:
     """Everything behind the addresses that a transport listens at."""
 
@@ -45,7 +58,8 @@ class Acceptor:
         self.links: dict[str, Accepted] = {}
         self._by_routing: dict[bytes, Accepted] = {}
         self._by_fd: dict[int, Accepted] = {}
-        self._callers: dict[int, str] = {}  # descriptor -> address of connections that are alive; "" from the greeting on
+        self._callers: dict[int, Caller] = {}  # by descriptor
+        self._nobody: dict[int, int] = {}  # descriptors of those that no link belongs to, and until when: in order of time
         self._port: bulk.BulkPort | None = None
         self._last_failure = ""
         self._bound: list[str] = []
@@ -130,6 +144,8 @@ class Acceptor:
             self._end(link, "greeting not finished in time")
         if self._port is not None:
             self._port.tick(now_ns)
+        while self._nobody and (first := next(iter(self._nobody.items())))[1] <= now_ns:
+            self._cut(first[0])
         if self._unbound:
             self._bind_again()
         times = [link.deadline_ns for link in self.links.values() if link.deadline_ns]
@@ -137,7 +153,19 @@ class Acceptor:
             times.append(now_ns + BIND_RETRY_NS)
         if self._port is not None and self._port.deadline_ns():
             times.append(self._port.deadline_ns())
+        if self._nobody:
+            times.append(next(iter(self._nobody.values())))
         return min(times, default=0)
+
+    def _cut_later(self, fd: int) -> None:
+        self._nobody.pop(fd, None)  # in order
+        self._nobody[fd] = time.monotonic_ns() + NOBODY_NS
+
+    def _cut(self, fd: int) -> None:
+        """Its DISCONNECTED follows."""
+        del self._nobody[fd]
+        if fd in self._callers and watching.cut(fd, self._callers[fd].address):
+            self._shared.count("cut")
 
     # ---- what woke us ----
 
@@ -148,14 +176,16 @@ class Acceptor:
     def _on_watch(self, events: int) -> None:
         for event, value in self._watch.events():
             if event == zmq.EVENT_ACCEPTED:
-                self._callers[value] = "{}:{}".format(*watching.peer_address(value))
+                self._callers[value] = Caller(watching.peer_address(value))
+                self._cut_later(value)
             elif event in watching.HANDSHAKE_FAILED:
                 self._last_failure = watching.HANDSHAKE_FAILED[event]  # whose it was, its DISCONNECTED says, which comes next
             elif event == zmq.EVENT_DISCONNECTED:
                 failure, self._last_failure = self._last_failure or "went away without a greeting", ""
-                address, link = self._callers.pop(value, ""), self._by_fd.pop(value, None)
-                if address:  # "" since its greeting
-                    self._shared.refused(address, "handshake_failed", f"{address}: {failure}")
+                caller, link = self._callers.pop(value, None), self._by_fd.pop(value, None)
+                self._nobody.pop(value, None)
+                if caller is not None and not caller.has_greeted:
+                    self._shared.refused(str(caller), "handshake_failed", f"{caller}: {failure}")
                 if link is not None:
                     self._end(link, "connection lost")
 
@@ -218,7 +248,8 @@ class Acceptor:
         link = Accepted(self._shared, f"in:{routing.decode(errors='replace')}", self._socket, routing, self._on_messages, self._end)
         link.routing, link.fd, link.node, link.key, link.dialled_as = routing, fd, node, key, (node, greet.link)
         self.links[link.name] = self._by_routing[routing] = self._by_fd[fd] = link
-        self._callers[fd] = ""
+        self._callers[fd].has_greeted = True
+        self._nobody.pop(fd, None)
         link.offered_nixl = greet.nixl and self._has_nixl()
         if greet.bulk and self._shared.settings.nixl is not None and not link.offered_nixl:
             why = "too many links" if greet.nixl else "it has none, or had trouble"
@@ -300,6 +331,7 @@ class Acceptor:
         self._by_routing.pop(link.routing, None)
         if self._by_fd.get(link.fd) is link:  # else the connection is gone already
             del self._by_fd[link.fd]
+            self._cut_later(link.fd)
             link.last_word(reason)
         if self._port is not None:
             self._port.withdraw(link)

@@ -2,7 +2,8 @@
 
 Knows: TCP sockets, framing (format/wire.py), tickets. Must not know: ZeroMQ, what a frame means.
 Invariants: a ticket opens one channel, once, within a bound of time, and is compared in constant time; bounds and header checksum hold before payload memory is
-reserved; nothing blocks; what is queued is bounded in bytes; strangers hold at most STRANGERS_MAX descriptors, each for STRANGER_WAIT_NS.
+reserved; nothing blocks; what is queued is bounded in bytes; strangers hold at most STRANGERS_MAX descriptors, each for STRANGER_WAIT_NS, and the one that has
+been silent longest makes room for the next: whoever has a ticket shows it at once, so a crowd in front of him keeps nobody out.
 
 The channel authenticates, it doesn't encrypt: the ticket travels over the control connection (encrypted where keys are configured), the payloads themselves
 are readable by whoever can read the network between two nodes.
@@ -10,6 +11,7 @@ are readable by whoever can read the network between two nodes.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -28,11 +30,14 @@ TICKET_BYTES = NUMBER_BYTES + SECRET_BYTES
 KNOCK_BYTES = len(MAGIC) + TICKET_BYTES
 STRANGERS_MAX = 64
 STRANGER_WAIT_NS = 2_000_000_000
+ACCEPTS_PER_TURN = 32  # fewer than places: who was accepted last turn still has his when he is heard
+ACCEPT_AGAIN_NS = 100_000_000  # after descriptors ran out
 SCRATCH_BYTES = 64 * 1024  # one read brings in many small frames, or a large frame's header
 READ_BYTES_MAX = 2 * 1024 * 1024  # per turn: other links wait meanwhile, and more would leave the processor's cache before it is looked at
 PARTS_MAX = 16
 KERNEL_BYTES = 2 * 1024 * 1024  # more under way than the processor's cache holds is slower (measured), and bounds what a slow peer holds back
 WAKE_BYTES = 512 * 1024  # of a large payload that has to be there before this side is woken: a wake-up costs as much as copying 100 KiB
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 STUCK_MS = 10_000  # unacknowledged by the peer's kernel for so long: the connection is broken
 
 
@@ -215,14 +220,15 @@ class BulkPort:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, KERNEL_BYTES)  # inherited; the window's scale is settled while connecting
             self._socket.bind((host, port))
-            self._socket.listen(128)
+            self._socket.listen(1024)  # the kernel's queue, in front of the places for strangers
         except OSError:
             self._socket.close()
             raise
         self._socket.setblocking(False)
         self.port = self._socket.getsockname()[1]
         self._tickets: dict[bytes, tuple[bytes, object, int]] = {}  # number -> secret, owner, deadline
-        self._strangers: dict[int, _Stranger] = {}
+        self._strangers: dict[int, _Stranger] = {}  # the oldest first
+        self._accept_from_ns = 0
         wakeup.watch(self._socket.fileno(), self._accept)
 
     def offer(self, owner: object, wait_ns: int) -> bytes:
@@ -237,12 +243,15 @@ class BulkPort:
     def deadline_ns(self) -> int:
         """When tick() is due next, 0 for never."""
         times = [stranger.deadline_ns for stranger in self._strangers.values()] + [ticket[2] for ticket in self._tickets.values()]
-        return min(times, default=0)
+        return min(times + [self._accept_from_ns] if self._accept_from_ns else times, default=0)
 
     def tick(self, now_ns: int) -> None:
         self._tickets = {number: ticket for number, ticket in self._tickets.items() if ticket[2] > now_ns}
         for stranger in [stranger for stranger in self._strangers.values() if stranger.deadline_ns <= now_ns]:
             self._drop(stranger, "showed no ticket in time")
+        if 0 < self._accept_from_ns <= now_ns:
+            self._accept_from_ns = 0
+            self._wakeup.change(self._socket.fileno(), IN)
 
     def close(self) -> None:
         for stranger in list(self._strangers.values()):
@@ -253,19 +262,23 @@ class BulkPort:
         self._socket.close()
 
     def _accept(self, events: int) -> None:
-        while len(self._strangers) < STRANGERS_MAX:
+        for _ in range(ACCEPTS_PER_TURN):
             try:
                 connection, address = self._socket.accept()
             except BlockingIOError:
                 return
-            except OSError as error:  # descriptors exhausted, or the caller is gone again
+            except OSError as error:  # the caller is gone again, or descriptors are exhausted: then it stays in the kernel's queue, and asking again is a loop
                 self._refused("?", f"can't accept: {error.strerror}")
+                if error.errno in EXHAUSTED:
+                    self._accept_from_ns = time.monotonic_ns() + ACCEPT_AGAIN_NS
+                    self._wakeup.change(self._socket.fileno(), 0)
                 return
+            if len(self._strangers) >= STRANGERS_MAX:
+                self._drop(next(iter(self._strangers.values())), "showed no ticket while others waited")
             prepare(connection)
             stranger = _Stranger(connection, f"{address[0]}:{address[1]}", time.monotonic_ns() + STRANGER_WAIT_NS)
             self._strangers[connection.fileno()] = stranger
             self._wakeup.watch(connection.fileno(), lambda events, stranger=stranger: self._hear(stranger))
-        self._wakeup.change(self._socket.fileno(), 0)  # full: the rest waits in the kernel's backlog
 
     def _hear(self, stranger: _Stranger) -> None:
         if stranger.socket.fileno() < 0:
@@ -301,7 +314,6 @@ class BulkPort:
     def _forget(self, stranger: _Stranger) -> None:
         del self._strangers[stranger.socket.fileno()]
         self._wakeup.forget(stranger.socket.fileno())
-        self._wakeup.change(self._socket.fileno(), IN)
 
 
 def raise_if_misused(frames: list[tuple[bytes, memoryview | None]]) -> None:

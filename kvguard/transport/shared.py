@@ -1,11 +1,13 @@
 """What all links and both sides of one transport have in common: its settings, what it reports, what it counts, how its sockets are made.
 
 Knows: ZeroMQ's options, the events of base.py. Must not know: links, greetings.
-Invariants: every event reaches the next receive(), which is woken for it; addresses that are counted are bounded.
+Invariants: every event reaches the next receive(), which is woken for it; addresses that are counted are bounded; callers that are turned away are all
+counted and only some of them told, because each that is told becomes a line of a log, and anybody may call.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,6 +23,9 @@ from kvguard.transport.wakeup import Wakeup
 
 if TYPE_CHECKING:
     from kvguard.transport.nixl_zone import Lending
+
+
+TOLD_AT_ONCE, TOLD_PER_S = 20, 2  # of those who were turned away
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,9 @@ class Shared:
     refusals: dict[str, int] = field(default_factory=dict)  # by address
     registered: list[Registered] = field(default_factory=list)
     lending: Lending | None = None  # with NIXL: memory that every channel has registered
+    _may_tell: float = TOLD_AT_ONCE
+    _told_ns: int = field(default_factory=time.monotonic_ns)
+    _untold: int = 0
 
     def tell(self, event: Incoming) -> None:
         """Hand an event to the next receive()."""
@@ -71,7 +79,16 @@ class Shared:
         if host not in self.refusals and len(self.refusals) >= ADDRESSES_MAX:
             host = "others"
         self.refusals[host] = self.refusals.get(host, 0) + 1
-        self.broken("in:", what, reason)
+        now_ns = time.monotonic_ns()
+        self._may_tell = min(TOLD_AT_ONCE, self._may_tell + (now_ns - self._told_ns) * TOLD_PER_S / 1e9)
+        self._told_ns = now_ns
+        if self._may_tell < 1:
+            self.count(what)
+            self.count("refusals_untold")
+            self._untold += 1
+            return
+        self._may_tell, untold, self._untold = self._may_tell - 1, self._untold, 0
+        self.broken("in:", what, f"{reason} ({untold} more before it were turned away)" if untold else reason)
 
     def open_socket(self, kind: int) -> zmq.Socket:
         """A socket with the options that all connections share."""

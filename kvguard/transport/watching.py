@@ -6,9 +6,11 @@ Invariant: events are given in the order in which they happened; close() before 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket as sockets
 import struct
+from collections.abc import Iterator
 from itertools import count
 
 import zmq
@@ -54,14 +56,35 @@ class Watch:
 
 def peer_address(fd: int) -> tuple[str, int]:
     """Who is at the other end of one of ZeroMQ's own connections; ("", 0) when it is gone already."""
+    with _borrowed(fd) as connection:
+        return _name_of(connection)
+
+
+def cut(fd: int, address: tuple[str, int]) -> bool:
+    """End one of ZeroMQ's own connections, which a ROUTER can't: it sees its peer hang up. False where `address` isn't at the other end (any more)."""
+    with _borrowed(fd) as connection:
+        if connection is None or _name_of(connection) != address:
+            return False
+        with contextlib.suppress(OSError):  # it has hung up this moment
+            connection.shutdown(sockets.SHUT_RDWR)
+        return True
+
+
+@contextlib.contextmanager
+def _borrowed(fd: int) -> Iterator[sockets.socket | None]:
+    """The same connection by another descriptor: ZeroMQ's own one may be closed by its thread, and given to somebody else, at any time."""
     try:
         connection = sockets.socket(fileno=os.dup(fd))
     except OSError:
-        return "", 0
+        yield None
+        return
+    with connection:
+        yield connection
+
+
+def _name_of(connection: sockets.socket | None) -> tuple[str, int]:
     try:
-        name = connection.getpeername()
-        return (name[0], name[1]) if isinstance(name, tuple) else ("local", 0)
+        name = connection.getpeername() if connection is not None else ("", 0)
     except OSError:
         return "", 0
-    finally:
-        connection.close()
+    return (name[0], name[1]) if isinstance(name, tuple) else ("local", 0)
