@@ -22,6 +22,8 @@ from kvguard.gateway.events import Declined, Lost
 from kvguard.gateway.fleet import HEALTH_S
 from kvguard.gateway.journey import Surroundings
 
+PATH_CHARS_SAID = 100  # of a path that isn't there
+
 
 def json_response(document: dict, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(document), status, headers, "application/json")
@@ -103,7 +105,8 @@ class Counted(Response):
 
 async def in_their_form(request: Request, error: HTTPException) -> Response:
     """Starlette's own errors (no such path, wrong method), as an OpenAI client expects them."""
-    return json_response(replies.error(error.detail, "invalid_request_error", error.status_code), error.status_code, error.headers)
+    message = f"{error.detail}: {request.method} {request.url.path[:PATH_CHARS_SAID]}. Try: POST /v1/completions or /v1/chat/completions, GET /v1/models"
+    return json_response(replies.error(message, "invalid_request_error", error.status_code), error.status_code, error.headers)
 
 
 async def a_bug(request: Request, error: Exception) -> Response:

@@ -107,7 +107,8 @@ class Journey:
                             return
                 raise Lost("ended", "[DONE] before the end of the answer")
             except Lost as lost:
-                if lost.kind == "unreached":
+                asked = lost.kind != "unreached"
+                if not asked:
                     self._asked_rung = ""
                 self._lost(member, life, lost)
             finally:
@@ -115,7 +116,9 @@ class Journey:
                 self._count(cached)
             if self._attempts >= around.settings.attempts:
                 raise Lost("ended", f"{self._attempts} instances in turn did not go on with the answer")
-            member, moved = await self._next(member, key, since)
+            if answer.ids and asked:
+                await self._recovered(member, key, since)
+            member, moved = await self._next()
 
     def end(self) -> None:
         """The client has the answer, or will never have more of it."""
@@ -145,18 +148,21 @@ class Journey:
         self._failed[member.name] = life, lost.kind not in UNREACHABLE
         self._waited(FIRST_TOKEN)
 
-    async def _next(self, lost: Member, key: str, since: float) -> tuple[Member, dict | None]:
-        """Who goes on, and with which token. `since`: when the lost one was asked: a fence before that is none of this loss."""
-        around, settings = self._around, self._around.settings
-        if not self.answer.ids:
-            around.counters.resumed.labels("none").inc()  # nothing had come of it
-            return await self._somebody(), None
+    async def _recovered(self, lost: Member, key: str, since: float) -> None:
+        """The recovery of an instance that was asked, as far as it is waited for. `since`: when it was asked: a fence before that is none of this loss."""
+        settings = self._around.settings
         token = await lost.watch.token(key, settings.fence_ms / 1000, settings.resume_ms / 1000)
         fenced_at = lost.watch.fenced_at
         self._waited(FENCE, fenced_at if fenced_at >= since else None)
         self._waited(RECOVERY)
-        if token is not None:
-            self._token = token
+        self._token = token or self._token
+
+    async def _next(self) -> tuple[Member, dict | None]:
+        """Who goes on, and with which token."""
+        around = self._around
+        if not self.answer.ids:
+            around.counters.resumed.labels("none").inc()  # nothing had come of it
+            return await self._somebody(), None
         if not self._usable():
             around.counters.resumed.labels(Rung.TOKENS).inc()
             return await self._somebody(), None

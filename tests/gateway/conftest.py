@@ -208,7 +208,7 @@ class World:
             self.backends = dict(zip(names, self._pool.take(len(names)), strict=True))
         toy_model.save(self.directory)
         lines = tuple(f"{name} {backend.url} {'' if sockets else 'node-'}{name.removeprefix('toy-')}" for name, backend in self.backends.items())
-        values = {"listen": "http://127.0.0.1:0", "probe_ms": 50, "fence_ms": 1000, "resume_ms": 5000, "idle_ms": 20_000, "drain_ms": 5000, **settings}
+        values = {"listen": "http://127.0.0.1:0", "probe_ms": 50, "fence_ms": 1000, "resume_ms": 20_000, "idle_ms": 20_000, "drain_ms": 5000, **settings}
         self.settings = GatewayConfig(instances=lines, tokenizer=str(self.directory), **values)
         self._serving = process.server(self.settings, dial or self._dial)
         bound = process.listening(self.settings)

@@ -205,6 +205,20 @@ def test_who_waits_for_an_instance_hears_of_it_at_once(world, monkeypatch):
     assert resumed(world) == {"replica": 1} and world.metric("kvguard_gateway_stall_part_seconds_count", part="placing") == 1
 
 
+def test_who_was_never_reached_has_no_recovery_to_wait_for(world, monkeypatch):
+    """The first place of the token is dead as well, and nobody has seen it yet: the other one is asked with the same token, at once."""
+    patient(monkeypatch, world, "a", "b", "c")
+    clients = begun(world)
+    world.backends["b"].kill()
+    (request,) = world.in_flight("a")
+    world.backends["a"].kill()
+    world.emitters["a"].fence()
+    world.emitters["a"].recover([world.token("a", request, ("b", "c"), ids=toy_model.answer(request["body"]["prompt"], 10, False))])
+    complete(clients)
+    assert resumed(world) == {"replica": 1} and world.metric("kvguard_gateway_lost_total", kind="unreached") == 1
+    assert world.in_flight("c")[-1]["body"]["kv_transfer_params"]["kvguard"]["instance"] == "a"
+
+
 def test_a_stall_is_not_silence(world, monkeypatch):
     """Comments between events, so that nobody between client and gateway takes the connection for dead."""
     monkeypatch.setattr(answering, "KEEP_ALIVE_S", 0.05)

@@ -414,7 +414,8 @@ def test_streams_of_chunks_of_many_ids_and_of_chats(world):
 
 def test_paths_that_are_not_there(world):
     world.start("a")
-    assert world.post("/v1/embeddings", {}).json()["error"]["code"] == 404
+    refused = world.post("/v1/embeddings", {}).json()["error"]
+    assert refused["code"] == 404 and refused["message"].startswith("Not Found: POST /v1/embeddings. Try: ")
     assert world.get("/v1/completions").status_code == 405
     assert "kvguard_gateway_requests" in world.get("/metrics").text
 

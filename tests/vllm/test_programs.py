@@ -100,6 +100,7 @@ def program(tmp_path):
         shutil.rmtree(one.temporary)
 
 
+@pytest.mark.e2e
 def test_a_measurement_that_is_ended_keeps_what_it_found(program, tmp_path):
     """SIGTERM twice, as `timeout` sends it, in the middle of the second pair or later."""
     output = tmp_path / "found.json"
@@ -115,6 +116,7 @@ def test_a_measurement_that_is_ended_keeps_what_it_found(program, tmp_path):
     assert found["ended_by"] == "SIGTERM" and found["complete"] is False and found["throughput"]["tokens_per_s"]["bare"] > 0 and "start" in found["took_s"]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("name", "number", "code"), [("vllm_kills.py", signal.SIGINT, 130), ("demo_vllm.py", signal.SIGTERM, 143), ("bench_vllm.py", signal.SIGINT, 130)]
 )
