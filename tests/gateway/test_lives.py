@@ -233,6 +233,6 @@ def test_a_stall_is_not_silence(world, monkeypatch):
     world.backends["b"].set(stall=25)
     with httpx.stream("POST", world.url + "/v1/completions", json=body, timeout=20, trust_env=False) as response:
         assert next(line for line in response.iter_lines() if line.startswith(":")) == answering.STILL_HERE.decode().strip()
-    lose(world, "a", "c")
     world.backends["b"].set(stall=-1)
+    lose(world, "a", "c")
     complete(clients)
