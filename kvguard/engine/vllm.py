@@ -10,6 +10,7 @@ Invariants
 - What can't be protected is refused at start, with the reason; an engine whose daemon is away starts and serves, unprotected, and says so once.
 - Generations of blocks rise (`Rows.before`) before the forward pass that may overwrite them is launched, and a step is committed behind its last KV write.
 - A moved request that can't be restored by every worker is computed by all; at least its last position always is.
+- An engine that ends while requests run leaves them to be recovered: only one that is idle detaches.
 - A worker is one rank; one that can't be followed any more ends the attachment of all, because what some of them have can't be resumed.
 """
 
@@ -292,8 +293,14 @@ class KvguardConnector(KVConnectorBase_V1, SupportsHMA):
         return False
 
     def shutdown(self) -> None:
+        """Who has sequences still doesn't detach: vLLM ends all workers in order when one of them was killed, and what they had goes on elsewhere. The end of this
+        process is then seen for what it is."""
         if self.role == KVConnectorRole.WORKER and self.loads is not None:
             self.loads.close()
-        if self.rows is not None:
-            self.rows.guard.detach()
-            self.rows = None
+        rows, self.rows = self.rows, None
+        if rows is None:
+            return
+        if live := len(rows.guard.table.sequences()):
+            _log.warning("kvguard: %s of %r ends with %d sequences under way, which may go on elsewhere", rows.guard.role, self.settings.instance, live)
+        else:
+            rows.guard.detach()

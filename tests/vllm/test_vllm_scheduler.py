@@ -71,6 +71,7 @@ class Bench:
             if one is not None:
                 one.pool = pool
         self.worker, self.pool = self.workers[0], self.pools[0]
+        self.guards, self.scheduler_guard = [worker.rows.guard for worker in self.workers], self.scheduler.connector.rows.guard
         self.runner = Runner(self.workers, self.pools, seed, drafts)
         self.depth, self.drafts = depth, drafts
         self.flying: deque = deque()
@@ -121,8 +122,10 @@ class Bench:
 
     def close(self) -> None:
         self.scheduler.shutdown()
-        for worker in self.workers:
+        for worker, guard in zip(self.workers, self.guards, strict=True):
             worker.shutdown()
+            guard.detach()  # also where sequences are left, for whose sake the connector doesn't
+        self.scheduler_guard.detach()
 
 
 @pytest.fixture
@@ -380,6 +383,28 @@ def test_a_bug_in_one_worker_ends_the_protection_of_all(bench, monkeypatch):
     assert all(guard._detached for guard in guards) and "a bug of ours" in world.worker.broken and world.scheduler.connector.broken
     world.drain()
     assert world.outputs["cmpl-one-0-00000001"] == continuation([1, 2, 3, 4, 5], 40)
+
+
+def test_an_engine_that_ends_with_requests_under_way_leaves_them_to_be_recovered(bench):
+    """When one worker is killed vLLM ends the others in order: were they to detach, there would be nothing to go on with."""
+    world = bench(1, 64, 0, 1, None, None)
+    world.add("cmpl-one-0-00000001", [1, 2, 3, 4, 5], 40)
+    for _ in range(5):
+        world.turn()
+    guards = [*world.guards, world.scheduler_guard]
+    for role in (*world.workers, world.scheduler.connector):
+        role.shutdown()
+    assert not any(guard._detached for guard in guards)
+    assert all(list(guard.table.sequences()) == ["one"] for guard in guards)
+
+
+def test_an_idle_engine_that_ends_detaches(bench):
+    world = bench(1, 64, 0, 1, None, None)
+    world.add("cmpl-one-0-00000001", [1, 2, 3, 4, 5], 10)
+    world.drain()
+    for role in (*world.workers, world.scheduler.connector):
+        role.shutdown()
+    assert all(guard._detached for guard in (*world.guards, world.scheduler_guard))
 
 
 def execute_with_faults(runner: Runner, output):
