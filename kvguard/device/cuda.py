@@ -6,7 +6,7 @@ Invariants
 - Nothing of CUDA is imported or opened before `prepare`, `allocate`, `share` or the first `open`.
 - A GPU that can't be used is said once and remembered: attaching to it is refused with the reason, and nothing else of the process suffers.
 - Descriptors are closed here whatever happens.
-- A host pool (what a dead GPU pool was salvaged into) opens as GPU memory of the same layout, with the bytes that the host pool has.
+- A host pool (what a dead GPU pool was salvaged into) opens as GPU memory of the same layout, with the bytes that the host pool has; for reading as what it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from kvguard.device import card, exports
 from kvguard.device.driver import Driver
 from kvguard.device.gpu_pool import GpuPool
-from kvguard.device.host import HostDevice
+from kvguard.device.host import HostDevice, HostPool
 from kvguard.device.kept import KeptMemory, KeptPool
 from kvguard.device.mappings import Mappings
 from kvguard.device.opened import RING_BYTES, STAGED_BYTES, OpenedPool
@@ -115,13 +115,15 @@ class CudaDevice:
 
     # ---- another process's ----------------------------------------------------------------------------------------------------------
 
-    def open(self, layout: Layout, descriptors: list[int], writable: bool = True) -> OpenedPool | OwnedPool:
-        """See device/base.py: a card's pool for reading (only kept memory is offered `writable`), a host pool's bytes in GPU memory of our own."""
+    def open(self, layout: Layout, descriptors: list[int], writable: bool = True) -> OpenedPool | OwnedPool | HostPool:
+        """See device/base.py: a card's pool for reading (only kept memory is offered `writable`); a host pool for reading, or its bytes in our own memory."""
         held = list(descriptors)
         try:
             if not held:
                 raise Refused("a GPU's pool comes as a descriptor with its card. Try: Pool.export()")
             terms = card.read(held[0])
+            if terms is None and not writable:  # a daemon's view of an engine in host memory: a copy would never hear of a step
+                return HostDevice().open(layout, [os.dup(descriptor) for descriptor in held], writable=False)
             if terms is None:
                 return self._adopt(layout, held)
             return self._open(layout, terms, held, writable)

@@ -227,6 +227,19 @@ def test_what_was_committed_is_salvaged_after_the_engine_s_death_and_adopted(kin
     saved.close()
 
 
+def test_an_engine_in_host_memory_is_read_where_it_writes():
+    """A daemon with a GPU took a copy of such a pool at attach, and protected that, with sums that held, for ever."""
+    layout = LAYOUTS["usual"]
+    pool = open_device("host").allocate(layout)
+    view = device_of("rehearsal").open(layout, pool.export(), writable=False)
+    data, out = memoryview(os.urandom(layout.block_bytes)), memoryview(bytearray(layout.block_bytes))
+    pool.scatter_blocks([2], data)
+    view.capture_blocks([2], out)
+    assert bytes(out) == bytes(data)
+    view.close()
+    pool.close()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_salvage_keeps_to_its_time(kind, other):
     layout = LAYOUTS["usual"]
