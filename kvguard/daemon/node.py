@@ -26,6 +26,7 @@ from kvguard.daemon.copies import Copies
 from kvguard.daemon.fetching import Fetching
 from kvguard.daemon.journal import Journal
 from kvguard.daemon.keeping import owner_of, shelf_of
+from kvguard.daemon.lending import lend
 from kvguard.daemon.loop import Loop
 from kvguard.daemon.mail import Mail, answering
 from kvguard.daemon.measure import Measures, watched
@@ -101,7 +102,7 @@ class NodeDaemon:
         self.loop = Loop(self.core, node_performer(self.shell))
         self.workers = Workers(self.loop)
         self.shell.copies = Copies(self.workers, self.loop.after)
-        device = LaterDevice(config.device, capture=config.capture, ring_bytes=config.ring_bytes, bytes_per_s=config.capture_bytes_per_s)
+        device = self.device = LaterDevice(config.device, capture=config.capture, ring_bytes=config.ring_bytes, bytes_per_s=config.capture_bytes_per_s)
         fault = device.prepare()
         for event in self.shell.copies.failed(config.device, fault) if fault else ():
             self.loop.feed(event)
@@ -216,6 +217,9 @@ class NodeDaemon:
         if type(message) is local.Fetch:
             self.fetching.fetch(incoming.connection, message)
             return ()
+        if type(message) is local.PoolWanted:
+            lend(self.device, self.control.send, incoming.connection, message, next(iter(self.workers.faults().values()), ""))
+            return ()
         self.shell.counters["local_refused"] += 1
         self.control.drop(incoming.connection)
         self.ranks.disconnected(incoming.connection)
@@ -274,6 +278,10 @@ class LaterDevice:
     def open(self, layout: Layout, descriptors: list[int], writable: bool = True) -> Pool:
         """See device/base.py."""
         return self._opened().open(layout, descriptors, writable=writable)
+
+    def lend(self, layout: Layout, gpu: str = "") -> list[int]:
+        """See device/base.py."""
+        return self._opened().lend(layout, gpu)
 
     def _opened(self) -> Device:
         if self._device is None:

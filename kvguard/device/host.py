@@ -152,6 +152,14 @@ class HostDevice:
             os.close(descriptor)
             raise
 
+    def lend(self, layout: Layout, gpu: str = "") -> list[int]:
+        """See device/base.py."""
+        pool = self.allocate(layout)
+        try:
+            return pool.export()
+        finally:
+            pool.close()
+
     def open(self, layout: Layout, descriptors: list[int], writable: bool = True) -> HostPool:
         """See device/base.py. `writable` false: a daemon's view. Raises Refused, and closes the descriptors, where they don't fit the layout."""
         try:

@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from kvguard.device import card
 from kvguard.device.driver import Driver
 from kvguard.device.exports import DIRECT_MAX, close_all, mapped
-from kvguard.device.host import HostDevice, HostPool
 from kvguard.device.mappings import Mappings
 from kvguard.device.opened import OpenedPool
-from kvguard.errors import Refused, TimedOut
+from kvguard.errors import Refused
 from kvguard.format.layout import Layout
 
 
@@ -83,26 +82,15 @@ class KeptPool(OpenedPool):
             raise
 
     def export(self) -> list[int]:
-        """The same files as ever. Raises DeviceLost, Refused."""
-        self._refuse_lost()
+        """The same files as ever. Raises Refused after a fault of the GPU."""
+        if self.lost:
+            raise Refused(self.lost)
         return self._kept.export()
 
     def salvage(self, sequences: Sequence[Sequence[int]], salvage_ms_max: int) -> tuple[KeptPool, int]:
         """All of it is where it was, and stays mapped. Raises DeviceLost after a fault of the GPU."""
         self._refuse_lost()
         return self, len(sequences)
-
-    def in_host(self, blocks: Sequence[int], copy_ms_max: int) -> HostPool:
-        """A host pool of the same layout that holds these blocks, for a process that has no such memory. Raises TimedOut, DeviceLost, Refused."""
-        self._refuse_lost()
-        copied = HostDevice().allocate(self.layout)
-        try:
-            if not self._carry(copied, list(dict.fromkeys(blocks)), self.deadline(copy_ms_max)):
-                raise TimedOut(f"{len(blocks)} blocks could not be copied in {copy_ms_max} ms. Try: a larger salvage_ms_max, or compute them from the ids")
-        except BaseException:
-            copied.close()
-            raise
-        return copied
 
     def close(self) -> None:
         super().close()

@@ -198,7 +198,7 @@ class OpenedPool:
         Then this mapping is closed, so that a restart can allocate. Raises DeviceLost after a fault of the GPU: then nothing was read.
         """
         self._refuse_lost()
-        deadline = self.deadline(salvage_ms_max)
+        deadline = time.monotonic() + salvage_ms_max / 1000
         saved, kept = HostDevice().allocate(self.layout), set()
         count = 0
         try:
@@ -214,11 +214,6 @@ class OpenedPool:
             raise
         self.close()
         return saved, count
-
-    @staticmethod
-    def deadline(ms_max: int) -> float:
-        """Of the monotonic clock."""
-        return time.monotonic() + ms_max / 1000
 
     def _carry(self, saved: HostPool, blocks: list[int], deadline: float) -> bool:
         for first in range(0, len(blocks), self._mirror.blocks):

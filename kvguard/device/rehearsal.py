@@ -51,7 +51,7 @@ class Rehearsal:
         self._lock = threading.RLock()  # a driver may be called from any thread
         self.ends: list[bool] = []  # of each event, whether it was reached
         self.launched: list[str] = []
-        self.virtual = RehearsedVirtual()
+        self.virtual = RehearsedVirtual(self._refuse_lost)
         self.held_pages: set[int] = set()  # host memory that is registered, by address
 
     def lose(self, why: str) -> None:

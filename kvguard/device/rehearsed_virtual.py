@@ -12,6 +12,7 @@ import fcntl
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvguard.device.driver import Chunk
@@ -37,11 +38,12 @@ class _Memory:
 
 
 class RehearsedVirtual:
-    """See driver.Virtual."""
+    """See driver.Virtual. `refuse_lost`: raises DeviceLost once the GPU had a fault."""
 
     granularity = GRANULARITY
 
-    def __init__(self) -> None:
+    def __init__(self, refuse_lost: Callable[[], None] = lambda: None) -> None:
+        self._refuse_lost = refuse_lost
         self._lock = threading.Lock()
         self._handles: dict[int, _Memory] = {}
         self._mapped: dict[int, tuple[int, _Memory]] = {}  # address -> size, memory
@@ -61,6 +63,7 @@ class RehearsedVirtual:
     # ---- memory -------------------------------------------------------------------------------------------------------------------
 
     def create(self, size: int, shareable: bool = True) -> int:
+        self._refuse_lost()
         _refuse_odd(size)
         file = os.memfd_create("kvguard-rehearsal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(file, size)
@@ -75,6 +78,7 @@ class RehearsedVirtual:
             return number
 
     def retained(self, address: int) -> int:
+        self._refuse_lost()
         found = self._at(address)
         if found is None:
             raise Refused(f"nothing is mapped at {address:#x}. Try: an address of the pool")
@@ -85,12 +89,14 @@ class RehearsedVirtual:
             _let_go(self._handles.pop(handle))
 
     def descriptor_of(self, handle: int) -> int:
+        self._refuse_lost()
         memory = self._handles[handle]
         if not memory.shareable:
             raise Refused("the memory was not made to be shared by descriptor. Try: memory that was")
         return os.dup(memory.file)
 
     def imported(self, descriptor: int) -> int:
+        self._refuse_lost()
         try:
             seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
         except OSError as error:
@@ -102,6 +108,7 @@ class RehearsedVirtual:
     # ---- addresses ----------------------------------------------------------------------------------------------------------------
 
     def reserve(self, size: int) -> int:
+        self._refuse_lost()
         _refuse_odd(size)
         address = _map(None, size, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE, -1)
         with self._lock:
@@ -109,6 +116,7 @@ class RehearsedVirtual:
         return address
 
     def unreserve(self, address: int, size: int) -> None:
+        self._refuse_lost()
         with self._lock:
             assert self._reserved[address] == size, "addresses are given back as they were reserved"
             assert not any(address <= at < address + size for at in self._mapped), "something is still mapped there"
@@ -116,6 +124,7 @@ class RehearsedVirtual:
         _libc.munmap(address, size)
 
     def map(self, address: int, size: int, handle: int) -> None:
+        self._refuse_lost()
         memory = self._handles[handle]
         _refuse_odd(size)
         if size > memory.size:
@@ -128,6 +137,7 @@ class RehearsedVirtual:
             self._mapped[address] = size, memory
 
     def unmap(self, address: int, size: int) -> None:
+        self._refuse_lost()
         with self._lock:
             whole, memory = self._mapped.pop(address)
             assert whole == size, "what was mapped in one piece is unmapped in one"
@@ -139,6 +149,7 @@ class RehearsedVirtual:
         return None if found is None else Chunk(found[0], found[1][0], found[1][1].shareable)
 
     def clear(self, address: int, size: int) -> None:
+        self._refuse_lost()
         ctypes.memset(address, 0, size)
 
     def _at(self, address: int) -> tuple[int, tuple[int, _Memory]] | None:

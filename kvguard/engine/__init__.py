@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvguard.engine.attach import allocate, attach, attach_scheduler, attach_standby
+from kvguard.engine.borrowing import borrow
 from kvguard.engine.fetch import Fetch, Fetched
 from kvguard.engine.guard import Guard, Step
 from kvguard.engine.restore import Restored, RestoredSequence
@@ -12,5 +13,5 @@ from kvguard.types import Rank
 
 __all__ = [
     "Claim", "Fetch", "Fetched", "Guard", "Layout", "Rank", "Restored", "RestoredSequence", "Standby", "Step", "allocate", "attach", "attach_scheduler",
-    "attach_standby",
+    "attach_standby", "borrow",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ Invariants: a message over limits.SOCKET_BYTES_MAX travels as Body with a sealed
 
 Descriptor order: Attach rank [pidfd, bell eventfd, table memfd, pool..., a lifeline's memfd where `lifeline`];
 Attach scheduler [pidfd, bell, table]; Attach standby [pidfd].
+PoolLent [pool...]. A pool is one memfd (host), or a card and what is behind it (device/exports.py).
 ClaimOrder [table, pool...] when `adopt`, else one arena descriptor per entry of `replicas`.
 """
 
@@ -135,13 +136,34 @@ class FetchRefused(Local, frozen=True):
     again: bool = False
 
 
+class PoolWanted(Local, frozen=True):
+    """engine -> daemon, before it attaches: memory for a pool that is to outlive this process. `device`: kind; `gpu`: UUID of the one that it is to be on."""
+
+    layout: Layout
+    device: str
+    gpu: str = ""
+
+
+class PoolLent(Local, frozen=True):
+    """daemon -> engine, with the pool's descriptors: they come back with the Attach, and to whoever adopts the pool."""
+
+
+class LendRefused(Local, frozen=True):
+    """daemon -> engine."""
+
+    reason: str
+
+
 class Body(Local, frozen=True):
     """The message itself is in the memfd that comes first; `descriptors` of it follow."""
 
     bytes: int
 
 
-ALL = Attach | Attached | AttachRefused | Detach | RestoreOrder | ClaimOrder | Restored | Body | Fetch | FetchGiven | FetchRefused
+ALL = (
+    Attach | Attached | AttachRefused | Detach | RestoreOrder | ClaimOrder | Restored | Body | Fetch | FetchGiven | FetchRefused
+    | PoolWanted | PoolLent | LendRefused
+)  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ALL)

@@ -129,6 +129,27 @@ def test_canonical_bytes_do_not_depend_on_strides(kind):
 
 
 @pytest.mark.parametrize("kind", DEVICES)
+def test_lent_memory_is_one_memory_for_all_who_open_it_and_outlives_each(kind):
+    layout, device = Layout.paged("m", "float16", 2, 3, 4, 1, 2), open_device(kind)
+    lent = device.lend(layout)
+    view = device.open(layout, [os.dup(fd) for fd in lent], writable=False)  # as a daemon has it
+    engine = device.open(layout, lent)
+    wanted = bytes(range(layout.block_bytes % 256)) * 8
+    engine.scatter_blocks([1], memoryview(wanted[: layout.block_bytes]))
+    engine.close()
+    out = memoryview(bytearray(layout.block_bytes))
+    assert view.capture_blocks([1], out) == layout.block_bytes and bytes(out) == wanted[: layout.block_bytes]
+    successor = device.open(layout, view.export())
+    view.close()
+    out[:] = bytes(len(out))
+    successor.capture_blocks([1], out)
+    assert bytes(out) == wanted[: layout.block_bytes]
+    successor.close()
+    with pytest.raises(BadConfig):
+        device.lend(Layout.paged("m", "float16", 1, 0, 4, 1, 2))
+
+
+@pytest.mark.parametrize("kind", DEVICES)
 def test_pieces_outside_the_pool_are_refused_before_a_byte_moves(kind):
     layout = Layout.paged("m", "float16", 1, 3, 4, 1, 2)
     pool = open_device(kind).allocate(layout)

@@ -181,3 +181,93 @@ def test_a_pouch_that_nobody_empties_goes_with_its_descriptor():
     before = open_files()
     os.close(pouch.filled([os.memfd_create("a") for _ in range(300)]))
     assert open_files() == before
+
+
+# ---- memory that outlives its engine --------------------------------------------------------------------------------------------------
+
+
+def taken_by(engine: Other, kind: str, fds: list[int], fresh: bool = False) -> list[int]:
+    """The engine goes on in lent memory; what it hands to its daemon. `fds` stay open."""
+    answer, out = engine.ask("take", fds, kind=kind, layout=msgspec.json.encode(USUAL).decode(), fresh=fresh)
+    assert "refused" not in answer, answer
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_successor_goes_on_in_the_same_memory(kind, other, third):
+    device = device_of(kind)
+    lent = device.lend(USUAL, device.driver().uuid)
+    view = device.open(USUAL, taken_by(other, kind, lent, fresh=True), writable=False)
+    for fd in lent:
+        os.close(fd)
+    unit, slots = view.plan.unit_bytes, list(range(24))
+    assert captured(view, slots) == [bytes(unit)] * 24  # it begins as zeros
+    other.join(view)
+    other.ask("write", seed=1, slots=slots, value=1)
+    until(lambda: other.word[0] == 1)
+    other.ask("write", seed=2, slots=[7], said=False)
+    other.kill()
+    left, whole = view.salvage([[0], [1, 2], [5]], 0)
+    assert left is view and whole == 3  # nothing was copied, no time was needed
+    handed = view.export()
+    back = taken_by(third, kind, handed)
+    assert len(back) == len(handed) and all(os.path.sameopenfile(*pair) for pair in zip(back, handed, strict=True))
+    for fd in (*back, *handed):
+        os.close(fd)
+    wanted = [values_of(2 if slot == 7 else 1, slot, unit) for slot in slots]
+    assert third.ask("read", slots=slots)[0]["bytes"] == [one.hex() for one in wanted]
+    third.join(view)  # the same ring, from where it is
+    for step in range(3, 30):
+        third.ask("write", seed=step, slots=[step % 24], value=step)
+        until(lambda step=step: third.word[0] == step)
+        wanted[step % 24] = values_of(step, step % 24, unit)
+        assert captured(view, slots) == wanted
+    assert view.from_ring > 24
+    view.close()
+    view.close()
+    assert third.ask("read", slots=[0])[0]["bytes"] == [wanted[0].hex()]  # its engine has it still
+
+
+def test_lent_memory_goes_with_the_last_that_has_it():
+    driver, before = Rehearsal(), open_files()
+    device = CudaDevice(lambda: (driver,), Capturing(ring_bytes=1, staged_bytes=1))
+    lent = device.lend(USUAL)
+    pool = device.open(USUAL, [os.dup(fd) for fd in lent])
+    view = device.open(USUAL, lent, writable=False)
+    assert driver.virtual.reserved_bytes == 2 * driver.virtual.granularity and driver.virtual.handles == 0
+    pool.close()
+    pool.close()
+    view.close()
+    assert driver.virtual.reserved_bytes == 0 and open_files() == before
+
+
+def test_nobody_goes_on_in_kept_memory_after_a_fault_of_the_gpu():
+    driver = Rehearsal()
+    device = CudaDevice(lambda: (driver,), Capturing(ring_bytes=1, staged_bytes=1))
+    view = device.open(USUAL, device.lend(USUAL), writable=False)
+    driver.lose("Xid 79: the GPU has fallen off the bus")
+    with pytest.raises(DeviceLost, match="fallen off"):
+        captured(view, [0])
+    with pytest.raises(DeviceLost, match="fallen off"):
+        view.salvage([[0]], 1000)
+    with pytest.raises(Refused, match="fallen off"):
+        view.export()
+    view.close()
+    with pytest.raises((Refused, DeviceLost), match="Try:"):
+        device.lend(USUAL)
+
+
+def test_kept_memory_that_could_not_be_handed_on_is_refused():
+    driver, before = Rehearsal(), open_files()
+    device = CudaDevice(lambda: (driver,))
+    for writable in (True, False):
+        first, *behind = device.lend(USUAL)
+        for lacking in ([first], [first, *behind, os.dup(first)]):
+            with pytest.raises(Refused, match="Try:"):
+                device.open(USUAL, [os.dup(fd) for fd in lacking], writable=writable)
+        small = msgspec.structs.replace(card.read(first), offset=driver.virtual.granularity)
+        with pytest.raises(Refused, match="too few"):
+            device.open(USUAL, [card.write(small), *(os.dup(fd) for fd in behind)], writable=writable)
+        for fd in {first, *behind, lacking[-1]}:
+            os.close(fd)
+    assert driver.virtual.reserved_bytes == 0 and open_files() == before

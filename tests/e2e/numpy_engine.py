@@ -14,12 +14,13 @@ import sys
 import numpy as np
 import xxhash
 
-from kvguard.engine import Layout, Rank, allocate, attach, attach_scheduler, attach_standby
+from kvguard.engine import Layout, Rank, allocate, attach, attach_scheduler, attach_standby, borrow
 from kvguard.errors import Fenced, KvguardError
 from kvguard.format.moves import decode
 
 BLOCKS, TOKENS = 256, 16
 DEVICE = os.environ.get("ENGINE_DEVICE", "host")
+BORROWS = "ENGINE_BORROWS" in os.environ  # its pool from its daemon, to outlive it
 
 
 def layout_of(rank: str, model: str = "numpy") -> Layout:
@@ -144,6 +145,12 @@ class Engine:
         self.weights = np.ones(mib << 20, np.uint8)
         return {"held": mib}
 
+    def unsaid(self) -> dict:
+        """Whether a block that no sequence ever had is as the first engine of this memory left it: nobody copies such a block."""
+        out = memoryview(bytearray(self.pool.layout.block_bytes))
+        self.pool.capture_blocks([BLOCKS - 1], out)
+        return {"as_it_was": bytes(out) == b"\xa5" * len(out)}
+
     def counts(self) -> dict:
         """Of a pool on a GPU: whether it has a ring, steps packed into it and skipped."""
         return {"joined": self.pool.joined, "packed": self.pool.packed, "skipped": self.pool.skipped, "lost": self.pool.lost}
@@ -219,7 +226,7 @@ def main(role: str, instance: str, rank: str, socket: str, model: str = "numpy")
         engine.take(guard.restore(10.0))
         say({"claimed": True, "adopted": adopted, "lengths": engine.lengths})
     else:
-        pool = allocate(layout_of(rank, model), DEVICE)
+        pool = borrow(layout_of(rank, model), DEVICE, socket=socket) if BORROWS else allocate(layout_of(rank, model), DEVICE)
         pool.scatter_blocks(range(BLOCKS), memoryview(b"\xa5" * pool.layout.pool_bytes))  # what nobody wrote is no zero
         guard = attach(instance, Rank.parse(rank), pool, endpoint=f"engine of {rank}", socket=socket, positions_max=1024)
         engine = Engine(rank, guard, pool)
