@@ -12,6 +12,7 @@ import click
 
 from kvguard.cli import show
 from kvguard.cli.options import output_option
+from kvguard.errors import BadConfig, NotAuthorised, Refused, TimedOut, Unreachable
 from kvguard.transport import keys as keyring
 from kvguard.transport import rotating
 
@@ -70,11 +71,15 @@ def document(found: keyring.Keys) -> dict:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
 @click.option("--allow", multiple=True, callback=named_keys, metavar="NODE=KEY", help="At everybody else: NODE's new key, beside its old one.")
 @click.option("--switch", is_flag=True, help="Where the key is: the new pair in the place of the old one.")
-@click.option("--finish", is_flag=True, help="Everywhere, at the end: of each node the newest key alone.")
+@click.option("--finish", is_flag=True, help="Everywhere, at the end: of each node the newest key alone. Refused while one of them still uses an older one.")
+@click.option("--unasked", is_flag=True, help="Finish without asking whether the others use their new keys: who doesn't is locked out.")
+@click.option("--config", "place", type=click.Path(), envvar="KVGUARD_CONFIG", help="For --finish: a configuration that says where to ask.")
+@click.option("--coordinator", "address", envvar="KVGUARD_COORDINATOR", help="For --finish: tcp://HOST:PORT of the coordinator.")
+@click.option("--timeout", type=click.FloatRange(0.1, 3600.0), default=5.0, show_default=True, help="Seconds to wait for each answer.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done.")
 @click.option("--yes", is_flag=True, help="Don't ask before old keys go.")
 @output_option
-def rotate(file: str, allow: dict[str, bytes], switch: bool, finish: bool, dry_run: bool, yes: bool, output: str) -> None:
+def rotate(file: str, allow: dict[str, bytes], switch: bool, finish: bool, unasked: bool, dry_run: bool, yes: bool, output: str, **asking) -> None:
     """Another key for this process, without locking anybody out. After each step: reload (SIGHUP) whose FILE it is.
 
     \b
@@ -88,6 +93,8 @@ def rotate(file: str, allow: dict[str, bytes], switch: bool, finish: bool, dry_r
     step = rotating.allowing(allow) if allow else rotating.switched if switch else rotating.finished if finish else rotating.begun
     before = keyring.load(file)
     lines = step([], before)  # whether the step makes sense now
+    if finish and not unasked:
+        demand_switched(file, before, **asking)
     if finish:
         gone = [f"{key.decode()} of {node}" for node, olds in sorted(rotating.superseded(before).items()) for key in olds]
         said = f"{', '.join(gone)} will be refused"
@@ -106,3 +113,19 @@ def rotate(file: str, allow: dict[str, bytes], switch: bool, finish: bool, dry_r
     if not (allow or switch or finish):
         click.echo(f"Everywhere else: kvguard keys rotate FILE --allow {own}={after.coming[1].decode()}")
     click.echo(f"{file} is changed. Reload whose it is (systemctl reload kvguard-node, or kvguard-coordinator; SIGHUP).", err=True)
+
+
+def demand_switched(file: str, before: keyring.Keys, place: str | None, address: str | None, timeout: float) -> None:
+    """Raises Refused where somebody would be locked out who still uses a key that goes, or may."""
+    from kvguard.cli.asking import Reach, found
+    from kvguard.cli.superseded import unproved
+
+    try:
+        why = unproved(Reach(*found(place, address, file, False), timeout), before)
+    except (BadConfig, Unreachable, TimedOut, NotAuthorised) as error:
+        raise type(error)(f"nobody can say whether all use their new keys: {error} And with --unasked nobody is asked") from error
+    if why:
+        raise Refused(
+            f"who still uses an older key would be locked out. {'; '.join(why)}. Try: kvguard keys rotate FILE --switch there, and reload; "
+            "or --unasked, where you know better"
+        )

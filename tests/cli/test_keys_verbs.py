@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from kvguard.errors import BadConfig
+from kvguard.errors import BadConfig, NotAuthorised
 from kvguard.transport import keys
 
 
@@ -58,15 +58,52 @@ def test_a_rotation_step_by_step(tmp_path, cli):
     code, _, err = cli("keys", "rotate", str(mine), "--switch")
     assert code == 78 and "no new pair" in err
 
-    code, out, _ = cli("keys", "rotate", str(theirs), "--finish", "--dry-run", "-o", "json")
+    code, out, _ = cli("keys", "rotate", str(theirs), "--finish", "--unasked", "--dry-run", "-o", "json")
     assert code == 0 and old.public.decode() in json.loads(out)["would"] and theirs.read_bytes() == both
     for file in (mine, theirs):
-        assert cli("keys", "rotate", str(file), "--finish", "--yes")[0] == 0
+        assert cli("keys", "rotate", str(file), "--finish", "--yes", "--unasked")[0] == 0
         assert keys.load(file).of("a") == (new,) and file.read_text().startswith("# of the operators\n") and file.stat().st_mode & 0o777 == 0o600
     code, _, err = cli("keys", "rotate", str(mine), "--finish", "--yes")
     assert code == 78 and "nothing to finish" in err
     assert cli("keys", "rotate", str(mine), "--finish", "--switch")[0] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.key", "b.key"]
+
+
+@pytest.mark.parametrize("uses", ["old", "new", "nothing"])
+@pytest.mark.parametrize("whose", ["a", "coordinator", "driver"])
+def test_old_keys_go_only_when_nobody_uses_them(tmp_path, cli, monkeypatch, whose, uses):
+    """Where a peer finished first, whose key it was could connect to nobody any more."""
+    theirs, old, new = tmp_path / "b.key", keys.generate().public, keys.generate().public
+    made(theirs, "b", **{whose: old})
+    assert cli("keys", "rotate", str(theirs), "--allow", f"{whose}={new.decode()}")[0] == 0
+    both = theirs.read_bytes()
+
+    def ask(address, verb, arguments, timeout, known, *, node, insecure):
+        if set(known.of(node)) == {old, new}:
+            return {"schema": "kvguard.status/1", "coordinator": {"issuer": "c"}, "paused": False, "instances": [], "ranks": [], "nodes": [
+                {"node": "a", "address": "tcp://a:1", "state": "alive", "reason": "", "heartbeat_age_ms": 1.0, "arena_bytes": 0, "arena_bytes_max": 1,
+                 "standbys": 0}]}  # fmt: skip
+        if (old if uses == "old" else new if uses == "new" else b"") not in known.of(node) and node == whose:
+            raise NotAuthorised(f"{address} refused us. Try: another key")
+        return {"nodes": []}
+
+    monkeypatch.setattr("kvguard.cli.superseded.ask", ask)
+    monkeypatch.setattr("kvguard.cli.superseded.Reach.coordinator", lambda reach, verb: ask("", verb, {}, 1.0, keys.load(theirs), node=whose, insecure=False))
+    code, _, err = cli("keys", "rotate", str(theirs), "--finish", "--yes", "--coordinator", "tcp://127.0.0.1:1")
+    if uses == "new" and whose != "driver":
+        assert code == 0 and keys.load(theirs).of(whose) == (new,), err
+        return
+    said = "can't be asked" if whose == "driver" else "still uses an older key" if uses == "old" else "answers with none"
+    assert code == 4 and said in err and "--unasked" in err and "Try: " in err and theirs.read_bytes() == both
+    assert cli("keys", "rotate", str(theirs), "--finish", "--yes", "--unasked")[0] == 0 and keys.load(theirs).of(whose) == (new,)
+
+
+def test_where_nobody_can_be_asked_nothing_is_finished(tmp_path, cli):
+    theirs, new = tmp_path / "b.key", keys.generate().public.decode()
+    made(theirs, "b", a=keys.generate().public, coordinator=keys.generate().public)
+    cli("keys", "rotate", str(theirs), "--allow", f"a={new}")
+    code, _, err = cli("keys", "rotate", str(theirs), "--finish", "--yes", "--coordinator", "tcp://127.0.0.1:1", "--timeout", "0.3")
+    assert code == 3 and "nobody can say" in err and "--unasked" in err and len(keys.load(theirs).of("a")) == 2
 
 
 def test_a_key_file_that_is_wrong_in_mid_rotation_is_named(tmp_path):
