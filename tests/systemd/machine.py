@@ -69,6 +69,8 @@ class Machine:
             self._nspawn = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
         self.until("a system", self._found_leader, 60)
         self.until("a booted system", lambda: self.run("systemctl", "is-system-running").stdout.strip() in ("running", "degraded"), 60)
+        # A boot id that nspawn invents lies over the kernel's, but not where a unit has a /proc/sys of its own: two services would be on two machines.
+        self.run("umount", "/proc/sys/kernel/random/boot_id")
 
     def _on_root(self, path) -> bool:
         return os.stat(path).st_dev == os.stat("/").st_dev and not str(Path(path).resolve()).startswith("/tmp/")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -26,6 +27,7 @@ SKIPPED = bool(WHY_NOT) and not REQUIRED
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.skipif(SKIPPED, reason=f"no container can be booted: {WHY_NOT}")]
 ENGINE = ROOT / "tests/e2e/numpy_engine.py"
 RANK = "0.0.0"
+POSITIONS_MAX = 1000  # of the engine's sequence
 COORDINATOR, HOLDER, OTHER = "tcp://127.0.0.1:7400", "tcp://127.0.0.1:7420", "tcp://127.0.0.1:7421"
 NODE = f"""
 [node]
@@ -55,10 +57,10 @@ reattach_ms = 60000
 class Engine:
     """An engine process in the machine, and the conversation with it."""
 
-    def __init__(self, machine: Machine, socket: str, rank: str, *prefix: str) -> None:
-        command = (*prefix, "env", f"PYTHONPATH={ROOT}", sys.executable, str(ENGINE), "rank", "llama", rank, socket)
+    def __init__(self, machine: Machine, socket: str, rank: str, *prefix: str, role: str = "rank") -> None:
+        command = (*prefix, "env", f"PYTHONPATH={ROOT}", sys.executable, str(ENGINE), role, "llama", rank, socket)
         self.popen = machine.popen(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self._hear() == {"attached": True}
+        assert self._hear() == {"attached" if role == "rank" else role: True}
 
     def _hear(self) -> dict:
         ready, _, _ = select.select([self.popen.stdout], [], [], 60)
@@ -138,6 +140,16 @@ class Cluster:
         assert stats["replicas_read_back"] == 1 and not stats.get("positions_unsound") and not stats.get("replicas_unreadable")
         assert self.engine.tell("sums")["sums"] == self.machine.ask(HOLDER, "sums", instance="llama", rank=RANK)["sums"]
 
+    def drilled(self, *arguments: str) -> tuple[int, str, str]:
+        """`kvguard drill run restart-daemon` against this cluster, as an operator runs it there, while the engine goes on: exit code, stdout, stderr."""
+        command = ("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "kvguard.cli", "drill", "run", "restart-daemon", "--config", "/etc/kvguard/node.toml")
+        running = self.machine.popen(*command, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while running.poll() is None and self.positions < POSITIONS_MAX:
+            self.commit(1)
+            self.machine.run("sleep", "0.05")  # the pace of an engine
+        out, err = running.communicate(timeout=120)
+        return running.returncode, out, err
+
     def close(self) -> None:
         if hasattr(self, "engine"):
             self.engine.close()
@@ -186,6 +198,58 @@ def test_an_upgrade_keeps_the_replicas(cluster):
     pid = cluster.pid()
     assert cluster.machine.run("systemctl", "restart", "kvguard-node").returncode == 0
     cluster.replaced(pid)
+
+
+@pytest.fixture
+def whole(cluster):
+    """The cluster with a standby, and the seed by which the drill restarts the service's daemon, not the other one."""
+    spare = Engine(cluster.machine, "/run/kvguard-a/kvguard.sock", RANK, role="standby")
+    seen = lambda: any(one["state"] == "standby" for one in (cluster.machine.ask(COORDINATOR, "status") or {"ranks": []})["ranks"])  # noqa: E731
+    try:
+        cluster.machine.until("the standby", seen)
+        cluster.commit(50)
+        cluster.protected()
+        code, out, err = cluster.drilled("--repeat", "20", "--dry-run")
+        assert code == 0 and "the daemon on b" in out, out + err
+        yield cluster, next(line.split("seed ")[1].split(":")[0] for line in out.splitlines() if "the daemon on b" in line)
+    finally:
+        for process in psutil.Process(spare.popen.pid).children(recursive=True):
+            process.kill()  # it waits for a rank, and would be told of none
+        spare.close()
+
+
+def test_the_drill_restarts_a_daemon_and_finds_its_replicas_kept(whole):
+    cluster, seed = whole
+    pid = cluster.pid()
+    code, out, err = cluster.drilled("--seed", seed, "--yes", "-o", "json")
+    (run,) = json.loads(out)["runs"]
+    assert code == 0 and run["passed"] and run["fault"]["fired"] and f"(process {pid})" in run["fault"]["target"], out + err
+    assert run["invariants"]["I11"] == "held" and run["recovery"] is None, out
+    assert run["observed"]["kept"] == {"promised": True, "replicas": 1, "read_back": 1, "unreadable": 0, "unsound": 0, "verified": True}
+    cluster.replaced(pid)
+    told = cluster.machine.run("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "kvguard.cli", "drill", "report", "restart-daemon")
+    assert told.returncode == 0 and "restart-daemon: 1 of 1 passed" in told.stdout and "I11" in told.stdout, told
+
+
+def test_the_drill_says_that_nothing_was_kept(whole):
+    """A unit whose store somebody has closed: the daemon can't know, and goes on without a word."""
+    cluster, seed = whole
+    machine, closed = cluster.machine, "/etc/systemd/system/kvguard-node.service.d/closed.conf"
+    machine.run("sh", "-c", f"printf '[Service]\nFileDescriptorStoreMax=0\n' > {closed}")
+    try:
+        for words in ("daemon-reload", "stop kvguard-node", "clean --what=fdstore kvguard-node", "start kvguard-node"):
+            machine.run("systemctl", *words.split())
+        cluster.protected()
+        assert cluster.holder("NFileDescriptorStore", "ActiveState") == {"NFileDescriptorStore": "0", "ActiveState": "active"}
+        code, out, err = cluster.drilled("--seed", seed, "--yes", "-o", "json")
+        (run,) = json.loads(out)["runs"]
+        assert code == 1 and not run["passed"] and run["invariants"]["I11"] == "violated", out + err
+        assert any("1 held, 0 read back" in failure for failure in run["failures"]), run["failures"]
+    finally:
+        machine.run("rm", closed)
+        machine.run("systemctl", "daemon-reload")
+        machine.run("systemctl", "restart", "kvguard-node")
+    cluster.protected()  # what was not kept was sent again from the pool
 
 
 def test_reload_takes_over_a_good_configuration_and_refuses_a_broken_one(cluster):
