@@ -292,6 +292,6 @@ class Asked(Event, frozen=True):
 
 __all__ = [
     "Applied", "Arrived", "Asked", "Broken", "Captured", "CarrierChanged", "Cut", "DeathSuspected", "EngineRestored", "Event", "Grown", "LinkDown", "LinkUp",
-    "Loaded", "Looked", "Opened", "PlanCarried", "PlanOrder", "Probed", "ProcessDied", "Rebuild", "ReplicaDoubted", "ReplicasSeen", "ResyncAsked", "StandbyAttached", "StepsSeen",
-    "StreamAttached", "StreamDetached", "Tick", "TurnEnded",
+    "Loaded", "Looked", "Opened", "PlanCarried", "PlanOrder", "Probed", "ProcessDied", "Rebuild", "ReplicaDoubted", "ReplicasSeen", "ResyncAsked",
+    "StandbyAttached", "StepsSeen", "StreamAttached", "StreamDetached", "Tick", "TurnEnded",
 ]  # fmt: skip
