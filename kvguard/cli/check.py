@@ -43,6 +43,8 @@ def findings(status: dict, limits: Limits) -> list[Finding]:
         if node["arena_bytes"] * 100 > node["arena_bytes_max"] * limits.arena_percent:
             said = f"replicas fill {show.size(node['arena_bytes'])} of {show.size(node['arena_bytes_max'])}"
             found.append(Finding(WARNING, f"node {node['node']}", said))
+        for fault in node.get("device_faults", ()):
+            found.append(Finding(CRITICAL, f"device {fault['device']} of node {node['node']}", f"can't be used: {fault['reason']}"))
     for instance in status["instances"]:
         if instance["state"] in INSTANCES:
             found.append(Finding(INSTANCES[instance["state"]], f"instance {instance['instance']}", f"{instance['state']}: {instance['reason']}"))

@@ -19,6 +19,11 @@ class BadAnswer(KvguardError):
     """Somebody answers, and it is not what was asked for."""
 
 
+class DeviceFault(msgspec.Struct):
+    device: str
+    reason: str
+
+
 class NodeRow(msgspec.Struct):
     node: str
     state: str
@@ -31,6 +36,8 @@ class NodeRow(msgspec.Struct):
     drain: str = ""
     version: str = ""
     carriers: dict[str, str] = {}
+    device_faults: list[DeviceFault] = []
+    figures_age_ms: float | None = None
 
 
 class InstanceRow(msgspec.Struct):
@@ -56,6 +63,7 @@ class RankRow(msgspec.Struct):
     lag_tokens: int
     lag_bytes: int
     lag_ms: float
+    figures_age_ms: float | None = None
 
 
 class SchedulerRow(msgspec.Struct):
@@ -63,6 +71,7 @@ class SchedulerRow(msgspec.Struct):
     dp: int
     state: str
     reason: str
+    figures_age_ms: float | None = None
 
 
 class Held(msgspec.Struct):
@@ -87,6 +96,7 @@ class Handoff(msgspec.Struct, rename={"from_": "from"}):
 
 class Issuer(msgspec.Struct):
     issuer: str
+    heartbeat_ms: float = 0.0
 
 
 class Status(msgspec.Struct):

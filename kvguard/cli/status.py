@@ -16,6 +16,8 @@ NODES = ["node", "state", "reason", "heartbeat_age_ms", "version"]
 RANKS = ["instance", "rank", "node", "holders", "state", "reason", "sequences", "unprotected_sequences", "lag_tokens"]
 SCHEDULERS = ["instance", "dp", "node", "holders", "state", "reason", "sequences", "ids", "acked_ids"]
 WIDE = [*RANKS, "committed", "acked", "lag_bytes", "lag_ms"]
+AGE = "figures_age_ms"
+BEATS_OLD = 2  # figures that are older than so many heartbeats say so
 
 
 def run(reach: Reach, output: str, watch: bool) -> None:
@@ -57,12 +59,28 @@ def display(found: dict, output: str) -> None:
     for one in found.get("handoffs", ()):
         if one["state"] in ("copying", "moving"):
             show.say(f"Handoff of {one['instance']} {one['rank']} from {one['from']} to {one['to']}, {one['state']}: {one['reason']}")
+    for node in found["nodes"]:
+        for fault in node.get("device_faults", ()):
+            show.say(f"Device {fault['device']} of node {node['node']} can't be used: {fault['reason']}")
     columns = WIDE if output == "wide" else RANKS
     ways = [[node["node"], peer, carrier] for node in found["nodes"] for peer, carrier in node.get("carriers", {}).items()]
     show.table("Nodes", NODES, [[node.get(key) for key in NODES] for node in found["nodes"]], "none has said hello")
     show.table("Instances", ["instance", "epoch", "issuer"], [[one[key] for key in ("instance", "epoch", "issuer")] for one in found["instances"]], "none")
-    show.table("Ranks", columns, [[rank.get(key) for key in columns] for rank in found["ranks"]], "none is attached")
+    aged("Ranks", columns, found["ranks"], found, "none is attached")
     if output == "wide" or any(carrier != "tcp" for _, _, carrier in ways):  # the usual needs no telling
         show.table("Payloads", ["from", "to", "over"], ways, "no node has a holder")
     if found.get("schedulers"):
-        show.table("Schedulers", SCHEDULERS, [[one.get(key) for key in SCHEDULERS] for one in found["schedulers"]], "none")
+        aged("Schedulers", SCHEDULERS, found["schedulers"], found, "none")
+
+
+def aged(title: str, columns: list[str], rows: list[dict], found: dict, empty: str) -> None:
+    """A table of what heartbeats said. A row that the last ones didn't bring anew says how old it is."""
+    old = [row[AGE] if is_old(row, found) else None for row in rows]
+    shown = [*columns, AGE] if any(old) else columns
+    show.table(title, shown, [[*(row.get(key) for key in columns), age][: len(shown)] for row, age in zip(rows, old, strict=True)], empty)
+
+
+def is_old(row: dict, found: dict) -> bool:
+    """Whether the row's figures are older than BEATS_OLD heartbeats; of a coordinator or a node that doesn't say nobody knows."""
+    heartbeat_ms = found.get("coordinator", {}).get("heartbeat_ms", 0.0)
+    return bool(heartbeat_ms) and (row.get(AGE) or 0.0) > BEATS_OLD * heartbeat_ms

@@ -20,6 +20,7 @@ from rich.text import Text
 from kvguard.cli import show
 from kvguard.cli.asking import Reach
 from kvguard.cli.options import output_option, reaching
+from kvguard.cli.status import AGE, is_old
 from kvguard.errors import KvguardError
 
 RECOVERIES = 5
@@ -71,6 +72,11 @@ def _state(word: str) -> str:
     return f"[{show.COLORS[word]}]{word}[/]" if word in show.COLORS else escape(word)
 
 
+def _as_of(row: dict, seen: Seen) -> str:
+    """Of which moment the figures are, where that isn't this one."""
+    return f" ({row[AGE] / 1000:.1f} s ago)" if is_old(row, seen.status) else ""
+
+
 def _ranks(seen: Seen) -> Table:
     table = _table("Ranks", "instance", "rank", "node", "holders", "state", "sequences", "committed", "lag tokens", "lag", "window", "reason")
     windows = {
@@ -81,7 +87,7 @@ def _ranks(seen: Seen) -> Table:
         cells = [
             escape(rank["instance"]), rank["rank"], escape(rank["node"]), escape(show.text(rank["holders"])), _state(rank["state"]),
             f"{rank['sequences'] - rank['unprotected_sequences']}/{rank['sequences']}", str(rank["committed"]), str(rank["lag_tokens"]),
-            f"{rank['lag_ms']:.0f} ms", "-" if window is None else show.size(window), escape(rank["reason"]),
+            f"{rank['lag_ms']:.0f} ms{_as_of(rank, seen)}", "-" if window is None else show.size(window), escape(rank["reason"]),
         ]  # fmt: skip
         table.add_row(*cells)
     return table
@@ -91,7 +97,8 @@ def _nodes(seen: Seen) -> Table:
     table = _table("Nodes", "node", "state", "heartbeat", "standbys", "arena", "", "reason")
     for node in seen.status["nodes"]:
         own = seen.nodes[node["node"]]
-        reason = node["reason"] if isinstance(own, dict) else own
+        faults = [f"{fault['device']} can't be used: {fault['reason']}" for fault in node.get("device_faults", ())]
+        reason = "; ".join(faults) or (node["reason"] if isinstance(own, dict) else own)
         used = f"{show.size(node['arena_bytes'])} of {show.size(node['arena_bytes_max'])}"
         table.add_row(
             escape(node["node"]), _state(node["state"]), f"{node['heartbeat_age_ms']:.0f} ms ago", str(node["standbys"]),

@@ -31,6 +31,7 @@ def test_nothing_is_found_where_all_is_well() -> None:
         ({"nodes": [NODE | {"state": "suspect", "reason": "silent"}]}, WARNING, "node a"),
         ({"nodes": [NODE | {"state": "dead", "reason": "silent"}]}, CRITICAL, "node a"),
         ({"nodes": [NODE | {"arena_bytes": 91}]}, WARNING, "node a"),
+        ({"nodes": [NODE | {"device_faults": [{"device": "GPU-1", "reason": "Xid 79"}]}]}, CRITICAL, "device GPU-1 of node a"),
         ({"instances": [INSTANCE | {"state": "failed", "reason": "no standby"}]}, CRITICAL, "instance llama"),
         ({"ranks": [RANK | {"state": "unprotected", "reason": "no other node"}]}, WARNING, "rank 0.0.0 of llama"),
         ({"ranks": [RANK | {"state": "lost", "reason": "gone"}]}, CRITICAL, "rank 0.0.0 of llama"),
