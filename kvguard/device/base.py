@@ -67,7 +67,8 @@ class Salvageable(Pool, Protocol):
     def salvage(self, sequences, salvage_ms_max: int) -> tuple[Pool, int]:
         """A host pool that holds the block lists `sequences`, whole ones in order, as many as come in time, and how many; this view is closed.
 
-        Memory that outlives its engine (Device.lend) is salvaged where it is: this very view, and all of them."""
+        Memory that outlives its engine (Device.lend) is salvaged where it is: this very view, and all of them.
+        """
 
 
 class Device(Protocol):
@@ -78,7 +79,8 @@ class Device(Protocol):
     def lend(self, layout: Layout, gpu: str = "") -> list[int]:
         """Descriptors of new memory for a pool of another process, which outlives that process while anybody has it open; the caller's to close.
 
-        `gpu`: the UUID of the one that it is to be on. What is in it is nobody's business yet. Raises BadConfig, Refused."""
+        `gpu`: the UUID of the one that it is to be on. What is in it is nobody's business yet. Raises BadConfig, Refused.
+        """
 
     def open(self, layout: Layout, descriptors: list[int]) -> Pool:
         """Map another process's pool. Raises Refused where the descriptors don't fit the layout. Takes ownership of the descriptors."""

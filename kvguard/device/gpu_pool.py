@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -155,6 +155,30 @@ class GpuPool:
 
     def _finish(self) -> None:
         finished(self.driver, self.driver.record(self._stream), time.monotonic() + WORK_S_MAX)
+
+    # ---- bytes by offset --------------------------------------------------------------------------------------------------------------
+
+    def peek(self, at: int, size: int) -> np.ndarray:
+        """Uint8 [size] of the pool from byte `at`, behind whatever the engine has launched: for proofs, not for captures. Raises DeviceLost, TimedOut."""
+        out = np.empty(size, np.uint8)
+        for first, count, staging in self._pieces(size):
+            self.driver.copy(staging.pinned, self.address + at + first, count, self._stream)
+            self._finish()
+            out[first : first + count] = staging.bytes[:count]
+        return out
+
+    def poke(self, at: int, values: np.ndarray) -> None:
+        """The reverse: there when this returns."""
+        for first, count, staging in self._pieces(values.size):
+            staging.bytes[:count] = values[first : first + count]
+            self.driver.copy(self.address + at + first, staging.pinned, count, self._stream)
+            self._finish()
+
+    def _pieces(self, size: int) -> Iterator[tuple[int, int, Staging]]:
+        with self._lock:
+            staging = self._ready(size)
+            for first in range(0, size, staging.bytes.size):
+                yield first, min(staging.bytes.size, size - first), staging
 
     # ---- words --------------------------------------------------------------------------------------------------------------------
 
