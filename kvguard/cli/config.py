@@ -54,13 +54,13 @@ def assigned(kind: type, assignments: list[str]) -> dict[str, object]:
 def sections_of(file: str) -> list[str]:
     """The processes that a file configures."""
     faults: list[settings.Fault] = []
-    tables, _ = settings.parse(settings.layers(file, faults)[0], faults) if not faults else ({}, [])
-    found = [section for section in sorted(settings.KINDS) if section in tables]
+    tables = [settings.parse(path, faults)[0] for path in settings.layers(file, faults)[:1]]  # who loads them says what is wrong with them
+    found = [section for section in sorted(settings.KINDS) if any(section in table for table in tables)]
     return found or ["node"]
 
 
 @config.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@click.argument("files", nargs=-1, required=True, type=click.Path())
 @output_option
 def validate(files: tuple[str, ...], output: str) -> None:
     """Check FILES, with conf.d and the environment, for every process that they configure. Exit code 78 where one is wrong."""

@@ -66,11 +66,12 @@ def load_with_origins(
     given: dict[str, Given] = {}
     for path in layers(file, faults):
         given.update(read_section(cls, path, faults))
+    unread = any(fault.key == "-" for fault in faults)  # what it would have set is not missing
     given.update(read_environment(cls, os.environ if environ is None else environ, faults))
     for key, value in (flags or {}).items():
         if value is not None:
             given[key] = Given(value, f"flag --{key.replace('_', '-')}", True)
-    values, origins = checked_values(cls, given, faults)
+    values, origins = checked_values(cls, given, faults, unread)
     faults += relations(cls, values, lambda key: given[key].where if key in given else "default")
     if faults:
         raise BadConfig("\n".join(map(str, faults)))
@@ -82,8 +83,14 @@ def layers(file: str | Path | None, faults: list[Fault]) -> list[Path]:
     if file is None:
         return []
     path = Path(file)
-    if not path.is_file():
-        faults.append(Fault(str(path), "-", "there is no such file", f"kvguard config init > {path}"))
+    try:
+        there = path.exists()
+        if not path.is_file():
+            what, attempt = ("isn't a file", "the file itself") if there else ("there is no such file", f"kvguard config init > {path}")
+            faults.append(Fault(str(path), "-", what, attempt))
+            return []
+    except OSError as error:  # in a directory that this user may not enter, say
+        faults.append(unreadable(path, error))
         return []
     return [path, *sorted((path.parent / "conf.d").glob("*.toml"))]
 
@@ -94,13 +101,20 @@ def parse(path: Path, faults: list[Fault]) -> tuple[dict, list[str]]:
         text = path.read_text(encoding="utf-8")
         return tomllib.loads(text), text.splitlines()
     except OSError as error:
-        faults.append(Fault(str(path), "-", f"can't be read: {error.strerror}", "give this user read permission"))
+        faults.append(unreadable(path, error))
+    except RecursionError:
+        faults.append(Fault(str(path), "-", "isn't TOML for people: it is nested too deeply", 'key = "value", one a line'))
     except UnicodeDecodeError:
         faults.append(Fault(str(path), "-", "isn't UTF-8 text", "save it as UTF-8"))
     except tomllib.TOMLDecodeError as error:
         found = re.search(r"line (\d+)", str(error))
         faults.append(Fault(f"{path}:{found[1] if found else 1}", "-", f"isn't TOML: {error}", 'key = "value", one a line'))
     return {}, []
+
+
+def unreadable(path: Path, error: OSError) -> Fault:
+    attempt = "give this user read permission" if isinstance(error, PermissionError) else "a file of settings, or none of this name"
+    return Fault(str(path), "-", f"can't be read: {error.strerror}", attempt)
 
 
 def line_of(lines: list[str], section: str, key: str | None) -> int:
@@ -169,13 +183,15 @@ def read_environment(cls: type[Config], environ, faults: list[Fault]) -> dict[st
     return found
 
 
-def checked_values(cls: type[Config], given: dict[str, Given], faults: list[Fault]) -> tuple[dict[str, object], dict[str, str]]:
-    """Values that passed their own check, and the origin of each setting."""
+def checked_values(cls: type[Config], given: dict[str, Given], faults: list[Fault], unread: bool) -> tuple[dict[str, object], dict[str, str]]:
+    """Values that passed their own check, and the origin of each setting. `unread`: a file could not be read, which may have said what isn't given."""
     values: dict[str, object] = {}
     origins: dict[str, str] = {}
     for field in dataclasses.fields(cls):
         origins[field.name] = "default"
         if field.name not in given:
+            if field.default is REQUIRED and unread:
+                continue
             if field.default is REQUIRED:
                 faults.append(Fault(f"[{cls.SECTION}]", field.name, f"is missing: {field.metadata['doc']}", f'{field.name} = "..."'))
             else:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+
+import pytest
 
 
 def test_init_validates(tmp_path, cli):
@@ -48,3 +51,31 @@ def test_show_effective(tmp_path, cli, monkeypatch):
 def test_usage_is_exit_2(cli):
     assert cli("config", "init", "gpu")[0] == 2
     assert cli("nonsense")[0] == 2
+
+
+def unreadables(directory) -> dict[str, str]:
+    """Files that no settings can be read from, and what is said of each."""
+    (directory / "rubbish.toml").write_bytes(bytes(range(128, 256)))
+    (directory / "folder.toml").mkdir()
+    os.mkfifo(directory / "pipe.toml")
+    (directory / "loop.toml").symlink_to("loop.toml")
+    (directory / "deep.toml").write_text(f"a = {'[' * 5000}{']' * 5000}\n")
+    (directory / "twice.toml").write_text('[node]\nname = "a"\nname = "b"\n')
+    (directory / "below").mkdir()
+    (directory / "below" / "node.toml").write_text('[node]\nname = "a"\n')
+    (directory / "below" / "conf.d" / "x.toml").mkdir(parents=True)
+    return {
+        "rubbish.toml": "isn't UTF-8", "folder.toml": "isn't a file", "pipe.toml": "isn't a file", "loop.toml": "no such file", "deep.toml": "too deeply",
+        "twice.toml": "isn't TOML", "nowhere.toml": "no such file", "below/node.toml": "Is a directory", "rubbish.toml/node.toml": "no such file",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words", ["config validate {}", "config show --config {}", "node --config {}", "coordinator --config {}", "gateway --config {}", "status --config {}",
+              "history --config {}", "drill run kill-rank --yes --config {}", "wait-salvaged llama --config {}"],
+)  # fmt: skip
+def test_files_that_are_none_are_named_and_nothing_else(cli, tmp_path, words) -> None:
+    for name, said in unreadables(tmp_path).items():
+        code, _, err = cli(*(str(tmp_path / name) if word == "{}" else word for word in words.split()))
+        assert code == 78 and len(err.splitlines()) == 1 and "Try: " in err and "is missing" not in err, (name, err)
+        assert said in err, (name, err)
