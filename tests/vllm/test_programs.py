@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "vllm"))
 import running  # noqa: E402
 from running import Ended, Report, ending_in_order, whole  # noqa: E402
+from world import living  # noqa: E402
 
 STAND_IN = ROOT / "tests" / "vllm" / "stand_in.py"
 
@@ -194,6 +195,21 @@ def test_a_report_is_whole_at_every_moment(tmp_path, capsys):
         report.keep(a=1)
     assert json.loads(capsys.readouterr().out) == {"a": 1, "complete": True}
     assert [one.name for one in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_who_lives_in_a_group():
+    """Its leader may be gone long before the last of them; a zombie is none."""
+    command = "import os, sys\nif os.fork():\n    sys.stdin.read()\nelse:\n    os.execlp('sleep', 'sleep', '600')"
+    leader = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        until("both", lambda: len(living(leader.pid)) == 2)
+        leader.stdin.close()
+        until("the leader to end", lambda: len(living(leader.pid)) == 1)
+        assert living(leader.pid) != [leader.pid], "it is a zombie, and not yet waited for"
+    finally:
+        os.killpg(leader.pid, signal.SIGKILL)
+        leader.wait()
+    until("all to end", lambda: not living(leader.pid))
 
 
 def test_stalls_are_read_from_logs():

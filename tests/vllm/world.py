@@ -31,6 +31,7 @@ from running import ending_in_order, whole
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "smol"
 READY_S = 600.0
+GONE_S = 30.0  # how long the memory of killed processes takes to be torn down, on a machine that has no time for it
 # How a server is started; another program with the same options stands in for it in test_programs.py.
 PROGRAM = os.environ.get("KVGUARD_VLLM_PROGRAM", "-m vllm.entrypoints.openai.api_server").split()
 LEFT_BY_ENGINES = re.compile(r"/dev/shm/((?:psm_|vllm_dist_|sem\.mp-)\S+)")
@@ -56,6 +57,18 @@ def shared_files(group: int) -> set[str]:
     return found
 
 
+def living(group: int) -> list[int]:
+    """The processes of a group that have not ended: one that is killed lives until its memory is torn down."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit():
+                state, _, its = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+                if int(its) == group and state not in "ZX":
+                    found.append(int(entry.name))
+    return found
+
+
 class Server:
     """One vLLM server of an instance, in a process group of its own."""
 
@@ -69,11 +82,14 @@ class Server:
         os.kill(pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """SIGKILL to all of its processes; what only they had in /dev/shm goes with them."""
+        """SIGKILL to all of its processes, until none is left (GONE_S at most); what only they had in /dev/shm goes with them."""
         theirs = self._shared | shared_files(self.popen.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
+        deadline = time.monotonic() + GONE_S
+        while living(self.popen.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)  # between two looks at a condition with a deadline
         for name in theirs:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"/dev/shm/{name}")
@@ -231,6 +247,8 @@ class World:
                 process.kill()
                 codes[name] = process.wait()
         assert set(codes.values()) <= {0}, f"a daemon did not end cleanly: {codes}\n{self.last_words()}"
+        left = {name: pids for name, server in self.servers.items() if (pids := living(server.popen.pid))}
+        assert not left, f"killed, and not gone within {GONE_S:g} s: {left}"
 
 
 def main() -> int:
