@@ -4,8 +4,8 @@ Knows: captures in two halves (capture.py), threads by GPU (workers.py), which s
 
 A GPU's pool is read by that GPU's own thread: a copy is waited for there, paced, for up to a second. Host memory is read in the loop's thread. A token of an
 8B model takes about 0.1 ms with its sums and a frame of 1 MiB about 0.25, most of it under the interpreter's lock: another thread would win nothing and cost
-two switches. But a node's windows hold many such frames, so those of LARGE_BYTES and more take turns: SLICE_BYTES a turn of the loop, in the order in which they
-were asked for. Decoding, acknowledgements and heartbeats wait for one slice at most. A host pool is salvaged without a copy.
+two switches. But a node's windows hold many such frames, so those of LARGE_BYTES and more take turns: SLICE_BYTES a turn of the loop, in the order in which
+they were asked for. Decoding, acknowledgements and heartbeats wait for one slice at most. A host pool is salvaged without a copy.
 
 Invariants
 - Every Capture is completed once, by a Captured event in the loop's thread; one whose stream, process or epoch is another by then has no byte of it.

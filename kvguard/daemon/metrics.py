@@ -71,11 +71,16 @@ class NodeFigures:
     def _traffic(self) -> Iterable[Metric]:
         counters = self._shell.counters
         yield CounterMetricFamily("kvguard_replicated_bytes", "Payload bytes of KV sent to holders", counters["payload_bytes_out"])
-        captures = CounterMetricFamily("kvguard_captures", "Pieces captured from pools; stale: the block was reused meanwhile, thrown away", labels=["result"])
+        captures = CounterMetricFamily("kvguard_captures", "Captures of pools; stale: pieces whose block was reused; late: thrown away", labels=["result"])
         captures.add_metric(["done"], counters["captures"])
         captures.add_metric(["stale"], counters["pieces_stale"])
         captures.add_metric(["failed"], counters["deeds_failed_Capture"])
+        captures.add_metric(["late"], counters["captures_late"])
         yield captures
+        devices = GaugeMetricFamily("kvguard_device_faults", "1 for each device of this node that can't be used (kvguard status: why)", labels=["device"])
+        for device in sorted(self._shell.copies.faults):
+            devices.add_metric([device], 1)
+        yield devices
 
     def _store(self) -> Iterable[Metric]:
         budget, failures = self._shell.store.budget, self._shell.store.counters["checksum_failures"]

@@ -19,6 +19,8 @@ from kvguard.daemon import copies as copying
 from kvguard.daemon import workers as working
 from kvguard.daemon.copies import Copies
 from kvguard.daemon.loop import Loop
+from kvguard.daemon.measure import Measures
+from kvguard.daemon.metrics import NodeFigures
 from kvguard.daemon.perform import arrived
 from kvguard.daemon.perform_node import NodeShell, node_performer
 from kvguard.daemon.ranks import Ranks
@@ -314,6 +316,9 @@ def test_a_lost_gpu_is_an_unprotected_rank_with_a_reason_and_the_daemon_lives(wo
     assert rank.state == "unprotected" and XID in rank.reason and "can't be read" in rank.reason
     [(device, reason)] = world.a.saw(ms.Beat)[-1].device_faults
     assert device == "GPU-1" and XID in reason
+    figures = NodeFigures(world.a.core, world.a.shell, Measures(world.a.core, time.monotonic_ns), dict)
+    [sample] = next(family for family in figures.families() if family.name == "kvguard_device_faults").samples
+    assert (sample.labels, sample.value) == ({"device": "GPU-1"}, 1)
     world.slow.commit(2)
     world.goes_on()
     world.slow.kill()

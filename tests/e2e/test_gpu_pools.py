@@ -113,7 +113,8 @@ def test_a_daemon_that_comes_again_gives_another_ring(on_gpu, cluster):
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU here")
-def test_a_daemon_without_its_gpu_refuses_engines_and_lives(cluster):
+def test_a_daemon_without_its_gpu_refuses_engines_says_so_and_serves_those_in_host_memory(cluster, monkeypatch):
+    monkeypatch.setenv("ENGINE_DEVICE", "rehearsal")
     (cluster.directory / "conf.d").mkdir()
     (cluster.directory / "conf.d" / "gpu.toml").write_text('[node]\ndevice = "cuda"\n')
     cluster.start()
@@ -123,3 +124,11 @@ def test_a_daemon_without_its_gpu_refuses_engines_and_lives(cluster):
     assert engine.tell("step", commits=[["one", 3]]) == {"lengths": {"one": 3}}  # it serves on, without protection
     assert cluster.ask("a", "status")["ranks"] == []
     assert "no engine with a pool on a GPU can be protected" in (cluster.directory / "a.log").read_text()
+    cluster.until("a heartbeat", lambda: [fault for node in cluster.ask("coordinator", "status")["nodes"] for fault in node["device_faults"]])
+    code, told = cluster.cli("check")
+    found = {finding["subject"]: finding for finding in told["findings"]}
+    assert code == 3 and found["device cuda of node a"]["severity"] == "critical" and "Try:" in found["device cuda of node a"]["reason"]
+    monkeypatch.setenv("ENGINE_DEVICE", "host")
+    other = cluster.engine("rank", "a", "0.0.0", instance="other")
+    other.tell("step", commits=[["one", 7]])
+    cluster.protected("0.0.0", 7)
