@@ -60,6 +60,7 @@ class CupyDriver:
         self.number, self.name, self.uuid = number, f"GPU {number}", ""
         self.writes_words = False
         self._functions: dict[str, Any] = {}
+        self._streams: dict[int, Any] = {}
         self._open()
         self.virtual = CudaVirtual(self._runtime, self._driver, self.number, self.name)
 
@@ -127,7 +128,7 @@ class CupyDriver:
     @guarded
     def stream(self, urgent: bool) -> int:
         lowest, highest = asked(self._driver.cuCtxGetStreamPriorityRange)
-        return self._runtime.streamCreateWithPriority(NON_BLOCKING, highest if urgent else lowest)
+        return int(asked(self._driver.cuStreamCreateWithPriority, NON_BLOCKING, highest if urgent else lowest))  # cupy 13 has no such call
 
     def current(self) -> int:
         return self._cupy.cuda.get_current_stream().ptr
@@ -173,7 +174,7 @@ class CupyDriver:
         unsigned = [launch.first_run, launch.run_count, launch.run_units, launch.items, launch.lane_bits]
         pointers = [pool, flat, slots + 8 * launch.skip, places + 8 * launch.skip if places else 0, runs]
         args = (*map(np.uint64, pointers), *map(np.int64, longs), *map(np.uint32, unsigned))
-        with self._cupy.cuda.ExternalStream(stream):
+        with self._on(stream):
             self._function(launch.kernel)((launch.grid,), (THREADS,), args)
 
     @guarded
@@ -181,8 +182,16 @@ class CupyDriver:
         if self.writes_words:
             asked(self._driver.cuStreamWriteValue64, stream, address, value, 0)
             return
-        with self._cupy.cuda.ExternalStream(stream):
+        with self._on(stream):
             self._function("kvg_publish")((1,), (1,), (np.uint64(address), np.uint64(value)))
+
+    def _on(self, stream: int) -> Any:
+        """cupy's own object for a stream, made once for each: its kernels go to the stream that is entered."""
+        found = self._streams.get(stream)
+        if found is None:
+            made = getattr(getattr(self._cupy.cuda, "Stream", None), "from_external", None)  # since cupy 14, which deprecates the other
+            found = self._streams[stream] = self._cupy.cuda.ExternalStream(stream) if made is None else made(_Foreign(stream))
+        return found
 
     def _function(self, name: str) -> Any:
         """A kernel, compiled for this GPU by NVRTC when the first one is asked for."""
@@ -195,6 +204,13 @@ class CupyDriver:
     @guarded
     def compile(self) -> None:
         self._function("kvg_publish")
+
+
+class _Foreign:
+    """A stream in the words of CUDA's stream protocol."""
+
+    def __init__(self, stream: int) -> None:
+        self.__cuda_stream__ = lambda: (0, stream)
 
 
 class _Event:

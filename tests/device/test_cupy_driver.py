@@ -71,6 +71,8 @@ def installed(monkeypatch, runtime: FakeRuntime, writes_words: int = 1, **more) 
         ("cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy or unavailable", Refused, "MIG"),
         ("cudaErrorMemoryAllocation: out of memory", Refused, "smaller pool"),
         ("cudaErrorNotSupported: operation not supported", Refused, "MIG"),
+        ("cuMemExportToShareableHandle: CUDA_ERROR_OPERATING_SYSTEM", Refused, "LimitNOFILE"),
+        ("cuMemCreate: CUDA_ERROR_NOT_PERMITTED", Refused, "container"),
         ("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered", DeviceLost, "xid"),
         ("cudaErrorECCUncorrectable: uncorrectable ECC error encountered", DeviceLost, "drain"),
         ("cudaErrorUnknown: unknown error", DeviceLost, "dmesg"),
@@ -157,6 +159,22 @@ def test_nothing_of_cuda_is_imported_before_it_is_used():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_stream_is_made_known_to_cupy_once(monkeypatch):
+    """By the protocol that cupy 14 wants, or by the class that it deprecates: a warning for every launch is no way to launch."""
+    installed(monkeypatch, FakeRuntime())
+    made: list[tuple[int, int]] = []
+
+    class Stream:
+        @staticmethod
+        def from_external(foreign) -> Stream:
+            made.append(foreign.__cuda_stream__())
+            return Stream()
+
+    driver = cupy_driver.CupyDriver()
+    driver._cupy.cuda.Stream = Stream
+    assert driver._on(7) is driver._on(7) is not driver._on(8) and made == [(0, 7), (0, 8)]
 
 
 def test_words_without_stream_writes_are_written_by_a_kernel(monkeypatch):
@@ -301,4 +319,4 @@ def test_without_virtual_memory_nothing_is_lent_and_it_is_said_why(monkeypatch):
     gone = virtual(monkeypatch, FakeVmm(), FakeRuntime())
     gone._runtime.fails["deviceSynchronize"] = "cudaErrorECCUncorrectable: uncorrectable ECC error encountered"
     with pytest.raises(DeviceLost, match="drain"):
-        gone.unmap(4 << 20, 2 << 20)
+        gone.settle()
