@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 PR_SET_CHILD_SUBREAPER = 36
+OTHERS_WORK_HERE = "KVGUARD_OTHERS_WORK_HERE"  # 1: what appears on the machine may be theirs (tools/gpu_check.sh); only this run's processes count
 MADE_BY_A_RUN = re.compile(r"kvguard-(?:test|bench)-(\d+)-")  # the process whose name a directory in /dev/shm carries
 
 
@@ -68,5 +69,7 @@ def nothing_is_left_behind():
             alive.append(f"{process.pid} {' '.join(process.cmdline())[:200]}")
             process.kill()
     assert not alive, f"processes left behind: {alive}"
+    if os.environ.get(OTHERS_WORK_HERE) == "1":
+        return
     found = {what: sorted(names - before[what]) for what, names in left_on_the_machine().items() if names - before[what]}
     assert not found, f"left behind: {found}"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What is promised of GPUs, checked and measured on this one: tools/gpu_check.sh [--dry-run] [--out FOLDER] [--only STEP,...]. Without a network, in under 8 minutes.
+# What is promised of GPUs, checked and measured on this one, without a network, in under 8 minutes.
 #
+# tools/gpu_check.sh [--dry-run] [--out FOLDER] [--only STEP,...]
 # KVGUARD_PYTHON: the interpreter that has torch and cupy (default: .venv's, else python3). KVGUARD_WHEELS: a folder of wheels from which missing packages are
 # installed, beside that interpreter's own and for this run alone. --dry-run walks every step with host memory in the GPU's place; it measures nothing.
 set -euo pipefail

@@ -24,6 +24,7 @@ from kvguard.device import open_device
 from kvguard.format.layout import Layout
 
 BLOCK_STEPS, TURNS = 40, 15
+ENDING_S = 30
 # model -> layers, [(inputs, outputs) of a layer's matrix products], KV heads of this rank
 SHAPES = {
     "8b": (32, ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)), 8),
@@ -140,12 +141,16 @@ class Side:
 
     def close(self) -> None:
         """The daemon's process ends when its line does; what it captured is checked to have been something."""
-        self.line.send(b"end")
-        captured = int(self.line.recv(64) or b"0")
+        try:
+            self.line.settimeout(ENDING_S)
+            self.line.send(b"end")
+            captured = int(self.line.recv(64) or b"0")
+        except OSError:
+            captured = 0  # it has ended before, and said why where this step's words are kept
         self.line.close()
-        self.process.wait(30)
+        ended = self.process.wait(ENDING_S)
         self.pool.close()
-        assert captured > 0, "the daemon's side captured no step"
+        assert captured > 0 and not ended, f"the daemon's side captured {captured} steps and ended with {ended}"
 
 
 def summary(times: dict[str, np.ndarray]) -> dict[str, object]:
