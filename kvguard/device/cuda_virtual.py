@@ -97,9 +97,11 @@ class CudaVirtual:
 
     @guarded
     def unmap(self, address: int, size: int) -> None:
-        """Unlike cudaFree this waits for nothing by itself."""
-        self._runtime.deviceSynchronize()
         asked(self._driver.cuMemUnmap, address, size)
+
+    @guarded
+    def settle(self) -> None:
+        self._runtime.deviceSynchronize()
 
     @guarded
     def clear(self, address: int, size: int) -> None:

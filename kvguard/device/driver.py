@@ -69,7 +69,10 @@ class Virtual(Protocol):
         """From the memory's beginning, readable and writable. Raises Refused for more bytes than it has."""
 
     def unmap(self, address: int, size: int) -> None:
-        """Of one `map`; nothing may be using it any more."""
+        """Of one `map`; nothing may be using it any more: nothing is waited for here."""
+
+    def settle(self) -> None:
+        """Whatever this process has launched on the GPU is done when this returns."""
 
     def clear(self, address: int, size: int) -> None:
         """Zeros, there when this returns."""

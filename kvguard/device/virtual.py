@@ -88,6 +88,8 @@ class Segment:
 
     def close(self) -> None:
         """Unmap, chunk by chunk, then give the addresses back. Idempotent. Raises DeviceLost, Refused; what is still mapped then stays so."""
+        if self._mapped:
+            self._virtual.settle()
         while self._mapped:
             size = self._mapped[-1]
             self._virtual.unmap(self.address + self._mapped_bytes - size, size)

@@ -25,7 +25,7 @@ import msgspec
 
 from kvguard.engine import packets
 from kvguard.engine.lifeline import Lifeline, held_by_this_thread
-from kvguard.errors import BadFrame
+from kvguard.errors import BadFrame, KvguardError
 from kvguard.format import local
 from kvguard.limits import SOCKET_FDS_MAX
 
@@ -187,7 +187,12 @@ class Client:
 
     def _say_attachment(self, session: Session) -> None:
         wanted = session.attach_wanted
-        message, descriptors, temporary = session.attachment()
+        try:
+            message, descriptors, temporary = session.attachment()
+        except KvguardError as error:  # memory that can't be shared, a GPU that is lost: the next line would end as this one
+            session.refused = str(error)
+            _log.error("kvguard: this process can't be protected: %s", error)
+            raise packets.Ended("there is nothing to attach with") from error
         if isinstance(message, local.Attach) and message.role == "rank" and self._lifeline is not None and len(descriptors) < SOCKET_FDS_MAX:
             message, descriptors = msgspec.structs.replace(message, lifeline=True), [*descriptors, self._lifeline.fd]
         try:

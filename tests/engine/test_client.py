@@ -8,6 +8,7 @@ import threading
 from kvguard import engine
 from kvguard.engine import client
 from kvguard.engine.client import Session
+from kvguard.errors import Refused
 from kvguard.format import local
 from kvguard.format.layout import Layout
 from kvguard.types import Epoch, MovedToken, Rank
@@ -61,3 +62,34 @@ def test_who_is_refused_for_now_asks_again(daemon, path):
     assert guard.refused == ""
     guard.detach()
     pool.close()
+
+
+class Unshareable:
+    """A pool whose memory no other process could open."""
+
+    layout = LAYOUT
+    asked = 0
+
+    def export(self):
+        self.asked += 1
+        raise Refused("expandable segments. Try: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False")
+
+    def publish(self, word, value) -> None:
+        word[0] = value
+
+
+def test_a_pool_that_can_t_be_shared_is_said_once_and_the_engine_serves_on(daemon, path, caplog):
+    """It connected, failed and came again for ever, and nobody was told but a log that grew."""
+    pool = Unshareable()
+    guard = engine.attach("llama", RANK, pool, LAYOUT, socket=path)
+    daemon.until(lambda: daemon.lost and guard.refused)
+    assert "expandable_segments:False" in guard.refused and "can't be protected" in caplog.text and not guard.connected
+    with guard.step(3) as step:
+        step.commit("a", 3, blocks=[1], tokens=range(4), request=b"")
+    whole = engine.allocate(LAYOUT)
+    other = engine.attach("llama", Rank(0, 0, 1), whole, socket=path)
+    daemon.until(lambda: daemon.attaches)  # the thread lives, and others attach
+    assert pool.asked == 1
+    other.detach()
+    guard.detach()
+    whole.close()
