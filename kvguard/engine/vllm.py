@@ -293,8 +293,8 @@ class KvguardConnector(KVConnectorBase_V1, SupportsHMA):
         return False
 
     def shutdown(self) -> None:
-        """Who has sequences still doesn't detach: vLLM ends all workers in order when one of them was killed, and what they had goes on elsewhere. The end of this
-        process is then seen for what it is."""
+        """Who has sequences still doesn't detach: vLLM ends all workers in order when one of them was killed, and what they had goes on elsewhere. The end of
+        this process is then seen for what it is."""
         if self.role == KVConnectorRole.WORKER and self.loads is not None:
             self.loads.close()
         rows, self.rows = self.rows, None

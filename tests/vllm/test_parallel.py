@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from world import Server, World, model_directory
 
 from kvguard import emitter
-from kvguard.emitter import moves
+from kvguard.emitter import Emitter, moves
 from kvguard.types import ResumeToken
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -57,6 +57,13 @@ class Pair:
         self.world, self._model = world, model
         self._arguments, self.ranks, layers, heads = SPLITS[split]
         self._layout = functools.partial(smollm2_layout, layers=layers, heads=heads)
+        self.outlets: dict[str, Emitter] = {}
+
+    def connect(self) -> None:
+        """As a gateway does, before any request: an emitter that comes later begins with a recovery."""
+        for name in ("a", "b"):
+            self.outlets[name] = emitter.connect(f"smol-{name}", self.world.coordinator, moves=True)
+            self.outlets[name].welcome(20.0)
 
     def start(self, name: str) -> Server:
         cores = sorted(os.sched_getaffinity(0))
@@ -83,9 +90,12 @@ def pair(request, tmp_path_factory, tiny):
         world.start_daemons()
         for server in [made.start(name) for name in ("a", "b")]:
             world.wait_ready(server)
-        world.until("both ranks of both", lambda: made.ranks_of("a") == made.ranks_of("b") == made.ranks)
+        world.until("both ranks of both", lambda: made.ranks_of("a") == made.ranks_of("b") == made.ranks, 60)
+        made.connect()
         yield made
     finally:
+        for outlet in made.outlets.values():
+            outlet.close()
         world.stop()
 
 
@@ -97,10 +107,9 @@ class Cut(NamedTuple):
     died: list[tuple[Glass, list[int]]]
 
 
-def cut(pair: Pair, outlet, name: str, sequence: str, prompt: list[int], victim: int) -> tuple[Cut, ResumeToken]:
+def cut(pair: Pair, name: str, sequence: str, prompt: list[int], victim: int) -> tuple[Cut, ResumeToken]:
     """Kill a worker when half of the tokens have come, and take what the recovery says."""
-    server, streams, glasses = pair.world.servers[f"smol-{name}"], Streams(), pair.glasses(name)
-    outlet.welcome(20.0)
+    server, outlet, streams, glasses = pair.world.servers[f"smol-{name}"], pair.outlets[name], Streams(), pair.glasses(name)
     outlet.scheduled(1)
     streams.start(server, sequence, prompt, TOKENS_ASKED)
     pair.world.until("half of it", lambda: len(streams.ids[sequence]) >= TOKENS_ASKED // 2, 120)
@@ -146,14 +155,10 @@ def test_a_killed_workers_requests_go_on_in_another_server(pair):
     world, prompt = pair.world, prompt_of(20, 150)
     wanted = world.servers["smol-a"].complete(prompt, TOKENS_ASKED, "undisturbed")["choices"][0]["token_ids"]
     assert len(wanted) == TOKENS_ASKED and len(set(wanted)) > 20, "an answer that says something"
-    outlet = emitter.connect("smol-a", world.coordinator, moves=True)
-    try:
-        found, token = cut(pair, outlet, "a", "moving", prompt, 1)
-        assert token.rung == "replica"
-        assert go_on(pair, "b", "moved", prompt, found, token) == wanted
-        outlet.delivered(["moving"])
-    finally:
-        outlet.close()
+    found, token = cut(pair, "a", "moving", prompt, 1)
+    assert token.rung == "replica"
+    assert go_on(pair, "b", "moved", prompt, found, token) == wanted
+    pair.outlets["a"].delivered(["moving"])
 
 
 def test_a_server_whose_worker_was_killed_goes_on_with_its_own_pools(pair):
@@ -161,13 +166,9 @@ def test_a_server_whose_worker_was_killed_goes_on_with_its_own_pools(pair):
     world, prompt = pair.world, prompt_of(21, 170)
     world.servers["smol-a"].kill()
     wanted = world.servers["smol-b"].complete(prompt, TOKENS_ASKED, "undisturbed")["choices"][0]["token_ids"]
-    outlet = emitter.connect("smol-b", world.coordinator, moves=True)
-    try:
-        found, token = cut(pair, outlet, "b", "staying", prompt, 0)
-        assert token.rung == "pool"
-        world.servers["smol-b"].kill()
-        world.wait_ready(pair.start("b"))
-        assert go_on(pair, "b", "stayed", prompt, found, token) == wanted
-        outlet.delivered(["staying"])
-    finally:
-        outlet.close()
+    found, token = cut(pair, "b", "staying", prompt, 0)
+    assert token.rung == "pool"
+    world.servers["smol-b"].kill()
+    world.wait_ready(pair.start("b"))
+    assert go_on(pair, "b", "stayed", prompt, found, token) == wanted
+    pair.outlets["b"].delivered(["staying"])
