@@ -145,6 +145,7 @@ class Processes(msgspec.Struct):
     pid_namespace: int
     daemon: Process
     ranks: dict[str, Process]
+    releasing: int = 0
 
 
 class OwnRank(msgspec.Struct):

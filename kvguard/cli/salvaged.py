@@ -35,13 +35,15 @@ def wait_salvaged(instance: str, rank: str | None, file: str, wait_s: float) -> 
             held, saw = None, str(error)
         if held is not None and not held:
             return
-        saw = f"{', '.join(held)} is still served" if held else saw
+        saw = f"{', '.join(held)} is still served, or unmapped" if held else saw
         if time.monotonic() >= deadline:
             raise TimedOut(f"the memory of {instance} isn't free after {wait_s:g} s: {saw}. Try: is its old process gone? is the daemon of {node.name} there?")
         time.sleep(PAUSE_S)
 
 
 def holding(status: dict, instance: str, rank: str | None) -> list[str]:
-    """Streams of the instance (and rank) whose process the daemon still serves. A dead one's mapping goes with its place in this list."""
-    served = set(status["processes"]["ranks"])
-    return [one["stream"] for one in status["ranks"] if one["instance"] == instance and rank in (None, one["rank"]) and one["stream"] in served]
+    """Streams of the instance (and rank) whose process the daemon still serves, and what is mapped of former ones. A dead one's mapping goes with its place
+    in this list."""
+    served, releasing = set(status["processes"]["ranks"]), status["processes"].get("releasing", 0)
+    found = [one["stream"] for one in status["ranks"] if one["instance"] == instance and rank in (None, one["rank"]) and one["stream"] in served]
+    return [*found, *(["a former pool"] if releasing else [])]

@@ -37,7 +37,7 @@ class NodeConfig:
     capture: str = setting("engine", "word", "on a GPU: who packs a step's new slots, the engine into our ring or this daemon", choices=("engine", "daemon"))
     ring_bytes: int = setting(64 * MIB, "bytes", "on a GPU: device memory of each rank's ring; a step that doesn't fit is fetched later", MIB, 1 << 34)
     capture_bytes_per_s: int = setting(0, "bytes", "on a GPU: copies to host memory are held below this, for each rank; 0: as fast as they go", 0, 1 << 40)
-    salvage_ms_max: int = setting(300, "int", "how long a dead engine's GPU memory is read before it is given back; this daemon does nothing else", 0, 10_000)
+    salvage_ms_max: int = setting(300, "int", "how long a dead engine's GPU memory is read before it is given back; a recovery waits for it", 0, 10_000)
     uids: tuple[int, ...] = setting((), "ints", "users whose engines may attach; empty: only the daemon's own", 0, (1 << 32) - 2)
     fault_injection: bool = setting(False, "bool", "true lets drills damage replicas and frames on purpose; never in production")
     log_level: str = setting("info", "word", "least severity that is logged", choices=LEVELS)

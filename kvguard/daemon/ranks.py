@@ -273,6 +273,11 @@ class Ranks:
             told.append(events.StreamDetached(rank.stream.id, rank.stream.incarnation))
         return [*told, *self._standbys.detach(connection)]
 
+    @property
+    def releasing(self) -> int:
+        """Pools of GPUs that nobody needs any more and that are not closed yet."""
+        return self._workers.releasing if self._workers is not None else 0
+
     def disconnected(self, connection: int) -> None:
         """The socket went; the process may live on and come back."""
         for rank in self.ranks.values():

@@ -24,6 +24,7 @@ from kvguard.daemon.metrics import NodeFigures
 from kvguard.daemon.perform import arrived
 from kvguard.daemon.perform_node import NodeShell, node_performer
 from kvguard.daemon.ranks import Ranks
+from kvguard.daemon.whereabouts import processes
 from kvguard.daemon.workers import Workers
 from kvguard.device.cuda import Capturing, CudaDevice
 from kvguard.device.rehearsal import Rehearsal
@@ -263,7 +264,7 @@ def test_what_comes_after_a_detach_is_thrown_away_and_the_memory_given_back(worl
     for event in world.a.ranks.detach(1):
         world.a.loop.feed(event)
     world.until(lambda: SLOW not in world.a.ranks.ranks)
-    assert world.a.workers.releasing == 1
+    assert world.a.workers.releasing == processes(world.a.ranks)["releasing"] == 1
     world.goes_on()
     mapped = len(world.gpu._mapped)
     world.gpu.gate.set()
