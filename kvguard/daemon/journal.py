@@ -25,7 +25,8 @@ class NotDurable(KvguardError):
 
 
 class Journal:
-    """Opens or makes the journal at `path`. Raises BadConfig where it is damaged, locked by another process, or its directory can't be written."""
+    """Opens or makes the journal at `path`. Raises BadConfig where it is damaged, locked by another process, or its directory can't be written; NotDurable
+    where the disk is full: that passes, and whoever starts this process should try again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,6 +44,8 @@ class Journal:
             self._db.execute("COMMIT")
             check = self._db.execute("PRAGMA quick_check").fetchone()[0]
         except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                raise NotDurable(f"{path} can't be written: {error}. Try: room on its disk") from error
             raise BadConfig(self._refusal(error)) from error
         if check != "ok":
             raise BadConfig(f"{path} is damaged: {check}. Try: restore it, or remove it only if nothing that it served is still running")
