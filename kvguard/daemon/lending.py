@@ -10,22 +10,25 @@ import logging
 import os
 
 from kvguard.daemon.ranks import Tells
+from kvguard.device import open_device
 from kvguard.device.base import Device
 from kvguard.errors import KvguardError, Refused
 from kvguard.format import local
 
 log = logging.getLogger(__name__)
+HOST = "host"
 
 
 def lend(device: Device, tell: Tells, connection: int, message: local.PoolWanted, stuck: str = "") -> None:
     """Answers PoolLent or LendRefused. `stuck`: why a GPU's driver would not answer now, and this daemon with it."""
     descriptors: list[int] = []
     try:
-        if message.device != device.kind:
+        if message.device not in (device.kind, HOST):
             raise Refused(f"this daemon's pools are of the kind {device.kind!r}, not {message.device!r}. Try: device = \"{message.device}\" in [node]")
-        if stuck and device.kind != "host":
+        if stuck and message.device != HOST:
             raise Refused(stuck)
-        descriptors = device.lend(message.layout, message.gpu)
+        lender = open_device(HOST) if message.device == HOST else device  # a daemon with a GPU takes host pools as well
+        descriptors = lender.lend(message.layout, message.gpu)
         tell(connection, local.PoolLent(), descriptors)
         log.info("memory lent for a pool of %d bytes", message.layout.pool_bytes)
     except (KvguardError, ValueError, OverflowError, OSError) as error:

@@ -56,9 +56,9 @@ def lender(tmp_path):
         one.end()
 
 
-@pytest.mark.parametrize("kind", ["host", "rehearsal"])
-def test_a_lent_pool_is_zeroed_and_opens_elsewhere_as_the_same_memory(kind, lender):
-    pool = borrow(LAYOUT, kind, socket=lender(kind))
+@pytest.mark.parametrize(("kind", "of_daemon"), [("host", "host"), ("rehearsal", "rehearsal"), ("host", "rehearsal")])
+def test_a_lent_pool_is_zeroed_and_opens_elsewhere_as_the_same_memory(kind, of_daemon, lender):
+    pool = borrow(LAYOUT, kind, socket=lender(of_daemon))
     data = np.random.default_rng(1).integers(0, 256, LAYOUT.pool_bytes, np.uint8).tobytes()
     out = memoryview(bytearray(LAYOUT.pool_bytes))
     pool.capture_blocks(range(3), out)
