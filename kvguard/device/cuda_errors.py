@@ -25,7 +25,7 @@ EXPLAINED: dict[str, tuple[bool, str, str]] = {
     "DeviceUninitialized": (False, "a handle of this very process, or of memory that is gone", "open it in another process, while the exporter lives"),
     "InvalidDevicePointer": (False, "no allocation of this device holds the address", "a pointer of this device"),
     "NotSupported": (False, "the GPU or its virtualisation doesn't offer it", "MIG and some virtual GPUs can't share memory between processes: device = host"),
-    "InvalidValue": (False, "a stale handle, a descriptor of something else, or memory that can't be shared so", "memory of cudaMalloc, exported while its process lives"),
+    "InvalidValue": (False, "a stale handle or descriptor, or memory that can't be shared so", "memory of cudaMalloc, exported while its process lives"),
     "NotPermitted": (False, "the driver doesn't permit it to this process", "the device nodes of the GPU in this container, or device = host"),
     "OperatingSystem": (False, "the operating system refused: descriptors or locked memory, mostly", "a higher LimitNOFILE and LimitMEMLOCK"),
     "ContextIsDestroyed": (True, "the GPU's context is gone", "restart this process"),
