@@ -1,9 +1,10 @@
 """The channel over NIXL: frames with payloads, written straight into the peer's memory, in the place of the bulk channel of a link.
 
 Knows: agents, zones, framing (format/wire.py), the control messages that belong to it. Must not know: ZeroMQ, how the link came to be, what frames mean.
-Invariants: a frame becomes visible only behind its note, in order of its number, if its pages were free, its bytes have the sum that the note says and its
-header holds; one agent and one zone are one life of one link: they end with it, at once, whatever the peer does, and the zone's addresses are
-quarantined; what nobody acknowledges in `stuck_ms` ends the link; nothing blocks, nothing runs but in the link's calls.
+Invariants: a frame becomes visible only behind its note, in order of its number, if its pages were free and its header has the sum that the note says (the
+header has its tokens' sums, and with them whoever applies the payload proves it: a chain from the note to the last byte, no link of it made twice); one agent
+and one zone are one life of one link: they end with it, at once, whatever the peer does, and the zone's addresses are quarantined; what nobody acknowledges
+in `stuck_ms` ends the link; nothing blocks, nothing runs but in the link's calls.
 
 The writer places frames in the reader's zone (Extents), copies each to the same place of a zone of its own, which is registered (a payload that was made in
 lent memory stays where it is), and writes it there: payload first, header behind it. NIXL tells the note behind the last byte. The reader hands out the payload
@@ -33,7 +34,6 @@ from kvguard.transport.nixl_zone import LENT_BYTES_MIN, PAGE_BYTES, Extents, Lan
 from kvguard.transport.wakeup import IN, Wakeup
 
 NOTE = struct.Struct("<16sQIIIIQ")  # life, number, first page, pages, payload bytes, header bytes, sum
-UNSAID = 0  # as a sum: the payload never was in the writer's host memory, and what its header says of it counts alone
 BEAT = b"beat"
 PROBE = 0  # the number of the write that proves the way before the link is up
 LIFE_BYTES = 16
@@ -44,6 +44,7 @@ NOTES_MAX = 8  # writes whose notes are asked for per look, behind the oldest
 SPIN_NS = 200_000  # without bells: look all the time for so long since something happened
 HOT_NS = 20_000_000  # look often for so long after the peer has knocked
 LOOK_MIN_NS, BELLED_MIN_NS, LOOK_MAX_NS, IDLE_NS = 50_000, 1_000_000, 20_000_000, 250_000_000
+CROWDED_NS = 20_000_000  # nothing has come back for so long: what is in front is in somebody's hands, and the half that is copied from is used too
 KNOCK_NS = 5_000_000  # after so long without a frame the peer may have stopped looking
 RINGS_MAX = 64  # of one bell in a row for nothing: it is muted until the next look
 
@@ -84,7 +85,7 @@ class NixlChannel:
         self._gone: list[int] = []  # frames whose pages are free, to be told
         self._started = self._heard = self._reached = False
         now_ns = time.monotonic_ns()
-        self._moved_ns = self._heard_ns = self._spoke_ns = self._sent_ns = self._looked_ns = now_ns
+        self._moved_ns = self._heard_ns = self._spoke_ns = self._sent_ns = self._looked_ns = self._returned_ns = now_ns
         self._hot_until_ns = 0
         self._carrier = ""
         self._rings: dict[int, int] = {bell: 0 for bell in self._agent.bells}
@@ -108,7 +109,7 @@ class NixlChannel:
         self._source = Zone(zone.pages * PAGE_BYTES)
         self._agent.register(self._source.address, self._source.size)
         self._agent.meet(zone.agent, zone.metadata)
-        self._write(PROBE, 0, os.urandom(probe_bytes), None)
+        self._write(PROBE, self._extents.take(PROBE, pages_of(probe_bytes)), os.urandom(probe_bytes), None)  # its pages are free from start() on
         self._hot_until_ns = time.monotonic_ns() + HOT_NS
 
     def is_met(self) -> bool:
@@ -116,8 +117,9 @@ class NixlChannel:
         return self._heard and self._reached
 
     def start(self) -> None:
-        """Give out what has come from now on."""
+        """Give out what has come from now on: the peer has said that it is met."""
         self._started = True
+        self._extents.give_back(PROBE)
         self._heard_ns = time.monotonic_ns()
         self._wakeup.again(self._call)
 
@@ -164,7 +166,7 @@ class NixlChannel:
         while self._queue and len(self._writes) < WRITES_MAX:
             head, payload = self._queue[0]
             size = len(head) + (len(payload) if payload is not None else 0)
-            first = self._extents.take(self._number + 1, pages_of(size))
+            first = self._place(self._number + 1, pages_of(size))
             if first is None:
                 return
             self._number += 1
@@ -178,6 +180,13 @@ class NixlChannel:
             self._sent_ns = now_ns
             self._write(self._number, first, head, payload)
 
+    def _place(self, number: int, count: int) -> int | None:
+        """In front, where the reader hands payloads out without a copy (Landing.in_front); behind it only when that stays full."""
+        first = self._extents.take(number, count, self._extents.pages // 2)
+        if first is None and (not self._extents.taken() or time.monotonic_ns() - self._returned_ns > CROWDED_NS):
+            first = self._extents.take(number, count)
+        return first
+
     def _write(self, number: int, first: int, head: bytes, payload: memoryview | Registered | None) -> None:
         start, payload_bytes = first * PAGE_BYTES, len(payload) if payload is not None else 0
         size, place = payload_bytes + len(head), self._source.bytes
@@ -185,18 +194,16 @@ class NixlChannel:
         device, behind = None, ()
         far = isinstance(payload, Registered)
         lent = 0 if far else self._lending.address_of(payload) if payload_bytes >= LENT_BYTES_MIN else 0
-        if far:  # its bytes aren't looked at here, and the header, of another kind of memory, follows with the note when they are there
-            total, sources, device = UNSAID, [(payload.address, payload_bytes)], payload.device
+        if far:  # the header, of another kind of memory, follows with the note when the payload is there
+            sources, device = [(payload.address, payload_bytes)], payload.device
         elif lent:
-            digest = xxhash.xxh3_64(payload)
-            digest.update(head)
-            total, sources = digest.intdigest(), [(lent, payload_bytes), (self._source.address + start + payload_bytes, len(head))]
+            sources = [(lent, payload_bytes), (self._source.address + start + payload_bytes, len(head))]
         else:
             if payload_bytes:
                 place[start : start + payload_bytes] = np.frombuffer(payload, np.uint8)
-            total, sources = xxhash.xxh3_64_intdigest(place[start : start + size]), [(self._source.address + start, size)]
+            sources = [(self._source.address + start, size)]
         del place  # a view would outlive the mapping
-        note = NOTE.pack(self._peer.life, number, first, pages_of(size), payload_bytes, len(head), total)
+        note = NOTE.pack(self._peer.life, number, first, pages_of(size), payload_bytes, len(head), xxhash.xxh3_64_intdigest(head))
         target = self._peer.address + start
         if far:
             behind, note = ([(self._source.address + start + payload_bytes, len(head))], target + payload_bytes, note), b""
@@ -212,7 +219,10 @@ class NixlChannel:
         if self._extents is None:
             raise BadFrame("frames are returned before there is a zone that they could be in")
         for number in message.numbers:
+            if number == PROBE:
+                raise BadFrame("frame 0 is returned, which has no pages")
             self._extents.give_back(number)
+        self._returned_ns = time.monotonic_ns()
         self.flush()
 
     def knocked(self) -> None:
@@ -276,7 +286,7 @@ class NixlChannel:
             raise BadFrame("a note for another life of this link")
         if number == PROBE:
             self._landing.claim(PROBE, rest[0], rest[1], rest[2] + rest[3])
-            self._check(PROBE, rest[2] + rest[3], rest[4])
+            self._head_of(PROBE, *rest[2:])
             self._landing.free(PROBE)
             self._heard = True
             return
@@ -292,8 +302,7 @@ class NixlChannel:
         """Make the frame visible. True when its pages are free again."""
         size = payload_bytes + head_bytes
         self._landing.claim(number, first, count, size)
-        self._check(number, size, expected_sum)
-        head = self._landing.bytes_of(number, payload_bytes, size).tobytes()
+        head = self._head_of(number, payload_bytes, head_bytes, expected_sum)
         if wire.check(head).payload_bytes != payload_bytes:
             raise BadFrame(f"payload of {payload_bytes} bytes, prefix says {wire.read_prefix(head).payload_bytes}")
         payload = None
@@ -307,9 +316,11 @@ class NixlChannel:
         self._landing.free(number)
         return True
 
-    def _check(self, number: int, size: int, expected: int) -> None:
-        if expected != UNSAID and xxhash.xxh3_64_intdigest(self._landing.bytes_of(number, 0, size)) != expected:
+    def _head_of(self, number: int, payload_bytes: int, head_bytes: int, expected: int) -> bytes:
+        head = self._landing.bytes_of(number, payload_bytes, payload_bytes + head_bytes).tobytes()
+        if xxhash.xxh3_64_intdigest(head) != expected:
             raise BadFrame(f"frame {number} isn't what its note says: torn or damaged on the way")
+        return head
 
     # ---- time ---------------------------------------------------------------------------------------------------------------------
 
@@ -326,6 +337,8 @@ class NixlChannel:
         if self._started and now_ns - self._spoke_ns > beat_ns:
             self._spoke_ns = now_ns
             self._agent.tell(BEAT)
+        if self._queue and now_ns - self._returned_ns > CROWDED_NS:
+            self.flush()
         due_ns = self._looked_ns + self._interval_ns(now_ns)
         if due_ns <= now_ns:
             self._looked_ns = now_ns
@@ -333,7 +346,8 @@ class NixlChannel:
                 self._unmute(bell)
             self._wakeup.again(self._call)
             due_ns = now_ns + self._interval_ns(now_ns)
-        return due_ns
+        crowded_ns = self._returned_ns + CROWDED_NS if self._queue else 0
+        return min(due_ns, crowded_ns) if crowded_ns > now_ns else due_ns
 
     def _interval_ns(self, now_ns: int) -> int:
         if not self._is_busy() and not self._landing.is_watched():

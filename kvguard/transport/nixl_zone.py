@@ -94,9 +94,12 @@ class Extents:
         self._taken: dict[int, tuple[int, int]] = {}  # by frame number
         self.pages = pages
 
-    def take(self, number: int, count: int) -> int | None:
-        """The first of `count` pages in a row for frame `number`; None when there are none."""
+    def take(self, number: int, count: int, below: int | None = None) -> int | None:
+        """The first of `count` pages in a row for frame `number`, all of them `below` a page; None when there are none."""
+        end = self.pages if below is None else below
         for index, (first, free) in enumerate(self._free):
+            if first + count > end:
+                return None
             if free >= count:
                 if free == count:
                     del self._free[index]

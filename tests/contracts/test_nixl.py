@@ -182,6 +182,7 @@ def test_what_the_peer_says_out_of_turn_or_of_no_address_is_its_fault():
             with pytest.raises(BadFrame, match="a zone at"):
                 here.meet(structs.replace(there.zone(), address=address))
         here.meet(there.zone())
+        assert here._place(1, 1) == 1, "the probe's page is nobody's until the peer has said that it is met: a frame there would be taken for a torn probe"
         with pytest.raises(BadFrame, match="has no pages"):
             here.returned(greeting.Returned((0,)))
     finally:

@@ -13,7 +13,7 @@ from test_nixl import CMA, FRAME_BYTES, carries, pattern, use
 from test_transport import DEADLINE_S, Pair, Sockets, kv, number_of
 
 from kvguard.errors import BadFrame
-from kvguard.transport import changing, greeting, returning
+from kvguard.transport import accepting, changing, greeting, returning
 from kvguard.transport.base import Broken, Carries, Down, Frame, Up
 from kvguard.transport.bulk import BulkChannel
 from kvguard.transport.nixl_agent import NixlSettings
@@ -96,15 +96,18 @@ def test_payloads_change_back_to_nixl_in_full_flow(fallen):
 def test_a_side_that_cannot_answer_a_trial_costs_nothing_but_the_trial(monkeypatch):
     monkeypatch.setattr(returning, "WAIT_MIN_NS", 100_000_000)
     monkeypatch.setattr(changing, "TRIAL_NS", 300_000_000)
+    monkeypatch.setattr(accepting, "TRIALS_NS", 0)
     world = Sockets(keyed=False, bulk=True, nixl=CMA)
     try:
         pair = Pair(world)
         use(pair.a, NixlSettings("lo", "rc"))
         pair.up()
+        link = pair.b._find("peer:a")
         pair.until(lambda: any("didn't answer" in event.carrier for event in pair.of(pair.b, Carries)), "a trial that is over")
         assert any("opens no 'rc'" in event.reason for event in pair.of(pair.a, Broken))
         carries(pair)
-        monkeypatch.setattr(changing, "TRIAL_NS", 10_000_000_000)
+        pair.until(lambda: link.trial is None, "none is under way")
+        monkeypatch.setattr(changing, "TRIAL_NS", 30_000_000_000)
         use(pair.a, CMA)
         pair.until(lambda: pair.b.carriers() == {"peer:a": "nixl cma/memory"}, "NIXL")
         carries(pair)
