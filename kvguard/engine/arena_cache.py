@@ -15,8 +15,8 @@ import torch
 import xxhash
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from kvguard.device import proof
-from kvguard.engine.tensors import proof_memory
+from kvguard.device import open_device, proof
+from kvguard.engine.tensors import computed_on, tensor_of
 from kvguard.errors import Refused
 from kvguard.format.layout import ITEMSIZE, Layout
 
@@ -153,15 +153,15 @@ def shape_of(model, sequences: int, positions: int) -> Shape:
     return Shape(len(stock.layers), heads, dim, dtype, sequences, -(-positions // BLOCK_TOKENS) * BLOCK_TOKENS)
 
 
-def prove(shape: Shape, device: torch.device) -> None:
-    """Raises Refused where the layout doesn't say what a layer writes. On a small pool of the same make: every byte of it is looked at."""
+def prove(shape: Shape, kind: str) -> None:
+    """`kind`: of the device. Raises Refused where the layout doesn't say what a layer writes. On a small pool of the same make: every byte of it is looked at."""
     small = shape._replace(sequences=2, positions=2 * BLOCK_TOKENS)
     layout = layout_of(small, "proof")
-    memory, whole, exchange = proof_memory(layout, device)
-    layers = [ArenaLayer(keys, values) for keys, values in halves(small, whole)]
-    token = torch.full((2, small.heads, 1, small.dim), 1.0 / 3.0, dtype=small.dtype, device=device)
+    pool = open_device(kind).allocate(layout)
+    layers = [ArenaLayer(keys, values) for keys, values in halves(small, tensor_of(pool))]
+    token = torch.full((2, small.heads, 1, small.dim), 1.0 / 3.0, dtype=small.dtype, device=computed_on(kind))
 
-    def write(block: int, slot: int) -> None:
+    def write_token(block: int, slot: int) -> None:
         row, index = divmod(block, small.per_sequence)
         for layer in layers:
             keys, values = (half[row : row + 1] for half in layer.home)
@@ -170,7 +170,9 @@ def prove(shape: Shape, device: torch.device) -> None:
             alone.update(token[:1], token[1:])
 
     for block in (0, small.per_sequence + 1):
-        proof.prove(layout, memory, lambda block, slot: exchange(lambda: write(block, slot)), block)
+        proof.prove(layout, getattr(pool, "memory", pool), write_token, block)
+    del layers
+    pool.close()
 
 
 def identity_of(model) -> str:

@@ -39,22 +39,3 @@ def tensor_of(pool) -> torch.Tensor:
 def computed_on(kind: str) -> torch.device:
     """Where a model computes whose pool is of device `kind` (device.KINDS)."""
     return torch.device(CUDA if kind == CUDA else "cpu")
-
-
-def proof_memory(layout, device: torch.device) -> tuple[memoryview, torch.Tensor, object]:
-    """For device.proof.prove where the pool isn't host memory: (its memory as the proof sees it, the tensor to write into, exchange(write)).
-
-    `exchange(write)` brings the memory into the tensor, calls `write()`, and brings the tensor back.
-    """
-    memory = memoryview(bytearray(layout.pool_bytes))
-    seen = torch.frombuffer(memory, dtype=torch.uint8)
-    written = seen if device.type == "cpu" else torch.zeros(layout.pool_bytes, dtype=torch.uint8, device=device)
-
-    def exchange(write) -> None:
-        if written is not seen:
-            written.copy_(seen)
-        write()
-        if written is not seen:
-            seen.copy_(written)
-
-    return memory, written, exchange

@@ -50,10 +50,11 @@ def protect(
     if not transformers.__version__.startswith("5."):
         log.warning("kvguard: transformers %s is outside the range that this adapter was tested with (5.x)", transformers.__version__)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    kind = _kind(model, device)
     shape = shape_of(model, sequences, positions or min(context or POSITIONS_DEFAULT, POSITIONS_DEFAULT))
-    prove(shape, model.device)
+    prove(shape, kind)
     address = coordinator or os.environ.get("KVGUARD_COORDINATOR", "")
-    place = joining.Place(instance, address, joining.keys_of(keys), insecure, os.fspath(socket) if socket else None, wait_s, device=_kind(model, device))
+    place = joining.Place(instance, address, joining.keys_of(keys), insecure, os.fspath(socket) if socket else None, wait_s, device=kind)
     layout = layout_of(shape, identity_of(model))
     return Guarded(model, shape, joining.join(place, layout, partial(_remap, shape), sequences, shape.positions))
 

@@ -7,7 +7,6 @@ the result of a step in which the rank was fenced is not sent; garbage changes n
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import signal
@@ -21,7 +20,7 @@ import zmq
 
 from kvguard import engine
 from kvguard.engine.table import TableWriter
-from kvguard.engine.tensors import CUDA, computed_on, proof_memory, tensor_of
+from kvguard.engine.tensors import CUDA, computed_on, tensor_of
 from kvguard.errors import Fenced, KvguardError, Refused, TimedOut
 from kvguard.format.layout import Layout, Shard
 from kvguard.format.rows import Geometry
@@ -78,17 +77,14 @@ def view_of(memory: torch.Tensor, layout: Layout) -> torch.Tensor:
     return memory.view(torch.float32).view(sizes["layer"], 2, layout.blocks, layout.block_tokens, sizes["head"], sizes["dim"])
 
 
-def prove(layout: Layout, device: torch.device) -> None:
-    """Raises Refused where the layout doesn't say what the engine's own indexing writes. `layout`: of a few blocks, every byte of them is looked at."""
+def prove(pool, layout: Layout, kv: torch.Tensor) -> None:
+    """Raises Refused where the layout doesn't say what the engine's own indexing writes."""
     from kvguard.device import proof
 
-    memory, whole, exchange = proof_memory(layout, device)
-    kv = view_of(whole, layout)
-
     def write_token(block: int, slot: int) -> None:
-        exchange(lambda: kv[:, :, block, slot].fill_(1.0 / 3.0))
+        kv[:, :, block, slot] = 1.0 / 3.0
 
-    proof.prove(layout, memory, write_token, layout.blocks - 1)
+    proof.prove(layout, getattr(pool, "memory", pool), write_token)
 
 
 def settle(settings: StageSettings) -> None:
@@ -232,9 +228,9 @@ def serve(settings: StageSettings) -> None:
     model = model_of(files, settings, settings.pp)
     warm_up(model)
     rehearse(settings.device)
-    prove(layout_of(files, dataclasses.replace(settings, blocks=2), settings.pp), model.device)
     pool = engine.allocate(layout, settings.device)
     kv = view_of(tensor_of(pool), layout)
+    prove(pool, layout, kv)
     links = Links(settings.listen)
     guard = NoGuard()
     try:

@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kvguard.engine.random_state import DrawCount, RandomStart  # noqa: E402
+from kvguard.engine.random_state import DrawCount, RandomStart, count_from, start_again, start_of  # noqa: E402
 from kvguard.errors import Refused  # noqa: E402
 from kvguard.limits import REQUEST_BYTES_MAX  # noqa: E402
 
@@ -74,3 +74,24 @@ def test_what_can_not_be_reached_is_none():
         RandomStart.of(b"short")
     with pytest.raises(Refused, match="packed"):
         RandomStart(b"short")
+
+
+def gpu_state(seed: int, offset: int) -> bytes:
+    """As torch.cuda.get_rng_state() has it."""
+    return seed.to_bytes(8, "little") + offset.to_bytes(8, "little", signed=True)
+
+
+def test_a_gpu_s_state_is_a_seed_and_a_count():
+    start = start_of(gpu_state(7, 40))
+    assert len(start.packed) == 16 and start_again(start.packed).state_at(12) == gpu_state(7, 52)
+    count = count_from(start, 0, 0, True)
+    assert [count.count(gpu_state(7, offset)) for offset in (44, 48, 52)] == [4, 8, 12] and (count.last, count.even) == (4, True)
+    assert count.count(gpu_state(7, 60)) == 20 and not count.even
+    again = count_from(start_again(start.packed), 12, 4, True)
+    assert again.count(gpu_state(7, 56)) == 16 and again.even
+
+
+def test_a_gpu_s_state_that_went_back_or_elsewhere_is_not_counted():
+    count = count_from(start_of(gpu_state(7, 40)), 8, 4, True)
+    assert count.count(gpu_state(7, 44)) is None and count.count(gpu_state(8, 52)) is None
+    assert count.count(gpu_state(7, 52)) == 12

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 
-from kvguard.engine.tensors import proof_memory, tensor_of
 from kvguard.device import open_device
+from kvguard.engine.tensors import tensor_of
 from kvguard.errors import Refused
 from kvguard.format.layout import Layout
 from kvguard.pipeline.batch import Batch, Share
 from kvguard.pipeline.model import StageModel
+from kvguard.pipeline.rank import NoStep, RankLoad
 from kvguard.pipeline.stage import prove, view_of
+from kvguard.pipeline.steps import STEP, Facts, Message
 from kvguard.types import Span
+from tests.pipeline.toy_ranks import ToyModel
 from tests.pretended_gpu import GPU, pretended
 
+KINDS = ["host", "rehearsal", pytest.param("cuda", marks=pytest.mark.gpu)]
 PROMPT = [5, 9, 14, 3, 77, 20, 31, 8, 2]
 
 
@@ -58,21 +64,18 @@ def test_two_devices_that_meet_would_be_seen(files):
         forward(stage, torch.tensor(PROMPT), Batch((Share("one", Span(0, 9), True, (3,), 1),)), torch.zeros(stage.pool_shape(8, 16), device=GPU))
 
 
-def test_what_a_layout_says_is_proved_there():
-    layout = Layout.paged("m", "float32", 2, 2, 4, 2, 8)
-    with pretended():
-        prove(layout, GPU)
-        memory, whole, exchange = proof_memory(layout, GPU)
-        assert whole.device == GPU
-        memory[:4] = b"\x01\x02\x03\x04"
-        exchange(lambda: whole[4:8].fill_(9))
-        assert bytes(memory[:9]) == b"\x01\x02\x03\x04\x09\x09\x09\x09\x00"
-        wrong = Layout.paged("m", "float32", 2, 2, 4, 2, 8, order="layer,kv,block,head,slot,dim")
-        with pytest.raises(Refused, match="strides"):
-            prove(wrong, GPU)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_layout_says_is_proved_there(kind):
+    """Every byte by which the engine's own indexing and the layout differ is seen, in memory that torch reaches over the pool."""
+    layout, wrong = (Layout.paged("m", "float32", 2, 2, 4, 2, 8, order=f"layer,kv,block,{order},dim") for order in ("slot,head", "head,slot"))
+    for named in (layout, wrong):
+        pool = open_device(kind).allocate(named)
+        with nullcontext() if named == layout else pytest.raises(Refused, match="strides"):
+            prove(pool, named, view_of(tensor_of(pool), layout))
+        pool.close()
 
 
-@pytest.mark.parametrize("kind", ["host", "rehearsal", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_torch_writes_is_what_the_pool_has(kind):
     layout = Layout.paged("m", "float32", 2, 3, 4, 2, 8)
     pool = open_device(kind).allocate(layout)
@@ -86,3 +89,37 @@ def test_what_torch_writes_is_what_the_pool_has(kind):
     assert torch.equal(kv[:, :, 0, 0].cpu(), torch.arange(64.0).view(2, 2, 2, 8))
     del kv
     pool.close()
+
+
+class Packing:
+    """A guard whose pool packs: what its steps said that they wrote."""
+
+    def __init__(self) -> None:
+        self.pool, self.said = self, []
+
+    def wrote(self, blocks, starts, counts) -> None:
+        self.said.append(list(zip(blocks, starts, counts, strict=True)))
+
+    @contextmanager
+    def step(self, size: int):
+        step = NoStep()
+        step.wrote = self.wrote
+        yield step
+
+    def pulse(self) -> None:
+        """Nobody watches."""
+
+    def row(self, sequence: str) -> int:
+        return 0
+
+
+def test_a_step_says_every_slot_that_it_writes():
+    guard = Packing()
+    rank = RankLoad(ToyModel(), torch.zeros(1, 2, 8, 4, 1, 1), guard)
+    prompt = Facts("one", 0, 5, True, 1, (6, 1), 0, (1, 2, 3, 4, 5, 6), b"r")
+    token = Facts("one", 5, 6, False, 1, (), 6, (7,))
+    for number, facts in enumerate([(prompt,), (token,), ()]):
+        message = Message(STEP, 1, number, (), 0, facts, ("one",) if not facts else ())
+        assert rank.fault(message, memoryview(b"")) == ""
+        rank.run(message, memoryview(b""))
+    assert guard.said == [[(6, 0, 4), (1, 0, 1)], [(1, 1, 1)]]
