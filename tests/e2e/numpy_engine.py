@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import xxhash
 
+from kvguard.device import open_device
 from kvguard.engine import Layout, Rank, allocate, attach, attach_scheduler, attach_standby, borrow
 from kvguard.errors import Fenced, KvguardError
 from kvguard.format.moves import decode
@@ -21,6 +22,7 @@ from kvguard.format.moves import decode
 BLOCKS, TOKENS = 256, 16
 DEVICE = os.environ.get("ENGINE_DEVICE", "host")
 BORROWS = "ENGINE_BORROWS" in os.environ  # its pool from its daemon, to outlive it
+IN_PIECES = "ENGINE_IN_PIECES" in os.environ  # its pool in virtual memory that is mapped piece by piece, as torch's expandable segments are
 
 
 def layout_of(rank: str, model: str = "numpy") -> Layout:
@@ -29,6 +31,28 @@ def layout_of(rank: str, model: str = "numpy") -> Layout:
 
 def slot_bytes(sequence: str, position: int, rank: str, size: int) -> bytes:
     return hashlib.shake_128(f"{sequence}/{position}/{rank}".encode()).digest(size)
+
+
+def in_pieces(layout: Layout):
+    """A pool somewhere in pieces of memory, each the smallest that there is."""
+    device = open_device(DEVICE)
+    virtual = device.driver().virtual
+    size = virtual.granularity
+    count = -(-(layout.pool_bytes + 512) // size)
+    address = virtual.reserve(count * size)
+    for n in range(count):
+        handle = virtual.create(size)
+        virtual.map(address + n * size, size, handle)
+        virtual.release(handle)
+    return device.share(layout, address + 512)
+
+
+def pool_of(rank: str, model: str, socket: str):
+    """The engine's own, or its daemon's."""
+    layout = layout_of(rank, model)
+    if IN_PIECES:
+        return in_pieces(layout)
+    return borrow(layout, DEVICE, socket=socket) if BORROWS else allocate(layout, DEVICE)
 
 
 class Engine:
@@ -226,7 +250,7 @@ def main(role: str, instance: str, rank: str, socket: str, model: str = "numpy")
         engine.take(guard.restore(10.0))
         say({"claimed": True, "adopted": adopted, "lengths": engine.lengths})
     else:
-        pool = borrow(layout_of(rank, model), DEVICE, socket=socket) if BORROWS else allocate(layout_of(rank, model), DEVICE)
+        pool = pool_of(rank, model, socket)
         pool.scatter_blocks(range(BLOCKS), memoryview(b"\xa5" * pool.layout.pool_bytes))  # what nobody wrote is no zero
         guard = attach(instance, Rank.parse(rank), pool, endpoint=f"engine of {rank}", socket=socket, positions_max=1024)
         engine = Engine(rank, guard, pool)

@@ -68,6 +68,24 @@ def test_a_killed_engine_s_gpu_memory_is_salvaged_and_adopted(on_gpu):
     assert "2 of 2 sequences salvaged" in (cluster.directory / "a.log").read_text()
 
 
+def test_a_pool_in_many_pieces_goes_over_the_socket_and_is_salvaged(on_gpu, monkeypatch):
+    """As torch's expandable segments: more descriptors than a message takes."""
+    monkeypatch.setenv("ENGINE_IN_PIECES", "1")
+    cluster = on_gpu()
+    engine = cluster.engine("rank", "a", RANK)
+    standby = cluster.engine("standby", "a", RANK)
+    cluster.until("the ring", lambda: engine.tell("counts")["joined"])
+    engine.tell("step", commits=[["one", 900], ["two", 5]])
+    engine.tell("step", commits=[["one", 1], ["two", 1]])
+    cluster.protected(RANK, 907)
+    assert engine.tell("sums")["sums"] == cluster.ask("b", "sums", instance="llama", rank=RANK)["sums"]
+    spare_is_known(cluster)
+    engine.kill()
+    assert standby.hear(30.0) == {"claimed": True, "adopted": True, "lengths": {"one": 901, "two": 6}}
+    assert standby.tell("intact")["wrong"] == []
+    assert "2 of 2 sequences salvaged" in (cluster.directory / "a.log").read_text()
+
+
 def test_an_engine_s_unit_waits_for_its_memory(on_gpu):
     cluster = on_gpu()
     engine = cluster.engine("rank", "a", RANK)
