@@ -65,3 +65,17 @@ def test_a_daemon_that_comes_again_hands_the_memory_on_as_well(lending):
     second.tell("step", commits=[["one", 1]])
     cluster.protected(RANK, 26)
     assert replica_is_the_pool(cluster, second)
+
+
+def test_an_engine_that_is_started_again_goes_on_in_its_former_life_s_memory(lending):
+    cluster, _ = lending
+    engine = cluster.engine("rank", "a", RANK)
+    engine.tell("step", commits=[["one", 30], ["two", 7]])
+    cluster.protected(RANK, 37)
+    engine.kill()
+    again = cluster.engine("standby", "a", RANK)  # nobody was there when it died
+    assert again.hear(30.0) == {"claimed": True, "adopted": True, "lengths": {"one": 30, "two": 7}}
+    assert again.tell("intact")["wrong"] == [] and again.tell("unsaid")["as_it_was"]
+    again.tell("step", commits=[["two", 4]])
+    cluster.protected(RANK, 41)
+    assert replica_is_the_pool(cluster, again)
