@@ -154,7 +154,7 @@ def shape_of(model, sequences: int, positions: int) -> Shape:
 
 
 def prove(shape: Shape, kind: str) -> None:
-    """`kind`: of the device. Raises Refused where the layout doesn't say what a layer writes. On a small pool of the same make: every byte of it is looked at."""
+    """Raises Refused where the layout doesn't say what a layer writes. On a small pool of the same make, on a device of that kind: every byte is looked at."""
     small = shape._replace(sequences=2, positions=2 * BLOCK_TOKENS)
     layout = layout_of(small, "proof")
     pool = open_device(kind).allocate(layout)
