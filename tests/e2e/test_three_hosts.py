@@ -12,6 +12,7 @@ import subprocess
 import hosts
 import pytest
 
+from kvguard.errors import TimedOut
 from kvguard.pipeline import demo
 from kvguard.pipeline.client import Client
 from kvguard.pipeline.weights import make_random
@@ -21,6 +22,7 @@ WHY_NOT = hosts.why_not()
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 on_hosts = pytest.mark.skipif(bool(WHY_NOT) and not (os.environ.get("KVGUARD_REQUIRE_ALL") and "isn't installed" in WHY_NOT), reason=WHY_NOT)
 STAGES, TOKENS, SEED = 3, 60, 5
+KILLS = {"node:kill-daemon", "desk:kill-coordinator", "node:kill-stage"}
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +96,82 @@ def test_what_broke_comes_back_as_on_loopback(world, model, options, on_loopback
     assert "again-2" in world.desk.follow("anywhere:replicas")
     history = world.hosts["host-1"].follow("anywhere:history")
     assert "host-2" in history and "replica" in history, history
-    assert set(world.handbook) - world.handbook.followed == (set() if cable else {"node:cut", "node:plug"}), "blocks of the handbook that nobody follows"
+    unfollowed = KILLS | (set() if cable else {"node:cut", "node:plug"})
+    assert set(world.handbook) - world.handbook.followed == unfollowed, "blocks of the handbook that nobody follows"
     print(f"{document['fault']['kind']}: detect_ms {recovery['ms']['detect']:.0f}, {recovery['ms']}")
     record_property("detect_ms", recovery["ms"]["detect"])
+
+
+class Reader:
+    """Somebody at the desk who follows the handbook and reads what the screen says, while the driver writes tokens."""
+
+    def __init__(self, world, options, model):
+        self.world, self.client = world, Client(world)
+        self._prompts, self._waves = demo.prompts_of(options, model), 0
+        self.client.connect("ready")
+        self.wave()
+
+    def wave(self) -> None:
+        self._waves += 1
+        self.client.begin(f"wave-{self._waves}", self._prompts, TOKENS, SEED)
+
+    def reads(self, what: str, code: int, *words: str) -> str:
+        """`kvguard check`, again and again, until it ends with this code and says these words. Tokens come meanwhile."""
+        said, seen = None, len(self.client.arrivals)
+
+        def so() -> bool:
+            nonlocal said
+            if self.client.last("finished", f"wave-{self._waves}"):
+                self.wave()
+            said = self.world.desk.tried("anywhere:check")
+            return said.returncode == code and all(word in said.stdout for word in words) and len(self.client.arrivals) > seen
+
+        try:
+            self.client.wait(what, so, 120.0)
+        except TimedOut as error:
+            raise AssertionError(f"{error}: {said}") from error
+        print(f"{what}: {said.stdout}", end="")
+        return said.stdout
+
+    def transcripts(self) -> list[list[list[int]]]:
+        """Tokens of every wave, all of them finished."""
+        self.client.finished(f"wave-{self._waves}", 200.0)
+        return [self.client.transcripts[f"wave-{number}"].tokens() for number in range(1, self._waves + 1)]
+
+
+@on_hosts
+def test_one_command_per_fault_and_what_the_screen_says(world, model, options, on_loopback) -> None:
+    """The handbook's kills, as they stand there."""
+    world.start()
+    world.wait_ready(300.0)
+    reader, (first, _, last) = Reader(world, options, model), world.nodes
+    ended = lambda process: reader.client.wait("its end", lambda: not process.alive(), 30.0)  # noqa: E731
+    reader.reads("all well", 0, "KVGUARD OK - 3 ranks protected")
+
+    world.hosts[first.name].follow("node:kill-daemon")
+    ended(first.daemon)
+    reader.reads("a daemon killed", 1, "KVGUARD WARNING", "host-1", "unprotected")
+    world.start_daemon(first)
+    reader.reads("a daemon back", 0, "KVGUARD OK")
+    assert "nothing has happened" in world.desk.follow("anywhere:history")
+
+    world.desk.follow("desk:kill-coordinator")
+    ended(world.coordinator)
+    reader.reads("the coordinator killed", 3, "KVGUARD UNKNOWN", "nobody answers")
+    world.start_coordinator()
+    reader.reads("the coordinator back", 0, "KVGUARD OK")
+    assert "nothing has happened" in world.desk.follow("anywhere:history")
+
+    stage = last.engines[0]
+    world.hosts[last.name].follow("node:kill-stage")
+    ended(stage)
+    reader.client.wait("a recovery", lambda: "0.2.0" in world.desk.follow("anywhere:history"), 120.0)
+    history = world.desk.follow("anywhere:history")
+    print(history)
+    assert "pool" in history or "replica" in history
+    world.replenish(reader.client.endpoints)
+    reader.reads("a stage killed", 0, "KVGUARD OK - 3 ranks protected")
+    assert all(tokens == on_loopback[0] for tokens in reader.transcripts())
 
 
 @on_hosts
