@@ -118,6 +118,8 @@ class Fetching:
             if rank.killed or rank.stream.leaving:
                 raise _Ending("its process is being ended, or its memory salvaged")
             return None
+        if self._ranks.bring_out(stream):
+            raise _Ending("its memory is being copied to where another process can read it")
         blocks = _committed(rank, token, lineage, birth)
         if blocks is None:
             return None

@@ -294,6 +294,10 @@ class Ranks:
         log.warning("%s: %s", rank.stream.id, reason)
         return [*told, *self._salvaging.begin(rank, reason)]
 
+    def bring_out(self, stream: StreamId) -> bool:
+        """Whether a dead engine's memory is on its way to where other processes can read it."""
+        return self._salvaging.bring_out(self.ranks[stream])
+
     def forget(self, stream: StreamId) -> None:
         rank = self.ranks.pop(stream, None)
         if rank is not None:

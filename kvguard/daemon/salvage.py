@@ -97,10 +97,38 @@ class Salvaging:
         rank.stream.leaving = True
         return [events.DeathSuspected(rank.stream.incarnation, rank.stream.id, reason)]
 
+    def bring_out(self, rank: LocalRank) -> bool:
+        """Whether a dead engine's memory that was kept for a successor is on its way into host memory: its sequences go on in instances that can't open it."""
+        if rank.stream.leaving or self._workers is None or not hasattr(rank.pool, "brought_out"):
+            return rank.stream.leaving
+        order, began, pool = begun(rank), time.monotonic(), rank.pool
+        sequences = [blocks for _, blocks in order.found]
+
+        def carry() -> tuple[Pool, int, float]:
+            return *pool.brought_out(sequences, self._salvage_ms_max), 1000 * (time.monotonic() - began)
+
+        job = Job(carry, lambda outcome: self._brought(rank, order, outcome), lambda: pool.copied_bytes, lambda value: value[0].close())
+        try:
+            self._workers.put(pool.gpu, job)
+        except (DeviceLost, OverflowError) as error:
+            log.error("%s stays where it is: %s", rank.stream.id, error)
+            return False
+        rank.stream.leaving = True
+        return True
+
+    def _brought(self, rank: LocalRank, order: Salvage, outcome: Outcome) -> list[events.Event]:
+        rank.stream.leaving = False
+        self.unmap(order.pool)
+        if self._knows(rank):
+            taken(rank, order, outcome)
+        elif outcome.error is None:
+            outcome.value[0].close()
+        return []
+
     def _ended(self, rank: LocalRank, order: Salvage, reason: str, outcome: Outcome) -> list[events.Event]:
         if not self._knows(rank):
             if outcome.error is None:
-                outcome.value[0].close()
+                self.unmap(outcome.value[0])
             return []
         if outcome.error is not None:
             self.unmap(order.pool)

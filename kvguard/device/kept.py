@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from kvguard.device import card
 from kvguard.device.driver import Driver
 from kvguard.device.exports import DIRECT_MAX, close_all, mapped
+from kvguard.device.host import HostPool
 from kvguard.device.mappings import Mappings
 from kvguard.device.opened import OpenedPool
 from kvguard.errors import Refused
@@ -91,6 +92,10 @@ class KeptPool(OpenedPool):
         """All of it is where it was, and stays mapped. Raises DeviceLost after a fault of the GPU."""
         self._refuse_lost()
         return self, len(sequences)
+
+    def brought_out(self, sequences: Sequence[Sequence[int]], salvage_ms_max: int) -> tuple[HostPool, int]:
+        """What salvage is for memory that nobody keeps: for those who can't open this. Raises DeviceLost."""
+        return super().salvage(sequences, salvage_ms_max)
 
     def close(self) -> None:
         super().close()

@@ -114,6 +114,25 @@ def test_on_one_node_the_dead_pool_is_read(cluster, gateway):
     assert b.tell("intact") == {"wrong": [], "lengths": {"one": 81}}
 
 
+@pytest.mark.parametrize("device", ["rehearsal", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_on_one_node_memory_that_was_kept_on_a_gpu_is_brought_to_the_host(cluster, gateway, monkeypatch, device):
+    """It was kept for a successor; who comes is another instance, which can't open it."""
+    monkeypatch.setenv("ENGINE_DEVICE", device)
+    monkeypatch.setenv("ENGINE_BORROWS", "1")
+    (cluster.directory / "conf.d").mkdir()
+    (cluster.directory / "conf.d" / "gpu.toml").write_text(f'[node]\ndevice = "{device}"\nring_bytes = {1 << 20}\n')
+    a, b = two_instances(cluster, nodes=("a", "a"))
+    front = gateway("llama-a")
+    a.tell("step", commits=[["one", 70]])
+    held(cluster, "llama-a", 70, "b")
+    a.kill()
+    _, tokens = resumed(front)
+    assert (tokens["one"].position, tokens["one"].rung) == (70, "pool")
+    assert b.tell("fetch", token=as_json(tokens["one"]), timeout_s=10.0)["position"] == 70
+    b.tell("step", commits=[["one", 2]])
+    assert b.tell("intact") == {"wrong": [], "lengths": {"one": 72}}
+
+
 def test_what_is_refused_and_why(cluster, gateway):
     """Forged, changed, of another model, over: the engine computes it from its ids, and nothing is given away."""
     a, b = two_instances(cluster)
