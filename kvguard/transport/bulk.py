@@ -33,6 +33,7 @@ STRANGER_WAIT_NS = 2_000_000_000
 ACCEPTS_PER_TURN = 32  # fewer than places: who was accepted last turn still has his when he is heard
 ACCEPT_AGAIN_NS = 100_000_000  # after descriptors ran out
 SCRATCH_BYTES = 64 * 1024  # one read brings in many small frames, or a large frame's header
+AHEAD_BYTES = 12 * 1024  # behind a payload: the next header, and little of its payload, which would be copied once more
 READ_BYTES_MAX = 2 * 1024 * 1024  # per turn: other links wait meanwhile, and more would leave the processor's cache before it is looked at
 PARTS_MAX = 16
 KERNEL_BYTES = 2 * 1024 * 1024  # more under way than the processor's cache holds is slower (measured), and bounds what a slow peer holds back
@@ -127,15 +128,15 @@ class BulkChannel:
     def read(self) -> list[tuple[bytes, memoryview | None]]:
         """The frames that are complete, bounded per call. Raises BadFrame, or OSError when the peer closed."""
         frames: list[tuple[bytes, memoryview | None]] = []
-        left = READ_BYTES_MAX
-        while left > 0:
+        left, full = READ_BYTES_MAX, True
+        while left > 0 and full:  # less than there is room for: the kernel has no more, and need not be asked
             try:
-                got = self._fill()
+                got, room = self._fill()
             except BlockingIOError:
                 break
             if got == 0:
                 raise ConnectionResetError("the peer closed the bulk channel")
-            left -= got
+            left, full = left - got, got == room
             self._parse(frames)
         self._wake_at(1 if self._payload is None else min(WAKE_BYTES, len(self._payload) - self._filled))
         self.got += len(frames)
@@ -147,21 +148,23 @@ class BulkChannel:
             self._wakes_at = size
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 
-    def _fill(self) -> int:
+    def _fill(self) -> tuple[int, int]:
+        """Bytes that came, and that could have come."""
         if self._payload is not None:  # then the scratch is empty, and takes the beginning of the next frame
             rest = self._payload[self._filled :]
-            got = self._socket.recvmsg_into([rest, self._scratch])[0]
+            got = self._socket.recvmsg_into([rest, self._scratch[:AHEAD_BYTES]])[0]
             into = min(got, len(rest))
             self._filled += into
             self._start, self._end = 0, got - into
-            return got
+            return got, len(rest) + AHEAD_BYTES
         if self._start:
             unread = self._end - self._start
             self._scratch[:unread] = bytes(self._scratch[self._start : self._end])
             self._start, self._end = 0, unread
+        room = len(self._scratch) - self._end
         got = self._socket.recv_into(self._scratch[self._end :])
         self._end += got
-        return got
+        return got, room
 
     def _parse(self, frames: list) -> None:
         """Take whole frames out of the scratch."""

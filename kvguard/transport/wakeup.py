@@ -73,8 +73,8 @@ class Wakeup:
         self._again[call] = None
 
     def arm(self, deadline_ns: int) -> None:
-        """fileno() becomes readable at `deadline_ns` of time.monotonic_ns(), or somewhat earlier: one that is put off costs nothing, and is asked for again when
-        the former one has rung; 0 disarms."""
+        """fileno() becomes readable at `deadline_ns` of time.monotonic_ns(), or somewhat earlier: one that is put off costs nothing, and is asked for again
+        when the former one has rung; 0 disarms."""
         if deadline_ns == self._armed_ns or 0 < self._armed_ns <= deadline_ns:
             return
         self._armed_ns = deadline_ns
