@@ -250,9 +250,10 @@ def test_a_standby_adopts_a_dead_ranks_pool_and_table(daemon, guard, path) -> No
     pool.close()
 
 
-@pytest.mark.parametrize("damage", [False, True])
+@pytest.mark.parametrize("device", ["host", "rehearsal"])
+@pytest.mark.parametrize("damage", ["", "a page", "too late"])
 @pytest.mark.parametrize("remap", [None, lambda block: block + 10])
-def test_a_standby_pulls_from_replica_pages(daemon, path, damage: bool, remap) -> None:
+def test_a_standby_pulls_from_replica_pages(daemon, path, damage: str, remap, device: str) -> None:
     source = engine.allocate(LAYOUT)
     random = np.random.default_rng(1)
     source.memory[:] = random.bytes(LAYOUT.pool_bytes)
@@ -264,7 +265,7 @@ def test_a_standby_pulls_from_replica_pages(daemon, path, damage: bool, remap) -
         source.capture_blocks([block], memoryview(data))
         page = bytes(data) + (40 + block).to_bytes(8, "little") + pack_sums(sums_of(memoryview(data), shape.token_bytes))
         os.pwrite(arena, page, block * page_bytes(shape))
-    if damage:
+    if damage == "a page":
         os.pwrite(arena, b"\xaa\x55", 2 * page_bytes(shape) + 1)
     stream = StreamId("llama", RANK, 7)
     ids = np.arange(8, dtype="<u4").tobytes()
@@ -277,14 +278,15 @@ def test_a_standby_pulls_from_replica_pages(daemon, path, damage: bool, remap) -
     os.close(arena)
     claim = spare.wait(10.0)
     assert claim.adopt is None
-    pool = engine.allocate(LAYOUT)
+    pool = engine.allocate(LAYOUT, device)
     rank = engine.attach(claim.instance, claim.rank, pool, claim=claim)
     restored = rank.restore(1.0)
     if damage:
-        with pytest.raises(Refused, match="don't match the sum"):
-            restored.pull(remap)
+        said = "match the sum" if damage == "a page" else "deadline"
+        with pytest.raises(Refused, match=said):
+            restored.pull(remap, timeout_s=-1.0 if damage == "too late" else 30.0)
         daemon.until(lambda: daemon.messages)
-        assert "match the sum" in daemon.messages[0].error and not rank.table.sequences()
+        assert said in daemon.messages[0].error and not rank.table.sequences()
         claim.close()
         spare.session.end()
     else:
