@@ -59,6 +59,10 @@ def main(arguments: list[str] | None = None) -> None:
 
         verbs.main(args=arguments, prog_name="kvguard")
     except KvguardError as error:
+        if given[:1] == ["check"]:  # a monitor reads exit codes of its own, and nothing but stdout
+            from kvguard.cli import check
+
+            sys.exit(check.unknown(error, "json" if "json" in given else "table"))
         print(f"kvguard: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -55,6 +55,8 @@ class Reach(NamedTuple):
 
 def found(file: str | None, address: str | None, keys: str | None, insecure: bool) -> tuple[str, str, bool]:
     """The coordinator's address, the key file, whether keys may be missing. Raises BadConfig where no place says it."""
+    if address and not _is_address(address):
+        raise BadConfig(f"{address!r} is not where a coordinator can be. Try: tcp://HOST:7400")
     place = file or next((name for name in PLACES if os.path.isfile(name)), None)
     if address and (place is None or keys is not None):
         return address, keys or "", insecure
@@ -72,6 +74,12 @@ def found(file: str | None, address: str | None, keys: str | None, insecure: boo
     loaded = config.load(config.KINDS[section], place)
     own = loaded.listen.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:") if section == "coordinator" else loaded.coordinator
     return address or own, loaded.keys if keys is None else keys, insecure or loaded.insecure
+
+
+def _is_address(text: str) -> bool:
+    """Of the form tcp://HOST:PORT. What a configuration says is checked there, at a price that whoever gives an address needn't pay."""
+    host, _, port = text.removeprefix("tcp://").rpartition(":")
+    return text.startswith("tcp://") and bool(host) and not set(host) & set(" /\t\n") and port.isdecimal() and 0 < int(port) <= 65535
 
 
 def gathered(reach: Reach, verb: str, arguments: dict) -> tuple[dict, list[str]]:

@@ -85,15 +85,23 @@ def run(reach: Reach, limits: Limits, output: str) -> int:
     try:
         status = reach.coordinator("status")
     except KvguardError as error:
-        state, found, numbers = UNKNOWN, [Finding(UNKNOWN, "coordinator", str(error))], {}
-    else:
-        found, numbers = findings(status, limits), figures(status)
-        state = max((finding.severity for finding in found), default=OK)
-        if not status["ranks"]:
-            state, found = UNKNOWN, [Finding(UNKNOWN, "ranks", "none is attached anywhere"), *found]
+        return unknown(error, output)
+    found, numbers = findings(status, limits), figures(status)
+    state = max((finding.severity for finding in found), default=OK)
+    if not status["ranks"]:
+        state, found = UNKNOWN, [Finding(UNKNOWN, "ranks", "none is attached anywhere"), *found]
+    return told(state, found, numbers, output)
+
+
+def unknown(error: KvguardError, output: str) -> int:
+    """Nobody could be asked, or nobody knows whom to ask."""
+    return told(UNKNOWN, [Finding(UNKNOWN, "coordinator", " ".join(str(error).split()))], {}, output)
+
+
+def told(state: int, found: list[Finding], numbers: dict[str, int], output: str) -> int:
     if output == "json":
-        told = [{"severity": WORDS[finding.severity], "subject": finding.subject, "reason": finding.reason} for finding in found]
-        show.document({"schema": "kvguard.check/1", "state": WORDS[state], "findings": told, "figures": numbers})
+        findings_ = [{"severity": WORDS[finding.severity], "subject": finding.subject, "reason": finding.reason} for finding in found]
+        show.document({"schema": "kvguard.check/1", "state": WORDS[state], "findings": findings_, "figures": numbers})
     else:
         show.say(line(state, found, numbers))
     return state

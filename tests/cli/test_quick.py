@@ -77,3 +77,14 @@ def test_who_reads_no_further_is_no_traceback(tmp_path) -> None:
     command = f"{sys.executable} -m kvguard.cli check --coordinator tcp://127.0.0.1:1 --timeout 0.1 | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "address", ["x", "tcp://", "tcp://:7400", "tcp://a:99999", "tcp://a:0", "http://a:7400", "tcp://a b:7400", "tcp://a/b:7400", "ipc:///tmp/a", "tcp://a:x"],
+)  # fmt: skip
+def test_what_is_no_address_is_said_to_be_none(cli, address) -> None:
+    code, _, err = cli("status", "--coordinator", address)
+    assert code == 78 and "is not where a coordinator can be. Try: tcp://HOST:7400" in err
+    assert cli("history", "--coordinator", address)[0] == 78
+    code, out, err = cli("check", "--coordinator", address)
+    assert code == 3 and out.startswith("KVGUARD UNKNOWN") and not err, "a monitor reads exit codes of its own"
