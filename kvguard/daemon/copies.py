@@ -43,10 +43,12 @@ def gpu_of(pool) -> str:
 
 
 class Copies:
-    """`workers` None, `after` None: every capture is taken at once, in the caller's thread."""
+    """`workers` None, `after` None: every capture is taken at once, in the caller's thread. `large_bytes`: what takes turns."""
 
-    def __init__(self, workers: Workers | None = None, after: Callable[[int, Callable[[], Events]], None] | None = None) -> None:
-        self._workers, self._after = workers, after
+    def __init__(
+        self, workers: Workers | None = None, after: Callable[[int, Callable[[], Events]], None] | None = None, large_bytes: int = LARGE_BYTES,
+    ) -> None:  # fmt: skip
+        self._workers, self._after, self._large_bytes = workers, after, large_bytes
         self._large: deque[tuple[NodeShell, Begun]] = deque()
         self.faults: dict[str, str] = {}  # by device, why it can't be used
 
@@ -59,7 +61,7 @@ class Copies:
         if gpu and self._workers is not None:
             return self._put(shell, gpu, stream, effect)
         order = capturing.begun(stream, effect, shell.lend)
-        if self._after is None or len(order.out) < LARGE_BYTES:
+        if self._after is None or len(order.out) < self._large_bytes:
             return self._at_once(shell, order)
         self._large.append((shell, order))
         if len(self._large) == 1:

@@ -354,12 +354,11 @@ def test_a_thread_that_hangs_is_an_unprotected_rank_and_its_death_waits_for_noth
 @pytest.fixture
 def host(make_life, monkeypatch):
     """A host pool, and copies whose later turns are taken by hand."""
-    monkeypatch.setattr(copying, "LARGE_BYTES", 2 * LAYOUT.token_bytes)
     monkeypatch.setattr(copying, "SLICE_BYTES", 4 * LAYOUT.token_bytes)
     made = make_life(LAYOUT)
     made.later = []
     made.shell = NodeShell(transport=None, journal=None, clock=lambda: 0, node="a", store=None, engines=None)
-    made.shell.copies = Copies(None, lambda delay_ns, ready: made.later.append(ready))
+    made.shell.copies = Copies(None, lambda delay_ns, ready: made.later.append(ready), 2 * LAYOUT.token_bytes)
     made.shell.streams[made.stream.id] = made.stream
     made.perform = node_performer(made.shell)
     return made

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from itertools import count
+from random import Random
 
 from simulation import checks
 
@@ -17,6 +18,7 @@ from kvguard.core.coordinator import Coordinator
 from kvguard.core.node import COORDINATOR, Node, NodeSettings
 from kvguard.core.promises import decode_epoch
 from kvguard.daemon import perform, perform_node
+from kvguard.daemon.copies import Copies
 from kvguard.daemon.fetching import Fetching
 from kvguard.daemon.checking import Checking
 from kvguard.daemon.journal import NotDurable
@@ -31,6 +33,9 @@ from kvguard.store.store import ReplicaStore
 MS = 1_000_000
 HEARTBEAT_NS = 50 * MS
 POLL_NS = 20 * MS
+LATE_SHARE = 0.3  # of daemons' lives, in which
+LATE_BYTES = (1, 200)  # captures of so many bytes and more end
+LATE_NS = 30 * MS  # up to so long after they were asked for
 
 
 class Crashed(Exception):
@@ -214,6 +219,9 @@ class NodeLife(Life):
         )  # fmt: skip
         deeds = {**perform_node.DEEDS, effects.Capture: capture_racing}
         super().__init__(world, name, Node(settings, promises), shell, deeds, perform_node.FAILURES)
+        self._late = Random(f"{world.seed} {name} {disk.incarnation}")  # its own, so that worlds without late captures are as they were
+        if self._late.random() < LATE_SHARE:
+            shell.copies = Copies(None, self._in_a_while, self._late.choice(LATE_BYTES))
         self.ranks = SimulatedRanks(world, HostDevice(), store, self.loop, self._tell, shell.streams, shell.local, shell.epochs)
         shell.engines = self.ranks
         self.fetching = Fetching(shell, self.ranks, self._tell)
@@ -246,6 +254,11 @@ class NodeLife(Life):
             self.world.checks.delivered(self)
             return True
         return False
+
+    def _in_a_while(self, _delay_ns: int, ready) -> None:
+        """What isn't captured at once ends at any time: after fences, detaches and deaths, too."""
+        self.world.count("captured_later")
+        self.loop.after(self._late.randrange(10_000, LATE_NS), ready)
 
     # ---- lines of engines ----
 
@@ -317,6 +330,7 @@ class NodeLife(Life):
         for _, _, descriptors in self._unheard:
             for descriptor in descriptors:
                 os.close(descriptor)
+        self.world.count("captures_late", self.shell.counters["captures_late"])
         self.world.count("torn_reads", sum(rank.reader.torn for rank in self.ranks.ranks.values()))
         self.ranks.close()
         self.shell.store.close()
