@@ -18,21 +18,23 @@ from kvguard.format.layout import Layout, Region, Shard
 
 
 class Attention(NamedTuple):
-    """What decides how a block's bytes lie. `write(layer index, cache tensor, key, value, slots)`: the backend's own code. `block_tokens`: the scheduler's."""
+    """What decides how a block's bytes lie. `row`: elements of one head and token, K and V side by side or one latent vector. `block_tokens`: the scheduler's.
+    `write(layer index, cache tensor, rows [tokens, heads, row], slots)`: the backend's own code.
+    """
 
     backend: str
     isa: str
     kv_dtype: str
-    head_dim: int
+    row: int
     compute_dtype: Any
     scales: tuple[tuple[float, float], ...]
     block_tokens: int
-    write: Callable[[int, Any, Any, Any, Any], None]
+    write: Callable[[int, Any, Any, Any], None]
 
 
 class Pages(NamedTuple):
     """Where the pages of all layers lie, in bytes: head h, slot s of block b in layer n begins at first + n * layer_step + b * block_step + h * head_step +
-    s * slot_step, and is `head_dim` elements of K, then as many of V. `divided`: into how many of the kernel's blocks.
+    s * slot_step, and is `row` elements. `divided`: into how many of the kernel's blocks.
     """
 
     first: int
@@ -44,23 +46,24 @@ class Pages(NamedTuple):
     blocks: int
     heads: int
     tokens: int
-    head_dim: int
+    row: int
     itemsize: int
     divided: int = 1
 
     @property
     def page_bytes(self) -> int:
         """Of one layer's block, where nothing lies between."""
-        return self.heads * self.tokens * 2 * self.head_dim * self.itemsize
+        return self.heads * self.tokens * self.row * self.itemsize
 
 
 def column_keys(pages: Pages) -> tuple[Region, ...]:
     """[head][K: dim, slot | V: slot, dim]: keys stand in columns, so a token is one element of every row; values stand in rows."""
     _dense(pages)
-    size, half = pages.itemsize, pages.tokens * pages.head_dim * pages.itemsize
+    size, dim = pages.itemsize, pages.row // 2
+    half = pages.tokens * dim * size
     outer = (("layer", pages.layers, pages.layer_step), ("head", pages.heads, 2 * half))
-    keys = Region("kv0", pages.first, pages.page_bytes, size, (*outer, ("dim", pages.head_dim, pages.tokens * size)))
-    values = Region("kv1", pages.first + half, pages.page_bytes, pages.head_dim * size, (*outer, ("dim", pages.head_dim, size)))
+    keys = Region("kv0", pages.first, pages.page_bytes, size, (*outer, ("dim", dim, pages.tokens * size)))
+    values = Region("kv1", pages.first + half, pages.page_bytes, dim * size, (*outer, ("dim", dim, size)))
     return keys, values
 
 
@@ -71,31 +74,32 @@ def whole_pages(pages: Pages) -> tuple[Region, ...]:
 
 
 def rows(pages: Pages) -> tuple[Region, ...]:
-    """[K | V] of one head and token in a row, wherever heads, slots and layers stand (vLLM's LBHNC, LBNHC, LHBNC, BLHNC, BLNHC, BHLNC)."""
-    row = 2 * pages.head_dim
-    inner = (("layer", pages.layers, pages.layer_step), ("head", pages.heads, pages.head_step), ("dim", row, pages.itemsize))
+    """One head's K and V of a token in a row, or its latent vector, wherever heads, slots, layers stand (vLLM's LBHNC, LBNHC, LHBNC, BLHNC, BLNHC, BHLNC)."""
+    inner = (("layer", pages.layers, pages.layer_step), ("head", pages.heads, pages.head_step), ("dim", pages.row, pages.itemsize))
     return (Region("", pages.first, pages.block_step, pages.slot_step, inner),)
 
 
 def _dense(pages: Pages) -> None:
     """Raises BadConfig unless a block is one run of bytes, heads outside, slots inside."""
-    row = 2 * pages.head_dim * pages.itemsize
+    row = pages.row * pages.itemsize
     if (pages.head_step, pages.slot_step, pages.block_step, pages.divided) != (pages.tokens * row, row, pages.page_bytes, 1):
-        raise BadConfig(f"KV pages of {pages.heads} heads, {pages.tokens} slots aren't dense [heads, slots, {2 * pages.head_dim}]. Try: another --block-size")
+        raise BadConfig(f"KV pages of {pages.heads} heads, {pages.tokens} slots aren't dense [heads, slots, {pages.row}]. Try: another --block-size")
 
 
 _PLAIN, FP8 = ("auto", "bfloat16", "float16"), ("fp8", "fp8_e4m3", "fp8_e5m2")
 _ON_GPU = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+_LATENT = ("CPU_MLA", "TRITON_MLA", "FLASHMLA", "FLASH_ATTN_MLA", "CUTLASS_MLA", "FLASHINFER_MLA")
 REGISTRY: dict[tuple[str, str, str], Callable[[Pages], tuple[Region, ...]]] = {
     **{("CPU_ATTN", isa, dtype): column_keys for isa in ("vec", "vec16") for dtype in _PLAIN},
     **{("CPU_ATTN", isa, dtype): whole_pages for isa in ("amx", "neon", "vxe", "vsx", "rvv") for dtype in _PLAIN},
     **{("CPU_ATTN", isa, dtype): whole_pages for isa in ("vec", "amx") for dtype in FP8},
     **{(backend, "", dtype): rows for backend in _ON_GPU for dtype in (*_PLAIN, *FP8)},
+    **{(backend, "", dtype): rows for backend in _LATENT for dtype in _PLAIN},
 }
 
 
 def layout_of(caches: list[Any], address: int, size: int, attention: Attention, model: str, shard: Shard) -> Layout:
-    """The layout of layers' caches, each [blocks, heads, slots, 2 * dim], in `size` bytes at `address`, which are `shard` of the model. Raises BadConfig."""
+    """The layout of layers' caches, each [blocks, heads, slots, row], in `size` bytes at `address`, which are `shard` of the model. Raises BadConfig."""
     make = REGISTRY.get((attention.backend, attention.isa, attention.kv_dtype))
     if make is None:
         known = ", ".join(sorted({"/".join(filter(None, key)) for key in REGISTRY}))
@@ -120,10 +124,10 @@ def pages_of(caches: list[Any], address: int, size: int, attention: Attention) -
         raise BadConfig("the layers' KV caches are not equal pages at equal distances. Try: a model whose layers are all alike")
     blocks, heads, tokens, content = first.shape
     block_step, head_step, slot_step, element = (stride * itemsize for stride in first.stride())
-    if content != 2 * attention.head_dim or element != itemsize:
-        raise BadConfig(f"KV pages of shape {tuple(first.shape)} with strides {first.stride()} don't hold K and V of {attention.head_dim} in a row")
+    if content != attention.row or element != itemsize:
+        raise BadConfig(f"KV pages of shape {tuple(first.shape)} with strides {first.stride()} don't hold rows of {attention.row}. Try: another backend")
     divided = attention.block_tokens // tokens
     if divided * tokens != attention.block_tokens or blocks % divided or (divided > 1 and block_step != tokens * slot_step):
         raise BadConfig(f"blocks of {attention.block_tokens} tokens are divided into {tokens} each in a way that is no run. Try: --block-size {tokens}")
-    sizes = (len(caches), blocks // divided, heads, attention.block_tokens, attention.head_dim, itemsize, divided)
+    sizes = (len(caches), blocks // divided, heads, attention.block_tokens, attention.row, itemsize, divided)
     return Pages(places[0], step, block_step * divided, head_step, slot_step, *sizes)

@@ -13,9 +13,9 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
@@ -23,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 from kvguard.device import open_device
 from kvguard.device.host import Copies, HostDevice
 from kvguard.device.proof import prove
-from kvguard.engine.tensors import proof_memory
 from kvguard.engine.vllm_layouts import Attention, layout_of
 from kvguard.errors import BadConfig, Refused
 from kvguard.format.layout import Layout, Shard
@@ -102,17 +101,16 @@ def proved_pool(caches: list[torch.Tensor], slab: Slab | TorchSlab, attention: A
     layout = layout_of(caches, slab.tensor.data_ptr(), slab.size, attention, model, shard)
     layout.check(slab.size)
     size, shape, strides, step = _scratch_of(caches, layout.blocks)
-    small = msgspec.structs.replace(layout, blocks=SCRATCH_BLOCKS, pool_bytes=size)  # only its size is used until it is read off the copies
-    memory, written, exchange = proof_memory(small, caches[0].device)
-    copies = [written.view(caches[0].dtype).as_strided(shape, strides, layer * step) for layer in range(len(caches))]
-    small = layout_of(copies, written.data_ptr(), size, attention, model, shard)
+    scratch = _Scratch(size, caches[0].device)
+    copies = [scratch.tensor.view(caches[0].dtype).as_strided(shape, strides, layer * step) for layer in range(len(caches))]
+    small = layout_of(copies, scratch.tensor.data_ptr(), size, attention, model, shard)
     if small.fingerprint != layout.fingerprint:
         raise Refused("the scratch blocks are of another layout than the pool")
     token = _Token(attention, caches[0])
-    prove(small, memory, lambda block, slot: exchange(lambda: token.write(copies, block, slot)), block=1)
+    prove(small, scratch.memory, lambda block, slot: scratch.exchange(lambda: token.write(copies, block, slot)), block=1)
     pool = slab.pool(layout)
     try:
-        _compare(token, copies, Copies(small, memory), exchange, caches, pool)
+        _compare(token, copies, Copies(small, scratch.memory), scratch, caches, pool)
     except BaseException:
         pool.close()
         raise
@@ -138,6 +136,21 @@ def _scratch_of(caches: list[torch.Tensor], blocks: int) -> tuple[int, tuple[int
     return end * itemsize, shape, strides, shrunk(step)
 
 
+class _Scratch:
+    """`size` bytes that a backend writes on its own device (`tensor`, uint8) and a proof sees in host memory (`memory`): the same ones on a CPU."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.memory = memoryview(bytearray(size))
+        self._seen = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self.tensor = self._seen if device.type == "cpu" else torch.zeros(size, dtype=torch.uint8, device=device)
+
+    def exchange(self, write: Callable[[], None]) -> None:
+        """What the proof made of the memory is there when `write` runs; what `write` made of it is seen afterwards."""
+        self.tensor.copy_(self._seen)
+        write()
+        self._seen.copy_(self.tensor)
+
+
 class _Token:
     """One token's keys and values in every layer, always the same; bytes in all their variety."""
 
@@ -149,12 +162,11 @@ class _Token:
         generator = torch.Generator().manual_seed(20)
         slots = torch.tensor([block * self._attention.block_tokens + slot], dtype=torch.int64, device=self._device)
         for layer, cache in enumerate(caches):
-            values = torch.randn((2, 1, self._heads, self._attention.head_dim), generator=generator, dtype=torch.float32)
-            key, value = values.to(self._device, self._attention.compute_dtype)
-            self._attention.write(layer, cache, key.contiguous(), value.contiguous(), slots)
+            values = torch.randn((1, self._heads, self._attention.row), generator=generator, dtype=torch.float32)
+            self._attention.write(layer, cache, values.to(self._device, self._attention.compute_dtype), slots)
 
 
-def _compare(token: _Token, copies: list[torch.Tensor], small: Copies, exchange: Any, caches: list[torch.Tensor], pool: Any) -> None:
+def _compare(token: _Token, copies: list[torch.Tensor], small: Copies, scratch: _Scratch, caches: list[torch.Tensor], pool: Any) -> None:
     """The same tokens in scratch and in block 0 of the real pool are the same canonical bytes. Block 0 is left as it was: zero."""
     layout = pool.layout
 
@@ -165,7 +177,7 @@ def _compare(token: _Token, copies: list[torch.Tensor], small: Copies, exchange:
             token.write(into, 0, slot)
 
     try:
-        exchange(lambda: write(copies))
+        scratch.exchange(lambda: write(copies))
         write(caches)
         found = []
         for opened in (small, pool):
@@ -184,16 +196,24 @@ def attention_of(vllm_config: Any, layer_names: list[str]) -> Attention:
     layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
     faults = {f"{name} shares the KV of {layer.impl.kv_sharing_target_layer_name}" for name, layer in zip(layer_names, layers, strict=True)
               if getattr(layer.impl, "kv_sharing_target_layer_name", None)}  # fmt: skip
-    kinds = {(layer.attn_backend.get_name(), getattr(layer, "isa", ""), layer.kv_cache_dtype, layer.head_size) for layer in layers}
+    kinds = {
+        (layer.attn_backend.get_name(), getattr(layer, "isa", ""), layer.kv_cache_dtype, layer.head_size, getattr(layer, "kv_lora_rank", 0)) for layer in layers
+    }
     if len(kinds) != 1:
         faults.add(f"{len(kinds)} kinds of attention layers")
     if faults:
         raise BadConfig(f"kvguard can't protect this model: {'; '.join(sorted(faults))}")
-    [(backend, isa, kv_dtype, head_dim)] = kinds
+    [(backend, isa, kv_dtype, head_dim, latent)] = kinds
     scales = tuple((float(getattr(layer, "_k_scale_float", 1.0)), float(getattr(layer, "_v_scale_float", 1.0))) for layer in layers)
 
-    def write(layer: int, cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-        layers[layer].impl.do_kv_cache_update(layers[layer], key, value, cache, slots)
+    def write(layer: int, cache: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
+        module = layers[layer]
+        if latent:
+            vectors, rotary = rows[:, 0, :latent].contiguous(), rows[:, :, latent:].contiguous()
+            module.impl.do_kv_cache_update(vectors, rotary, cache, slots, str(kv_dtype), getattr(module, "_k_scale", None))
+        else:
+            key, value = rows.split(head_dim, dim=-1)
+            module.impl.do_kv_cache_update(module, key.contiguous(), value.contiguous(), cache, slots)
 
-    tokens = vllm_config.cache_config.block_size
-    return Attention(backend, isa, str(kv_dtype), head_dim, vllm_config.model_config.dtype, scales, tokens, write)
+    tokens, row = vllm_config.cache_config.block_size, head_dim if latent else 2 * head_dim
+    return Attention(backend, isa, str(kv_dtype), row, vllm_config.model_config.dtype, scales, tokens, write)

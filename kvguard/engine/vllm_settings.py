@@ -82,6 +82,8 @@ def faults_of(vllm_config: Any, kv_cache_config: Any, device: str) -> list[str]:
     speculative = vllm_config.speculative_config
     if speculative is not None and getattr(speculative, "method", None) not in ("ngram", "suffix"):
         faults.append(f"speculative method {speculative.method!r}: the drafter's own KV would be missing after a restore")
+    if device == "cpu" and getattr(model, "use_mla", False):
+        faults.append("latent attention on a CPU: vLLM can't compute several positions behind restored ones there, and switches chunked prefill off")
     faults += _group_faults(kv_cache_config, vllm_config.cache_config.block_size)
     return faults
 
@@ -92,8 +94,8 @@ def _group_faults(kv_cache_config: Any, block_size: int) -> list[str]:
         return [f"{len(groups)} KV cache groups: a hybrid of attention kinds. Try: a model with full attention in all layers"]
     spec = groups[0].kv_cache_spec
     kind = type(spec).__name__
-    if kind != "FullAttentionSpec":
-        return [f"{kind}: only plain full attention is proved (no Mamba state, sliding windows, cross-attention, latent attention)"]
+    if kind not in ("FullAttentionSpec", "MLAAttentionSpec") or getattr(spec, "model_version", None):
+        return [f"{kind}: only plain full and latent attention are proved (no Mamba state, sliding windows, cross-attention, sparse attention)"]
     faults = []
     for name in ("sliding_window", "attention_chunk_size"):
         if getattr(spec, name, None):

@@ -65,7 +65,7 @@ def smollm2_layout(slab_bytes: int, layers: int = LAYERS, heads: int = HEADS) ->
     page = 2 * heads * TOKENS * DIM * ITEMSIZE
     blocks = slab_bytes // (layers * page)
     row = 2 * DIM * ITEMSIZE
-    pages = Pages(0, blocks * page, page, TOKENS * row, row, layers, blocks, heads, TOKENS, DIM, ITEMSIZE)
+    pages = Pages(0, blocks * page, page, TOKENS * row, row, layers, blocks, heads, TOKENS, 2 * DIM, ITEMSIZE)
     return Layout("", "bfloat16", ITEMSIZE, blocks, TOKENS, column_keys(pages), whole(layers, heads), True, slab_bytes)
 
 

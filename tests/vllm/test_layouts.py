@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheTensor, compute_layout_strides, create_kv_cache_views
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -27,12 +29,13 @@ SHARD = whole(LAYERS, HEADS)
 def attention(tokens: int, dtype: torch.dtype, kv_dtype: str = "auto", scale: float = 1.0, isa: str = "") -> Attention:
     isa = isa or _get_attn_isa(dtype, tokens, DIM, kv_dtype)
 
-    def write(layer, cache, key, value, slots):
+    def write(layer, cache, rows, slots):
+        key, value = (part.contiguous() for part in rows.split(DIM, dim=-1))
         blocks, heads, size, _ = cache.shape
         keys, values = cache.view(blocks, heads, 2 * size, -1).chunk(2, dim=2)
         ops.cpu_attn_reshape_and_cache(key, value, keys, values, slots, isa, k_scale=scale, v_scale=scale, kv_cache_dtype=kv_dtype)
 
-    return Attention("CPU_ATTN", isa, kv_dtype, DIM, dtype, ((scale, scale),) * LAYERS, tokens, write)
+    return Attention("CPU_ATTN", isa, kv_dtype, 2 * DIM, dtype, ((scale, scale),) * LAYERS, tokens, write)
 
 
 def layout_of(caches: list[torch.Tensor], slab: Slab, attention: Attention, model: str) -> Layout:
@@ -89,6 +92,27 @@ def test_the_shard_is_in_the_fingerprint_and_must_be_what_the_tensors_hold(cache
         proved_pool(made, slab, attention(32, torch.bfloat16), "m", Shard((0, 3, 3), (1, 2, 4)))
 
 
+def test_latent_vectors_are_proved_by_the_backends_own_code():
+    """vLLM's latent attention on a CPU: one row a token, without heads."""
+    rank, rotary, tokens = 512, 64, 16
+    size = LAYERS * BLOCKS * tokens * (rank + rotary) * 2
+    with SlabContext(size) as context:
+        made = torch.zeros(size, dtype=torch.int8, device="cpu")
+    caches = [part.view(torch.bfloat16).view(BLOCKS, 1, tokens, rank + rotary) for part in made.view(LAYERS, -1)]
+    module = SimpleNamespace(
+        impl=SimpleNamespace(do_kv_cache_update=functools.partial(CPUMLAImpl.do_kv_cache_update, None)), attn_backend=CPUMLABackend, kv_cache_dtype="auto",
+        head_size=rank + rotary, kv_lora_rank=rank,
+    )  # fmt: skip
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=dict.fromkeys("abc", module)), model_config=SimpleNamespace(dtype=torch.bfloat16),
+        cache_config=SimpleNamespace(block_size=tokens),
+    )  # fmt: skip
+    pool = proved_pool(caches, context.slab, attention_of(config, ["a", "b", "c"]), "m", whole(LAYERS, 1))
+    assert pool.layout.addressable and pool.layout.token_bytes == LAYERS * (rank + rotary) * 2 and not made.any()
+    pool.close()
+    context.slab.close()
+
+
 def test_an_unknown_backend_is_refused(caches):
     made, slab = caches(32, torch.bfloat16)
     with pytest.raises(BadConfig, match="CPU_ATTN/abacus/auto is not in the registry"):
@@ -104,7 +128,7 @@ def test_a_layout_that_is_not_what_the_backend_writes_is_refused(caches, monkeyp
     def rows_for_keys(pages):
         keys, values = vllm_layouts.column_keys(pages)
         outer = keys.inner[:2]
-        wrong = keys.__class__("kv0", keys.offset, keys.block_stride, pages.head_dim * pages.itemsize, (*outer, ("dim", pages.head_dim, pages.itemsize)))
+        wrong = keys.__class__("kv0", keys.offset, keys.block_stride, DIM * pages.itemsize, (*outer, ("dim", DIM, pages.itemsize)))
         return wrong, values
 
     monkeypatch.setitem(vllm_layouts.REGISTRY, ("CPU_ATTN", right.isa, "auto"), rows_for_keys)
@@ -132,16 +156,17 @@ def test_layers_that_share_kv_or_differ_are_refused():
 def rowed(tokens: int, backend: str = "FLASH_ATTN", kv_dtype: str = "auto", scale: float = 1.0, mangled: bool = False) -> Attention:
     """As FLASH_ATTN, FLASHINFER and TRITON_ATTN write in vLLM 0.32: kv_cache.transpose(1, 2).split(head_size, dim=-1), then [block, slot]."""
 
-    def write(layer, cache, key, value, slots):
+    def write(layer, cache, rows, slots):
         keys, values = cache.transpose(1, 2).split(DIM, dim=-1)
         kernel_tokens = cache.shape[2]
         for slot in slots.tolist():
             block, place = divmod(slot, kernel_tokens)
-            keys[block, place], values[block, place] = (part[0].to(cache.dtype) if cache.dtype != torch.uint8 else quantised(part[0]) for part in (key, value))
+            row = rows[0].to(cache.dtype) if cache.dtype != torch.uint8 else quantised(rows[0])
+            keys[block, place], values[block, place] = row.split(DIM, dim=-1)
             if mangled:
                 keys[block, (place + 1) % kernel_tokens] = keys[block, place]
 
-    return Attention(backend, "", kv_dtype, DIM, torch.bfloat16, ((scale, scale),) * LAYERS, tokens, write)
+    return Attention(backend, "", kv_dtype, 2 * DIM, torch.bfloat16, ((scale, scale),) * LAYERS, tokens, write)
 
 
 def quantised(values: torch.Tensor) -> torch.Tensor:

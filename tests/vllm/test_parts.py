@@ -86,10 +86,14 @@ class SlidingWindowSpec(SimpleNamespace):
     """As vLLM's, by name."""
 
 
+class MLAAttentionSpec(SimpleNamespace):
+    """As vLLM's, by name."""
+
+
 def configured(spec, groups: int = 1, **parallel):
     vllm = SimpleNamespace(
-        parallel_config=SimpleNamespace(**parallel), model_config=SimpleNamespace(is_encoder_decoder=False, runner_type="generate"), speculative_config=None,
-        cache_config=SimpleNamespace(block_size=32),
+        parallel_config=SimpleNamespace(**parallel), speculative_config=None, cache_config=SimpleNamespace(block_size=32),
+        model_config=SimpleNamespace(is_encoder_decoder=False, runner_type="generate", use_mla=isinstance(spec, MLAAttentionSpec)),
     )  # fmt: skip
     return vllm, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)] * groups)
 
@@ -103,6 +107,9 @@ def configured(spec, groups: int = 1, **parallel):
         (FullAttentionSpec(block_size=32), 2, {}, "cpu", "2 KV cache groups"),
         (FullAttentionSpec(block_size=32, sliding_window=128), 1, {}, "cpu", "sliding_window=128"),
         (SlidingWindowSpec(block_size=32), 1, {}, "cpu", "SlidingWindowSpec"),
+        (MLAAttentionSpec(block_size=32), 1, {"tensor_parallel_size": 2}, "cuda", ""),
+        (MLAAttentionSpec(block_size=32), 1, {}, "cpu", "latent attention on a CPU"),
+        (MLAAttentionSpec(block_size=32, model_version="deepseek_v4"), 1, {}, "cuda", "MLAAttentionSpec"),
         (FullAttentionSpec(block_size=32), 1, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, "cpu", ""),
         (FullAttentionSpec(block_size=32), 1, {"data_parallel_size": 2}, "cpu", "data_parallel_size=2"),
         (FullAttentionSpec(block_size=32), 1, {"decode_context_parallel_size": 2}, "cpu", "different positions"),
