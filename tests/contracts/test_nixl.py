@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import gc
-import multiprocessing
-import os
 import signal
 import time
 
@@ -18,7 +16,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 from test_nixl_zone import late_write
-from test_transport import DEADLINE_S, Pair, Sockets, ids, kv, needs_nixl, number_of
+from test_transport import DEADLINE_S, Other, Pair, Sockets, ids, kv, needs_nixl, number_of
 
 from kvguard import config
 from kvguard.config.daemons import NIXL_ZONE_BYTES_MIN
@@ -228,16 +226,14 @@ def carries(pair: Pair) -> None:
 @pytest.mark.parametrize("without", ["dialling", "accepting"])
 def test_a_peer_without_nixl_is_served_by_the_bulk_channel_loudly(without):
     world = Sockets(keyed=False, bulk=True, nixl=TCP)
+
+    def made(node: str) -> ZeromqTransport:
+        world.nixl = None if node == {"accepting": "a", "dialling": "b"}[without] else TCP
+        return world.make(node)
+
     try:
-        world.nixl = None if without == "accepting" else TCP
-        a = world.make("a")
-        world.nixl = None if without == "dialling" else TCP
-        b = world.make("b")
-        pair = Pair.__new__(Pair)
-        pair.world, pair.a, pair.b, pair.events = world, a, b, {a: [], b: []}
-        pair.address = a.listen("tcp://127.0.0.1:0")
-        b.dial("peer:a", pair.address)
-        pair.up()
+        pair = Pair(world, made).up()
+        a, b = pair.a, pair.b
         assert b.carriers() == {"peer:a": "tcp (not nixl: the peer has none)" if without == "accepting" else "tcp"} and b.has_bulk("peer:a")
         loud = a if without == "dialling" else b
         assert loud.counters == {"without_nixl": 1} and len(pair.of(loud, Broken)) == 1
@@ -297,7 +293,7 @@ def pattern(number: int) -> bytes:
     return (number.to_bytes(8, "little") * (FRAME_BYTES // 8))[:FRAME_BYTES]
 
 
-def write_for_ever(pipe, settings: NixlSettings, sent) -> None:
+def write_for_ever(pipe, sent, settings: NixlSettings) -> None:
     """The other process: dials, and sends frames whose bytes say their number, as fast as they are taken, in every life of the link."""
     transport = ZeromqTransport("b", nixl=settings)
     transport.dial("peer:a", pipe.recv())
@@ -314,37 +310,14 @@ def write_for_ever(pipe, settings: NixlSettings, sent) -> None:
     transport.close()
 
 
-def read_for_ever(pipe, settings: NixlSettings, sent) -> None:
+def read_for_ever(pipe, taken, settings: NixlSettings) -> None:
     """The other process: listens, and takes."""
     transport = ZeromqTransport("a", nixl=settings)
     pipe.send(transport.listen("tcp://127.0.0.1:0"))
     while not pipe.poll():
         transport.wait(0.05)
-        sent.value += sum(isinstance(event, Frame) for event in transport.receive())
+        taken.value += sum(isinstance(event, Frame) for event in transport.receive())
     transport.close()
-
-
-class Other:
-    """A process that is stopped, killed, and ended."""
-
-    def __init__(self, target, settings: NixlSettings):
-        needs_nixl()
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.count = context.Value("q", 0)
-        self.process = context.Process(target=target, args=(theirs, settings, self.count))
-        self.process.start()
-        theirs.close()
-
-    def strike(self, blow: int) -> None:
-        os.kill(self.process.pid, blow)
-
-    def end(self) -> None:
-        self.pipe.close()
-        if self.process.is_alive():
-            self.strike(signal.SIGCONT)
-        self.process.kill()
-        self.process.join()
 
 
 def until(transport: ZeromqTransport, events: list, condition) -> None:
@@ -379,6 +352,7 @@ def ahead(writer: Other, taken: int) -> None:
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_writer_killed_or_stopped_in_mid_write(way, blow):
     """What it had not finished is never seen, what it writes later lands nowhere."""
+    needs_nixl()
     writer = Other(write_for_ever, WAYS[way])
     transport, events = ZeromqTransport("a", nixl=WAYS[way]), []
     try:
@@ -407,6 +381,7 @@ def test_a_writer_killed_or_stopped_in_mid_write(way, blow):
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_reader_killed_or_stopped_in_mid_write(way, blow):
     """The writer knows in bounded time, keeps nothing, and goes on with a reader that comes back."""
+    needs_nixl()
     reader = Other(read_for_ever, WAYS[way])
     transport, events = ZeromqTransport("b", nixl=WAYS[way]), []
     try:

@@ -7,11 +7,14 @@ Knows: base.Transport. Must not know: how an implementation keeps its promises (
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import random
 import select
+import signal
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -121,11 +124,11 @@ WORLDS = {
 
 
 class Pair:
-    """Node b dials node a; events are kept by node."""
+    """Node b dials node a; events are kept by node. `make`: how the world makes each of them, where they differ."""
 
-    def __init__(self, world):
-        self.world = world
-        self.a, self.b = world.make("a"), world.make("b")
+    def __init__(self, world, make: Callable[[str], object] | None = None):
+        self.world, make = world, make or world.make
+        self.a, self.b = make("a"), make("b")
         self.events: dict[object, list] = {self.a: [], self.b: []}
         self.address = self.a.listen(world.address("a"))
         self.b.dial("peer:a", self.address)
@@ -154,6 +157,28 @@ class Pair:
 
     def tail(self) -> str:
         return str([[type(event).__name__ + ":" + str(event)[:80] for event in events[-3:]] for events in self.events.values()])
+
+
+class Other:
+    """A process that is stopped, killed, and ended. `target(pipe, count, *arguments)` runs in it; `count` is shared memory."""
+
+    def __init__(self, target, *arguments):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.count = context.Value("q", 0)
+        self.process = context.Process(target=target, args=(theirs, self.count, *arguments))
+        self.process.start()
+        theirs.close()
+
+    def strike(self, blow: int) -> None:
+        os.kill(self.process.pid, blow)
+
+    def end(self) -> None:
+        self.pipe.close()
+        if self.process.is_alive():
+            self.strike(signal.SIGCONT)
+        self.process.kill()
+        self.process.join()
 
 
 @pytest.fixture(params=WORLDS, ids=str)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import multiprocessing
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ import time
 import numpy as np
 import pytest
 import zmq
-from test_transport import DEADLINE_S, Pair, Sockets, ids, keys_of, kv
+from test_transport import DEADLINE_S, Other, Pair, Sockets, ids, keys_of, kv
 
 from kvguard import errors
 from kvguard.format import wire
@@ -149,16 +148,12 @@ def test_a_ticket_opens_once_and_expires(world):
 
 
 def test_without_a_bulk_port_payloads_take_the_control_connection(world):
-    world.bulk = False
-    a = world.make("a")
-    world.bulk = True
-    b = world.make("b")
-    pair = Pair.__new__(Pair)
-    pair.world, pair.a, pair.b, pair.events = world, a, b, {a: [], b: []}
-    pair.address = a.listen("tcp://127.0.0.1:0")
-    b.dial("peer:a", pair.address)
-    pair.up()
-    assert not b.has_bulk("peer:a")
+    def made(node: str) -> ZeromqTransport:
+        world.bulk = node == "b"
+        return world.make(node)
+
+    pair = Pair(world, made).up()
+    assert not pair.b.has_bulk("peer:a")
     still_carries(pair)
 
 
@@ -282,7 +277,7 @@ def test_key_files(tmp_path):
 # ---- processes -------------------------------------------------------------------------------------------------------------------
 
 
-def serve(pipe) -> None:
+def serve(pipe, count) -> None:
     """The other process: echoes IDS frames until the pipe closes."""
     transport = ZeromqTransport("a")
     pipe.send(transport.listen("tcp://127.0.0.1:0"))
@@ -297,10 +292,7 @@ def serve(pipe) -> None:
 @pytest.mark.parametrize("bulk_wanted", [False, True])
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_peer_killed_or_stopped_goes_down(blow, bulk_wanted):
-    pipe, theirs = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,))
-    process.start()
-    theirs.close()
+    other = Other(serve)
     transport, events = ZeromqTransport("b", bulk=bulk_wanted), []
 
     def until(condition):
@@ -311,22 +303,18 @@ def test_a_peer_killed_or_stopped_goes_down(blow, bulk_wanted):
             events.extend(transport.receive())
 
     try:
-        transport.dial("peer:a", pipe.recv())
+        transport.dial("peer:a", other.pipe.recv())
         until(lambda: any(isinstance(event, Up) for event in events))
         assert transport.send("peer:a", ids(1))
         until(lambda: any(isinstance(event, Frame) for event in events))
-        os.kill(process.pid, blow)
+        other.strike(blow)
         until(lambda: any(isinstance(event, Down) for event in events))
         assert not transport.send("peer:a", ids(2))
         if blow == signal.SIGSTOP:
-            os.kill(process.pid, signal.SIGCONT)
+            other.strike(signal.SIGCONT)
             until(lambda: sum(isinstance(event, Up) for event in events) == 2)
             assert transport.send("peer:a", ids(3))
             until(lambda: sum(isinstance(event, Frame) for event in events) == 2)
     finally:
         transport.close()
-        pipe.close()
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGCONT)
-        process.kill()
-        process.join()
+        other.end()
