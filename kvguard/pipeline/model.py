@@ -74,6 +74,12 @@ class Rows:
         self.padded, self.place = self.padded.to(device), self.place.to(device)
         return self
 
+    def each(self, what: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """`what`, which sums along each row of x [tile rows, ...]. A GPU splits such a sum by how many rows there are: there tile by tile, as products."""
+        if len(self.tiles) == 1 or x.device == CPU:
+            return what(x)
+        return torch.cat([what(x[start:end]) for start, end in self.tiles])
+
     def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [tile rows, in] times weight [out, in], tile by tile."""
         if len(self.tiles) == 1:
@@ -218,6 +224,9 @@ class _Family:
     def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return functional.layer_norm(x, x.shape[-1:], self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"], self.shape.norm_eps)
 
+    def normed(self, name: str, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return rows.each(lambda part: self.norm(name, part), x)
+
     def scale(self, layer: int) -> float:
         return self.shape.head_dim**-0.5
 
@@ -230,7 +239,7 @@ class _Family:
 
     def logits(self, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
         if f"{self.final_norm}.weight" in self.tensors:
-            hidden = self.norm(self.final_norm, hidden)
+            hidden = self.normed(self.final_norm, hidden, rows)
         return rows.product(hidden, self.tensors[self.embedding if self.shape.tied else "lm_head.weight"])
 
 
@@ -258,13 +267,13 @@ class _Llama(_Family):
         return self._cos[positions][:, None].to(self.device, self.dtype), self._sin[positions][:, None].to(self.device, self.dtype)
 
     def project(self, layer: int, hidden: torch.Tensor, rows: Rows, turn) -> tuple[torch.Tensor, ...]:
-        x = self.norm(f"layers.{layer}.input_layernorm", hidden)
+        x = self.normed(f"layers.{layer}.input_layernorm", hidden, rows)
         q, k, v = (self.heads(self.product(layer, f"self_attn.{name}_proj", x, rows)) for name in "qkv")
         return _rotate(q, *turn), _rotate(k, *turn), v
 
     def finish(self, layer: int, hidden: torch.Tensor, read: torch.Tensor, rows: Rows) -> torch.Tensor:
         hidden = hidden + self.product(layer, "self_attn.o_proj", read, rows)
-        x = self.norm(f"layers.{layer}.post_attention_layernorm", hidden)
+        x = self.normed(f"layers.{layer}.post_attention_layernorm", hidden, rows)
         gated = self.activate(self.product(layer, "mlp.gate_proj", x, rows)) * self.product(layer, "mlp.up_proj", x, rows)
         return hidden + self.product(layer, "mlp.down_proj", gated, rows)
 
@@ -288,12 +297,12 @@ class _Gpt2(_Family):
         return scale / (layer + 1) if self.shape.raw.get("scale_attn_by_inverse_layer_idx") else scale
 
     def project(self, layer: int, hidden: torch.Tensor, rows: Rows, turn) -> tuple[torch.Tensor, ...]:
-        together = self.product(layer, "attn.c_attn", self.norm(f"h.{layer}.ln_1", hidden), rows)
+        together = self.product(layer, "attn.c_attn", self.normed(f"h.{layer}.ln_1", hidden, rows), rows)
         return tuple(self.heads(part.contiguous()) for part in together.chunk(3, dim=-1))
 
     def finish(self, layer: int, hidden: torch.Tensor, read: torch.Tensor, rows: Rows) -> torch.Tensor:
         hidden = hidden + self.product(layer, "attn.c_proj", read, rows)
-        x = self.norm(f"h.{layer}.ln_2", hidden)
+        x = self.normed(f"h.{layer}.ln_2", hidden, rows)
         return hidden + self.product(layer, "mlp.c_proj", self.activate(self.product(layer, "mlp.c_fc", x, rows)), rows)
 
 
@@ -305,12 +314,12 @@ class _Opt(_Family):
         return functional.embedding(ids, self.tensors[self.embedding]) + functional.embedding(positions + 2, self.tensors["embed_positions.weight"])
 
     def project(self, layer: int, hidden: torch.Tensor, rows: Rows, turn) -> tuple[torch.Tensor, ...]:
-        x = self.norm(f"layers.{layer}.self_attn_layer_norm", hidden)
+        x = self.normed(f"layers.{layer}.self_attn_layer_norm", hidden, rows)
         return tuple(self.heads(self.product(layer, f"self_attn.{name}_proj", x, rows)) for name in "qkv")
 
     def finish(self, layer: int, hidden: torch.Tensor, read: torch.Tensor, rows: Rows) -> torch.Tensor:
         hidden = hidden + self.product(layer, "self_attn.out_proj", read, rows)
-        x = self.norm(f"layers.{layer}.final_layer_norm", hidden)
+        x = self.normed(f"layers.{layer}.final_layer_norm", hidden, rows)
         return hidden + self.product(layer, "fc2", self.activate(self.product(layer, "fc1", x, rows)), rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ PROMPT = [5, 9, 14, 3, 77, 20, 31, 8, 2]
 
 
 def steps(files, device: torch.device) -> list[torch.Tensor]:
-    """Two stages: a prompt's chunk, two sequences of which one decodes, a replay of several positions; logits of each, on the CPU."""
+    """Two stages: a prompt, two sequences of which one decodes, a replay, a prompt beside one that decodes; logits of each, on the CPU."""
     layers = files.shape.layers
     stages = [StageModel(files, span, first, not first, device=device) for span, first in ((range(1), True), (range(1, layers), False))]
     pools = [torch.zeros(stage.pool_shape(8, 16), device=device) for stage in stages]
@@ -33,6 +34,7 @@ def steps(files, device: torch.device) -> list[torch.Tensor]:
         ([Share("one", Span(0, 9), True, (3,), 1)], PROMPT),
         ([Share("one", Span(9, 10), False, (3,), 1), Share("two", Span(0, 4), True, (0,), 0)], [41, 6, 7, 8, 9]),
         ([Share("two", Span(4, 7), False, (0,), 3)], [1, 2, 3]),
+        ([Share("one", Span(10, 11), False, (3,), 1), Share("three", Span(0, 9), True, (5,), 1)], [17, *PROMPT]),
     ]
     found = []
     for shares, ids in plans:
@@ -51,8 +53,11 @@ def forward(stage: StageModel, x: torch.Tensor, batch: Batch, kv: torch.Tensor) 
 
 def test_no_two_devices_meet(files):
     wanted = steps(files, torch.device("cpu"))
-    with pretended():
+    summed: list[int] = []
+    real = type(StageModel(files, range(1), True, False)._family).norm
+    with pretended(), mock.patch(f"{real.__module__}.{real.__qualname__}", lambda self, name, x: summed.append(x.shape[0]) or real(self, name, x)):
         found = steps(files, GPU)
+    assert set(summed) == {8, 16}, "how many rows are summed beside each other must not depend on who else is in the step"
     assert [one.shape for one in found] == [one.shape for one in wanted]
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
