@@ -40,6 +40,8 @@ def test_who_takes_a_dead_engine_s_rank_goes_on_in_its_memory_twice(lending):
     engine.tell("step", commits=[["one", 40], ["two", 5]])
     cluster.protected(RANK, 45)
     second = adopted_by_a_standby(cluster, engine, {"one": 40, "two": 5})
+    if device != "host":
+        cluster.until("its ring", lambda: second.tell("counts")["joined"])
     for _ in range(5):
         second.tell("step", commits=[["one", 2], ["three", 1]])
     cluster.protected(RANK, 60)
