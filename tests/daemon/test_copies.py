@@ -158,6 +158,11 @@ class Daemon:
     def saw(self, kind) -> list:
         return [message for message in self.said if type(message) is kind]
 
+    def faults(self) -> tuple | None:
+        """Devices that can't be used, as the last heartbeat said; None before the first."""
+        beats = self.saw(ms.Beat)
+        return beats[-1].device_faults if beats else None
+
     def acked(self, stream: StreamId) -> int:
         known = self.core.outbound.streams.get(stream)
         return known.best(0) if known is not None and 0 in known.ledger.rows else 0
@@ -217,7 +222,7 @@ class World:
         """The slow one in a heartbeat from now."""
         beats = len(self.a.saw(ms.Beat))
         self.until(lambda: len(self.a.saw(ms.Beat)) > beats)
-        return next(rank for rank in self.a.said[-1].ranks if rank.stream == SLOW) if type(self.a.said[-1]) is ms.Beat else self.rank()
+        return next(rank for rank in self.a.saw(ms.Beat)[-1].ranks if rank.stream == SLOW)
 
     def close(self) -> None:
         self.gpu.gate.set()
@@ -312,10 +317,10 @@ def test_a_capture_that_waited_for_the_salvage_is_taken_from_what_was_salvaged(w
 def test_a_lost_gpu_is_an_unprotected_rank_with_a_reason_and_the_daemon_lives(world):
     world.gpu.lose(XID)
     world.slow.commit(3)
-    world.until(lambda: world.a.saw(ms.Beat)[-1].device_faults)
+    world.until(world.a.faults)
     rank = world.rank()
     assert rank.state == "unprotected" and XID in rank.reason and "can't be read" in rank.reason
-    [(device, reason)] = world.a.saw(ms.Beat)[-1].device_faults
+    [(device, reason)] = world.a.faults()
     assert device == "GPU-1" and XID in reason
     figures = NodeFigures(world.a.core, world.a.shell, Measures(world.a.core, time.monotonic_ns), dict)
     [sample] = next(family for family in figures.families() if family.name == "kvguard_device_faults").samples
@@ -331,7 +336,7 @@ def test_a_lost_gpu_is_an_unprotected_rank_with_a_reason_and_the_daemon_lives(wo
 def test_a_thread_that_hangs_is_an_unprotected_rank_and_its_death_waits_for_nothing(world):
     world.hold()
     world.a.skew_ns = working.STALL_NS
-    world.until(lambda: world.a.saw(ms.Beat)[-1].device_faults)
+    world.until(world.a.faults)
     assert "GPU-1 has not moved a byte" in world.rank().reason and world.a.workers.progressing()
     world.goes_on()
     world.slow.kill()
@@ -344,7 +349,7 @@ def test_a_thread_that_hangs_is_an_unprotected_rank_and_its_death_waits_for_noth
     assert world.attach(3, other) and type(world.a.told[-1]) is local.Attached
     world.a.hear(ms.Assign("llama", SLOW.rank, (("b", "tcp://b"),), ""))
     other.commit(2)
-    world.until(lambda: world.a.acked(other.stream) == 2 and world.a.saw(ms.Beat)[-1].device_faults == ())
+    world.until(lambda: world.a.acked(other.stream) == 2 and world.a.faults() == ())
     other.close()
 
 
