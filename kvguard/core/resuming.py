@@ -48,17 +48,27 @@ def on_done(known: Known, node: NodeId, done: Done, start) -> None:
     if current is None or current.record.phase != PLANNED or done.epoch != current.record.epoch or done.node != node:
         known.note("stale_done", done.instance, f"{done.node}: {done.part} of epoch {done.epoch.counter} is waited for by nobody")
         return
-    if not done.error:
+    error = done.error or _what_is_missing(current.record, done)
+    if not error:
         current.dones[node, done.part] = done
         advance(known, done.instance, start)
         return
-    known.note("failed_part", done.instance, f"{node}: {done.part}: {done.error}", epoch=done.epoch.counter)
-    reason = f"{done.part} failed on {node}: {done.error}"
+    known.note("failed_part", done.instance, f"{node}: {done.part}: {error}", epoch=done.epoch.counter)
+    reason = f"{done.part} failed on {node}: {error}"
     rebuilds = current.record.order.rebuilds
     refused = tuple((rebuild.node, rebuild.standby) for rebuild in rebuilds if done.part == f"rank {rebuild.rank}" and rebuild.node == node)
     survivors = tuple(rank for rank in _survivors(current.record) if done.part == f"rank {rank}")
-    excluded = () if done.part.startswith("rank ") else (node,)
+    excluded = (node,) if done.error and not done.part.startswith("rank ") else ()
     give_up(known, done.instance, Failure(survivors, reason, refused=refused, excluded=excluded), start)
+
+
+def _what_is_missing(record: RecoveryRecord, done: Done) -> str:
+    """Ids that the node had reported and no longer has: another life of its daemon carried the plan, and others may hold what is planned from them."""
+    if done.part != "holders":
+        return ""
+    given = {entry.sequence for entry in done.known}
+    wanted = [sequence for sequence, node in zip(record.order.sequences, record.order.ids_node, strict=True) if node == done.node and sequence not in given]
+    return f"it did not give the ids of {len(wanted)} sequence{'s' * (len(wanted) != 1)} that it had reported" if wanted else ""
 
 
 def give_up(known: Known, instance: str, failure: Failure, start) -> None:
@@ -156,16 +166,13 @@ def _resume(known: Known, instance: str) -> None:
     record, order = current.record, current.record.order
     move_in(known, current, [rebuild.rank for rebuild in order.rebuilds])
     ids = {(node, entry.sequence): entry for (node, part), done in current.dones.items() if part == "holders" for entry in done.known}
-    sequences, lost, recomputed = [], dict(record.lost_sequences), 0
+    sequences, recomputed = [], 0
     proofs, places = _proofs(record), order.places or ((),) * len(order.sequences)
     columns = zip(order.sequences, order.positions, order.rungs, order.ids_node, places, strict=True)
     for sequence, position, rung, node, there in columns:
-        entry = ids.get((node, sequence))
-        if entry is None:
-            lost[sequence] = f"{node} did not give the ids that it had reported"
-        else:
-            sequences.append(ResumeSequence(sequence, position, rung, entry, there, proofs.get(sequence, b"")))
-            recomputed += max(0, len(entry.ids) // 4 - 1 - position)
+        entry = ids[node, sequence]
+        sequences.append(ResumeSequence(sequence, position, rung, entry, there, proofs.get(sequence, b"")))
+        recomputed += max(0, len(entry.ids) // 4 - 1 - position)
     moved: dict[str, int] = {}
     for done in current.dones.values():
         for rung, count in done.bytes_by_rung.items():
@@ -178,7 +185,7 @@ def _resume(known: Known, instance: str) -> None:
     targets = {str(rebuild.rank): rebuild.node for rebuild in order.rebuilds}
     known.keep_history(HistoryRecord(
         instance, record.epoch, record.reason, record.lost, targets, timing, dict(zip(order.sequences, order.positions, strict=True)),
-        dict(zip(order.sequences, order.rungs, strict=True)), lost, moved, record.attempt, verdict_ns=record.verdict_ns, recomputed=recomputed,
+        dict(zip(order.sequences, order.rungs, strict=True)), dict(record.lost_sequences), moved, record.attempt, verdict_ns=record.verdict_ns, recomputed=recomputed,
         moved=len(proofs), ended=record.former if order.moved else (),
     ))  # fmt: skip
     _keep_resume(known, instance, resume)
@@ -187,7 +194,7 @@ def _resume(known: Known, instance: str) -> None:
     current.asked, current.waiting, current.changed, current.since_ns = {}, "", True, known.fair_ns
     _say_resume(known, instance, resume)
     say_resumed(known, instance)
-    known.note("resumed", instance, record.reason, epoch=record.epoch.counter, sequences=len(sequences), lost=len(lost), total_ms=round(timing["total"], 3))
+    known.note("resumed", instance, record.reason, epoch=record.epoch.counter, sequences=len(sequences), lost=len(record.lost_sequences), total_ms=round(timing["total"], 3))
 
 
 def _proofs(record: RecoveryRecord) -> dict[SequenceId, bytes]:
