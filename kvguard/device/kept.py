@@ -89,8 +89,10 @@ class KeptPool(OpenedPool):
         return self._kept.export()
 
     def salvage(self, sequences: Sequence[Sequence[int]], salvage_ms_max: int) -> tuple[KeptPool, int]:
-        """All of it is where it was, and stays mapped. Raises DeviceLost after a fault of the GPU."""
+        """All of it is where it was, and stays mapped; the ring is the successor's. Raises DeviceLost after a fault of the GPU."""
         self._refuse_lost()
+        if self._ring is not None:
+            self._ring.forget()
         return self, len(sequences)
 
     def brought_out(self, sequences: Sequence[Sequence[int]], salvage_ms_max: int) -> tuple[HostPool, int]:

@@ -90,6 +90,10 @@ class RingEnd:
         self._unpacker.copied(found)
         return self._unpacker.find(slots)
 
+    def forget(self) -> None:
+        """What the engine packed is void from now on, and everything read from the pool: another engine goes on in it."""
+        self._unpacker.forget()
+
     def close(self) -> None:
         self.words.close()
         self.staged = np.zeros((0, 1), np.uint8)

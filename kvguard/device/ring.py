@@ -197,6 +197,11 @@ class Unpacker:
         _order()
         words[AT_TAIL] = self._tail
 
+    def forget(self) -> None:
+        """Whoever packed until now has ended: what follows it may write slots before it says so here."""
+        words = self.words.words
+        self._forget_all(int(words[AT_GAPS]), int(words[AT_HEAD]))
+
     def find(self, slots: np.ndarray) -> np.ndarray:
         """Staged row of each slot, -1 where its latest bytes aren't staged. Slots must be the pool's."""
         return self._where[slots]

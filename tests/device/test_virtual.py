@@ -228,6 +228,34 @@ def test_a_successor_goes_on_in_the_same_memory(kind, other, third):
     assert third.ask("read", slots=[0])[0]["bytes"] == [wanted[0].hex()]  # its engine has it still
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_dead_engine_packed_is_void_for_its_successor(kind, other, third):
+    """A successor writes before it has heard of the ring: what it says of its steps then, it says to nobody."""
+    device = device_of(kind)
+    lent = device.lend(USUAL, device.driver().uuid)
+    view = device.open(USUAL, taken_by(other, kind, lent, fresh=True), writable=False)
+    other.join(view)
+    other.ask("write", seed=1, slots=[6, 7], value=1)
+    until(lambda: other.word[0] == 1)
+    unit = view.plan.unit_bytes
+    assert captured(view, [6]) == [values_of(1, 6, unit)] and view.from_ring == 1
+    other.ask("write", seed=2, slots=[8], value=2)  # not fetched before its death
+    until(lambda: other.word[0] == 2)
+    other.kill()
+    handed = [view.salvage([[1], [2]], 0)[0].export(), lent]
+    handed.append(taken_by(third, kind, handed[0]))
+    third.ask("write", seed=3, slots=[6, 8])
+    assert captured(view, [6, 7, 8]) == [values_of(3, 6, unit), values_of(1, 7, unit), values_of(3, 8, unit)]
+    third.join(view)
+    captured(view, [6])  # its gap is seen
+    third.ask("write", seed=4, slots=[7], value=1)
+    until(lambda: third.word[0] == 1)
+    assert captured(view, [6, 7, 8]) == [values_of(3, 6, unit), values_of(4, 7, unit), values_of(3, 8, unit)] and view.from_ring == 2
+    for fds in handed:
+        exports.close_all(fds)
+    view.close()
+
+
 def test_lent_memory_goes_with_the_last_that_has_it():
     driver, before = Rehearsal(), open_files()
     device = CudaDevice(lambda: (driver,), Capturing(ring_bytes=1, staged_bytes=1))
