@@ -2,7 +2,7 @@
 
 Knows: a pool's kernels, host memory that the GPU reads across the link. Must not know: what the pages are worth (who calls has verified them), sequences.
 Invariants: layer n is in the pool once its event is reached, and nothing waits for a later one; the host memory stays registered until every layer is there or
-the restore was given up; a restore that isn't there by its deadline is given up, and says so: what it was for is recomputed.
+the restore was given up, or failed half way; a restore that isn't there by its deadline is given up, and says so: what it was for is recomputed.
 """
 
 from __future__ import annotations
@@ -37,11 +37,20 @@ class LayeredRestore:
         self._columns = self._driver.allocate(2 * 8 * max(1, slots.size) + ALIGNMENT)
         self._host, pinned = self._driver.pinned(2 * 8 * max(1, slots.size))
         np.frombuffer(self._host, np.int64)[: 2 * slots.size] = np.concatenate([slots, places])
-        self._registered = not source
-        source = source or self._driver.registered(memory)
+        self._registered = False
+        self._events: list[Event] = []
+        try:
+            if not source:
+                source, self._registered = self._driver.registered(memory), True
+            self._launch(slots, source, pinned)
+        except BaseException:  # nothing may go on reading what the caller lets go now
+            self.close()
+            raise
+
+    def _launch(self, slots: np.ndarray, source: int, pinned: int) -> None:
+        pool = self._pool
         self._driver.wait(self._stream, self._driver.record(pool.current()))
         self._driver.copy(self._columns, pinned, 16 * slots.size, self._stream)
-        self._events: list[Event] = []
         for layer in range(pool.plan.layers):
             if slots.size:
                 pool.launch(False, self._columns, slots.size, source, self._stream, places=self._columns + 8 * slots.size, layer=layer)

@@ -29,7 +29,7 @@ SPARSE_MAX = 4  # registering pins whole pages of memory: of a range no more tha
 class Arriving:
     """Begun when made; a context. As pull.pull_pages takes them: pages `blocks`, `generations`, the first `counts` tokens each, into blocks `here`, by `due`.
 
-    Raises Stale, BadFrame; TimedOut; Refused where the arena can't be read in place (nothing was launched then): pull it in batches.
+    Raises Stale, BadFrame; TimedOut; Refused where the arena can't be read in place (nothing is on its way then): pull it in batches.
     """
 
     def __init__(

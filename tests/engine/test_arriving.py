@@ -118,6 +118,26 @@ def test_a_late_layer_fails_the_whole_and_nothing_writes_afterwards(usual):
     assert len(usual.driver.launched) == 3, "it was let go before the kernels were through with it"
 
 
+def test_a_layer_that_cannot_be_launched_leaves_none_on_its_way(usual, monkeypatch):
+    usual.driver.held = True
+    launch, let_go, launched, before = usual.driver.launch, usual.driver.unregistered, [], len(usual.driver._mapped)
+
+    def second_fails(*order) -> None:
+        if launched:
+            raise DeviceLost("out of launch resources. Try: another one")
+        launched.append(launch(*order))
+
+    def seen(memory: memoryview) -> None:
+        assert len(usual.driver.launched) == 1, "a kernel still reads what is let go"
+        let_go(memory)
+
+    monkeypatch.setattr(usual.driver, "launch", second_fails)
+    monkeypatch.setattr(usual.driver, "unregistered", seen)
+    with pytest.raises(DeviceLost, match="launch resources"):
+        pull_pages(*usual.arguments(usual.pool))
+    assert len(launched) == 1 and len(usual.driver._mapped) == before and not usual.driver.held_pages
+
+
 def test_a_deadline_that_is_over_launches_nothing(usual):
     for pool in (usual.pool, usual.host):
         with pytest.raises(TimedOut, match="Try: compute it"):
