@@ -118,11 +118,11 @@ class Fetching:
             if rank.killed or rank.stream.leaving:
                 raise _Ending("its process is being ended, or its memory salvaged")
             return None
+        blocks = _committed(rank, token, lineage, birth)
+        if blocks is None:  # also what was to be brought out and didn't come: its facts are gone
+            return None
         if self._ranks.bring_out(stream):
             raise _Ending("its memory is being copied to where another process can read it")
-        blocks = _committed(rank, token, lineage, birth)
-        if blocks is None:
-            return None
         of_blocks = rank.reader.generations([], blocks)[1]
         return _Found(_for_reading(rank.pool.export()), blocks, tuple(of_blocks.tolist()), rank.stream.shape, rank.layout)
 

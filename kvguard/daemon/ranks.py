@@ -344,6 +344,8 @@ class Ranks:
         try:
             if pools:
                 rank = self.ranks[pools[0]]
+                if rank.stream.leaving:  # its files are about to be closed, in another thread
+                    raise Refused(f"what is left of {rank.stream.id} is being copied to the host. Try: again in a moment")
                 descriptors += [os.dup(rank.table_descriptor), *rank.pool.export()]
                 order = local.ClaimOrder(plan.instance, rebuild.rank, plan.epoch, plan, rebuild, True, rank.stream.id, rank.layout, ())
             else:

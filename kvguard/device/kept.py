@@ -83,9 +83,9 @@ class KeptPool(OpenedPool):
             raise
 
     def export(self) -> list[int]:
-        """The same files as ever. Raises Refused after a fault of the GPU."""
-        if self.lost:
-            raise Refused(self.lost)
+        """The same files as ever. Raises Refused after a fault of the GPU, and once it was closed."""
+        if self.lost or self._closed:
+            raise Refused(self.lost or "the pool was closed. Try: attach again")
         return self._kept.export()
 
     def salvage(self, sequences: Sequence[Sequence[int]], salvage_ms_max: int) -> tuple[KeptPool, int]:

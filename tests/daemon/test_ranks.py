@@ -251,6 +251,10 @@ def test_a_claim_brings_the_dead_pool(desk):
     assert (connection, count, order.adopt, order.stream, order.layout) == (2, 2, True, ID, LAYOUT)
     with pytest.raises(attaching.Refused, match="not attached here"):
         desk.ranks.claim(plan(rebuild), Rebuild(ID.rank, "a", 99, (), ()))
+    desk.ranks.ranks[ID].stream.leaving, before = True, len(desk.told)
+    with pytest.raises(attaching.Refused, match="copied to the host"):
+        desk.ranks.claim(plan(rebuild), rebuild)
+    assert len(desk.told) == before
     [restored] = desk.ranks.restored(2, local.Restored("llama", ID.rank, Epoch(1, "c"), "no room"))
     assert (type(restored), restored.error) == (events.EngineRestored, "no room")
 

@@ -266,6 +266,8 @@ def test_lent_memory_goes_with_the_last_that_has_it():
     pool.close()
     pool.close()
     view.close()
+    with pytest.raises(Refused, match="closed"):  # no descriptors would be a pool, too, to whoever hands them on
+        view.export()
     assert driver.virtual.reserved_bytes == 0 and open_files() == before
 
 
