@@ -228,7 +228,9 @@ def crash_consistency(scenario: Scenario, run: dict) -> Finding:
     if scenario.name in ("kill-daemon", "restart-daemon"):
         before = observed["epoch_before"]
         promised = all(promise >= before for promise in observed["promises"].values()) and not observed["silent"]
-        return _all([(promised, f"the daemon came back with what it had promised (epoch {before})"), *_kept(observed.get("kept"))])
+        finding = _all([(promised, f"the daemon came back with what it had promised (epoch {before})"), *_kept(observed.get("kept"))])
+        unread = (observed.get("kept") or {}).get("unread")
+        return Finding(NOT_CHECKED, f"its replicas could not be read again: {unread}") if unread and finding.state == HELD else finding
     return _loaded_again(scenario, run)
 
 

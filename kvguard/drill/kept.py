@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvguard.errors import KvguardError
+
 
 def held(ask: Callable[[str], dict], service: bool) -> dict:
     """Before the strike. `ask(verb)`: the node's answer. `promised`: a service manager keeps replicas over another life of this daemon."""
@@ -16,9 +18,18 @@ def held(ask: Callable[[str], dict], service: bool) -> dict:
 
 
 def found(ask: Callable[[str], dict], before: dict) -> dict:
-    """After it, once all is protected: replicas that the new life found, or couldn't read; positions whose sums didn't hold then; whether all do now."""
-    store, entries = ask("stats")["store"], ask("verify")["replicas"]
-    return {
+    """After it, once all is protected: replicas that the new life found, or couldn't read; positions whose sums didn't hold then; whether all do now.
+
+    Bytes are read only where something is promised of them. `verified` None: they weren't, or (`unread`: why) not in the time that an answer may take.
+    """
+    store = ask("stats")["store"]
+    found = {
         **before, "read_back": store.get("replicas_read_back", 0), "unreadable": store.get("replicas_unreadable", 0),
-        "unsound": store.get("positions_unsound", 0), "verified": all(one["verified"] is not False for one in entries),
+        "unsound": store.get("positions_unsound", 0), "verified": None,
     }  # fmt: skip
+    if before["promised"] and before["replicas"]:
+        try:
+            found["verified"] = all(one["verified"] is not False for one in ask("verify")["replicas"])
+        except KvguardError as error:  # the drill is over, and what else it found is worth more
+            found["unread"] = str(error)
+    return found

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from kvguard.daemon import whereabouts
-from kvguard.drill import blows, cluster, documents
+from kvguard.drill import blows, cluster, documents, kept
 from kvguard.drill.scenarios import SCENARIOS
-from kvguard.errors import KvguardError, Refused
+from kvguard.errors import KvguardError, Refused, TimedOut
 
 
 def status(**changes) -> dict:
@@ -221,6 +221,23 @@ def test_a_daemon_is_restarted_by_its_service_manager_or_not_at_all(child, monke
     called.write_text("#!/bin/sh\necho not permitted >&2\nexit 4\n")
     with pytest.raises(KvguardError, match="ended with 4: not permitted"):
         blows.restart(blows.Target("", "", "n1", "", child.pid, 1, 1000), -1)
+
+
+def test_a_drill_is_no_failure_because_reading_takes_longer_than_an_answer_is_waited_for() -> None:
+    def ask(verb: str) -> dict:
+        if verb == "verify":
+            raise TimedOut("no answer within 5 s. Try: a longer --timeout")
+        return {"replicas": [{"stream": "s"}], "store": {"replicas_read_back": 1}}
+
+    found = kept.found(ask, kept.held(ask, True))
+    assert found["read_back"] == 1 and found["verified"] is None and found["unread"] == "no answer within 5 s. Try: a longer --timeout"
+
+
+def test_what_nobody_promised_is_not_read() -> None:
+    for before in ({"promised": False, "replicas": 1}, {"promised": True, "replicas": 0}):
+        asked: list[str] = []
+        kept.found(lambda verb, asked=asked: asked.append(verb) or {"store": {}}, before)
+        assert asked == ["stats"]
 
 
 def test_only_the_main_process_of_a_unit_is_a_service(child, monkeypatch, tmp_path) -> None:

@@ -112,3 +112,11 @@ def test_replicas_that_a_service_manager_did_not_keep_are_no_success(name, kept,
     verdict = judge(SCENARIOS[name], run)
     assert verdict.invariants["I11"].state == (VIOLATED if said else HELD) and verdict.passed == (not said)
     assert any(said in failure for failure in verdict.failures) or not said
+
+
+@pytest.mark.parametrize(("back", "state"), [(2, NOT_CHECKED), (1, VIOLATED)])
+def test_replicas_that_nobody_could_read_again_are_not_called_kept(back, state) -> None:
+    run = evidence("kill-daemon") | {"target": "cluster", "identical": None, "logits_identical": None, "kv_identical": None}
+    run["observed"]["kept"] = {"promised": True, "replicas": 2, "read_back": back, "unreadable": 0, "unsound": 0, "verified": None, "unread": "no answer"}
+    verdict = judge(SCENARIOS["kill-daemon"], run)
+    assert verdict.invariants["I11"].state == state and ("no answer" in verdict.invariants["I11"].why) == (state == NOT_CHECKED)
