@@ -144,8 +144,7 @@ class Fleet:
         for task in self._looking:
             task.cancel()
         await asyncio.gather(*self._looking, return_exceptions=True)
-        for member in self.members.values():
-            await member.watch.close()
+        await asyncio.gather(*(member.watch.close() for member in self.members.values()))  # each may wait for a coordinator that is away
 
     async def _keep_looking(self, member: Member) -> None:
         while True:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 from kvguard import errors
+from kvguard.gateway.counters import Counters
+from kvguard.gateway.fleet import Fleet, Member
+from kvguard.gateway.news import News
 from kvguard.gateway.routing import Instance
 from kvguard.gateway.watching import HEALTHY_LOOKS, Watch, key_of
 from kvguard.types import Epoch, ResumeToken
@@ -178,3 +182,23 @@ def test_a_life_is_the_coordinators_not_the_looks():
         return watch.life
 
     assert play(scene)[1] == Epoch(2, "c")
+
+
+def test_instances_are_left_together():
+    """Each emitter's end may wait a second for a coordinator that is away: one after the other they would outlast a service manager's patience."""
+    meeting = threading.Barrier(3, timeout=10)
+
+    class Slow(FakeEmitter):
+        def close(self) -> None:
+            meeting.wait()
+            super().close()
+
+    async def run():
+        async def look() -> bool:
+            return True
+
+        watches = [Watch(Instance(name, f"http://{name}", "n"), Slow(name), look) for name in "abc"]
+        await Fleet([Member(watch, None) for watch in watches], Counters(), 1.0, {}, News()).close()
+
+    asyncio.run(run())
+    assert not meeting.broken
