@@ -92,8 +92,17 @@ def test_not_a_configuration(tmp_path, text, wanted):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(BadConfig, match="no such file"):
-        config.load(config.NodeConfig, tmp_path / "x.toml", {}, {})
+    for cls in config.KINDS.values():
+        with pytest.raises(BadConfig, match=f"no such file. Try: kvguard config init {cls.SECTION} > "):
+            config.load(cls, tmp_path / "x.toml", {}, {})
+
+
+def test_what_is_proposed_for_a_path_is_one_for_this_setting(tmp_path):
+    file = write(tmp_path / "x.toml", '[gateway]\ninstances = ["a http://h:1 n"]\ntokenizer = "here"\n[coordinator]\nstate_dir = "here"\n')
+    with pytest.raises(BadConfig, match='Try: tokenizer = "/path/to/tokenizer"'):
+        config.load(config.GatewayConfig, file, {}, {})
+    with pytest.raises(BadConfig, match='Try: state_dir = "/var/lib/kvguard"'):
+        config.load(config.CoordinatorConfig, file, {}, {})
 
 
 def test_the_template_is_a_configuration(tmp_path):

@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         if given[:1] == ["check"]:  # a monitor reads exit codes of its own, and nothing but stdout
             from kvguard.cli import check
 
-            sys.exit(check.unknown(error, "json" if "json" in given else "table"))
+            sys.exit(check.unknown(error, "json" if {"json", "-ojson"} & set(given) else "table"))
         print(f"kvguard: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

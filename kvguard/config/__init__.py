@@ -64,7 +64,7 @@ def load_with_origins(
     """As load; also where each value came from ("default", "FILE:LINE", a variable's or a flag's name), by key."""
     faults: list[Fault] = []
     given: dict[str, Given] = {}
-    for path in layers(file, faults):
+    for path in layers(file, faults, cls.SECTION):
         given.update(read_section(cls, path, faults))
     unread = any(fault.key == "-" for fault in faults)  # what it would have set is not missing
     given.update(read_environment(cls, os.environ if environ is None else environ, faults))
@@ -78,7 +78,7 @@ def load_with_origins(
     return cls(**values), origins
 
 
-def layers(file: str | Path | None, faults: list[Fault]) -> list[Path]:
+def layers(file: str | Path | None, faults: list[Fault], section: str = "node") -> list[Path]:
     """The file, then conf.d/*.toml beside it in order of their names."""
     if file is None:
         return []
@@ -86,7 +86,7 @@ def layers(file: str | Path | None, faults: list[Fault]) -> list[Path]:
     try:
         there = path.exists()
         if not path.is_file():
-            what, attempt = ("isn't a file", "the file itself") if there else ("there is no such file", f"kvguard config init > {path}")
+            what, attempt = ("isn't a file", "the file itself") if there else ("there is no such file", f"kvguard config init {section} > {path}")
             faults.append(Fault(str(path), "-", what, attempt))
             return []
     except OSError as error:  # in a directory that this user may not enter, say

@@ -87,7 +87,8 @@ def checked_text(field, kind: str, value: str) -> str:
     if kind == "url" and not ((found := URL.fullmatch(value)) and found["scheme"] == "http" and found["port"] and int(found["port"]) <= 65535):
         raise ValueError(f'{value!r} is not an address for clients|{field.name} = "http://127.0.0.1:8000"')
     if kind == "path" and (value or field.default != "") and not os.path.isabs(value):
-        raise ValueError(f'{value!r} is not an absolute path|{field.name} = "/run/kvguard"')
+        attempt = field.default if field.default not in (REQUIRED, "") else f"/path/to/{field.name}"
+        raise ValueError(f'{value!r} is not an absolute path|{field.name} = "{attempt}"')
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 
@@ -88,3 +89,6 @@ def test_what_is_no_address_is_said_to_be_none(cli, address) -> None:
     assert cli("history", "--coordinator", address)[0] == 78
     code, out, err = cli("check", "--coordinator", address)
     assert code == 3 and out.startswith("KVGUARD UNKNOWN") and not err, "a monitor reads exit codes of its own"
+    for words in (("-o", "json"), ("-ojson",)):
+        code, out, err = cli("check", "--coordinator", address, *words)
+        assert code == 3 and json.loads(out)["state"] == "unknown" and not err
