@@ -45,14 +45,20 @@ def _of_lives(holding: Holding, newest: dict[SequenceId, int]) -> Holding:
     return _picked(holding, [i for i, (sequence, generation) in enumerate(pairs) if generation >= newest[sequence]])
 
 
-def not_over(held: list[tuple[NodeId, Holding]], over: dict[SequenceId, Ints]) -> list[tuple[NodeId, Holding]]:
-    """The same holdings, without copies of sequences that are over (their births, by name): they say nothing of what bears the name by now."""
-    return [(node, holding if over.keys().isdisjoint(holding.sequences) else _not_over(holding, over)) for node, holding in held] if over else held
+def not_over(held: list[tuple[NodeId, Holding]], over: dict[SequenceId, Ints], sure: bool) -> list[tuple[NodeId, Holding]]:
+    """The same holdings, without copies of sequences that are over (their births, by name; 0: whatever bore it): they say nothing of what bears the name by now.
+
+    `sure`: without those only that are known to be such a life. Else a copy of unknown birth goes, too.
+    """
+    return [(node, holding if over.keys().isdisjoint(holding.sequences) else _not_over(holding, over, sure)) for node, holding in held] if over else held
 
 
-def _not_over(holding: Holding, over: dict[SequenceId, Ints]) -> Holding:
+def _not_over(holding: Holding, over: dict[SequenceId, Ints], sure: bool) -> Holding:
+    def goes(birth: int, ended: Ints) -> bool:
+        return birth in ended or 0 in ended if sure else is_one_of(birth, ended)
+
     pairs = zip(holding.sequences, holding.births or (0,) * len(holding.sequences), strict=True)
-    return _picked(holding, [i for i, (sequence, birth) in enumerate(pairs) if not is_one_of(birth, over.get(sequence, ()))])
+    return _picked(holding, [i for i, (sequence, birth) in enumerate(pairs) if not goes(birth, over.get(sequence, ()))])
 
 
 def _picked(holding: Holding, kept: list[int]) -> Holding:

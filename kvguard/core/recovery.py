@@ -89,7 +89,7 @@ def plan(situation: Situation) -> Plan | Unplannable:
     """The order for `situation`, or why there is none. Raises nothing for any reports that passed the decoder."""
     held = [(report.node, holding) for report in situation.reports if report.node not in situation.excluded for holding in report.holdings]
     held = newest_lives([(node, holding) for node, holding in held if holding.stream.instance == situation.instance])
-    held = not_over(held, situation.over)
+    held = not_over(held, situation.over, situation.emitter_lives)
     live = _live_pools(situation, held)
     lost = tuple(sorted(rank for rank in situation.members if rank not in live))
     if not situation.members:

@@ -203,7 +203,9 @@ def _try_plan(known: Known, instance: str) -> None:
         current.tried = key
         members = {rank: place.node for rank, place in sorted(known.membership.members[instance].items())}
         lives = known.emitter_lives(instance)
-        over = {} if lives else dict(known.delivered.get(instance, {}))  # a living emitter knows best
+        over = dict(known.delivered.get(instance, {}))
+        if lives:  # it may use a name again; what it has delivered of a known birth will never be wanted, and others have its blocks by now
+            over = {name: tuple(birth for birth in births if birth) for name, births in over.items()}
         for name, birth in record.away_lives():
             over[name] = (*over.get(name, ()), birth)
         situation = Situation(

@@ -40,6 +40,16 @@ def test_a_plan_without_emitter_leaves_out_the_life_that_was_delivered_and_no_ot
     assert [dict(zip(one.sequences, one.births, strict=True)) for one in cast.sent(m.Delivered)[:1]] == [{"s": births[-1]}], "passed on as it was said"
 
 
+@pytest.mark.parametrize(("births", "planned"), [((FORMER,), ("s", "t")), ((NOW,), ("t",)), ((0,), ("s", "t"))])
+def test_with_a_living_emitter_a_plan_leaves_out_what_is_known_to_be_the_delivered_life(births, planned):
+    """A former replica may still have it, in blocks that others have by now."""
+    cast = born(three_stages(), NOW)
+    delivered(cast, *(("s", birth) for birth in births))
+    cast.say(cast.daemons["b"], cast.daemons["b"].kill_rank(Rank(0, 1, 0)))
+    cast.run(5000)
+    assert cast.daemons["a"].plan.sequences == planned
+
+
 def test_a_former_life_said_again_does_not_forget_what_a_plan_decided_of_the_name():
     cast = born(three_stages(), NOW)
     cast.say(cast.daemons["b"], cast.daemons["b"].kill_rank(Rank(0, 1, 0)))
@@ -94,7 +104,9 @@ def test_copies_of_a_delivered_life_do_not_decide_whose_the_name_is():
 
 
 def test_a_copy_that_says_no_birth_is_any_life():
-    assert ask([Has("a", R0, {"s": (9, 10)}, "replica")], lost=(R0, R1, R2), over={"s": (FORMER,)}).order.sequences == ()
+    held = [Has("a", R0, {"s": (9, 10)}, "replica")]
+    assert ask(held, lost=(R0, R1, R2), over={"s": (FORMER,)}).order.sequences == ()
+    assert ask(held, lost=(R0, R1, R2), over={"s": (FORMER,)}, emitter_lives=True).order.sequences == ("s",), "only what is known to be that life"
 
 
 def test_what_may_leave_is_a_matter_of_the_life():
