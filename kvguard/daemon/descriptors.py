@@ -28,10 +28,11 @@ def stopped(pidfd: int) -> bool:
         return False  # it has just ended: its pidfd says so
 
 
-def readable(descriptor: int) -> bool:
+def readable(descriptor: int, wait_ms: int = 0) -> bool:
+    """A pidfd is once its process has ended."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(wait_ms))
 
 
 def same_file(a: int, b: int) -> bool:

@@ -346,6 +346,7 @@ class Ranks:
                 rank = self.ranks[pools[0]]
                 if rank.stream.leaving:  # its files are about to be closed, in another thread
                     raise Refused(f"what is left of {rank.stream.id} is being copied to the host. Try: again in a moment")
+                self._standbys.hand(spare, rank.stream.id, self.kill)
                 descriptors += [os.dup(rank.table_descriptor), *rank.pool.export()]
                 order = local.ClaimOrder(plan.instance, rebuild.rank, plan.epoch, plan, rebuild, True, rank.stream.id, rank.layout, ())
             else:
@@ -379,7 +380,7 @@ class Ranks:
 
     def _scrub(self, connection: int) -> None:
         """A pull failed: whatever the replicas hold that their sums don't vouch for goes before anybody plans with it again."""
-        for stream in self._standbys.sources(connection):
+        for stream in self._standbys.failed(connection):
             log.warning("a pull from the replica of %s failed: it is verified", stream)
             self._store.damaged(stream)
 

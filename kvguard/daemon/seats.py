@@ -49,3 +49,4 @@ class Spare:
     connection: int
     killed: str = ""
     sources: tuple[StreamId, ...] = ()  # replicas that it was told to pull
+    adopts: StreamId | None = None  # whose memory it was handed, to go on in

@@ -1,14 +1,17 @@
 """The standbys of this node: processes with their weights loaded that hold no rank yet.
 
 Knows: pidfds, what a standby says that it can take, which replicas it was told to pull. Must not know: pools, tables, plans.
-Invariants: what a standby claims is checked before anything is kept of it; a pidfd is watched as long as its record lives, and closed with it.
+Invariants: what a standby claims is checked before anything is kept of it; a pidfd is watched as long as its record lives, and closed with it; of a dead
+process's memory one standby at a time is the heir.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from kvguard.core import events
+from kvguard.daemon.descriptors import readable
 from kvguard.daemon.lifelines import Watches
 from kvguard.daemon.seats import Spare
 from kvguard.errors import BadConfig, Refused
@@ -17,6 +20,7 @@ from kvguard.types import Rank, StreamId
 
 SPARES_MAX = 64
 LAYOUTS_MAX = 1024  # of ranks that one standby can take
+END_MS = 100  # so long the daemon waits for a process that it has killed
 
 
 class Spares:
@@ -49,11 +53,22 @@ class Spares:
         for spare in self.of(connection):
             self._drop(spare)
 
+    def hand(self, spare: Spare, stream: StreamId, kill: Callable[[int], None]) -> None:
+        """`spare` is to go on in this dead process's table and pool. Who was handed them before, and was only slow, or stopped, would write there beside it: it
+        is ended first. Raises Refused where it doesn't die at once."""
+        for other in [one for one in self.known.values() if one.adopts == stream and one is not spare]:
+            kill(other.incarnation)
+            if not readable(other.pidfd, END_MS):
+                raise Refused(f"standby {other.incarnation}, which was handed what is left of {stream} before, is still dying. Try: again in a moment")
+        spare.adopts = stream
+
     def detach(self, connection: int) -> list[events.Event]:
         return [self._died(spare, "detached") for spare in self.of(connection)]
 
-    def sources(self, connection: int) -> tuple[StreamId, ...]:
-        """Replicas that were to be pulled over this connection."""
+    def failed(self, connection: int) -> tuple[StreamId, ...]:
+        """It says that it can't take what it was given: which replicas it was to pull. It is nobody's heir any more."""
+        for spare in self.of(connection):
+            spare.adopts = None
         return tuple(stream for spare in self.of(connection) for stream in spare.sources)
 
     def close(self) -> None:

@@ -259,6 +259,33 @@ def test_a_claim_brings_the_dead_pool(desk):
     assert (type(restored), restored.error) == (events.EngineRestored, "no room")
 
 
+def test_a_stopped_standby_that_was_handed_the_memory_is_ended_before_another_is(desk):
+    """It would rebuild the table, when it goes on, beside the one that writes there by then."""
+    programs = [subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) for _ in range(2)]
+    engine, slow = programs
+    attach(desk, Life(engine.pid))
+    for number, pid in ((5, slow.pid), (6, os.getpid())):
+        list(desk.ranks.attach(number, pid, message("standby", number, None), [os.pidfd_open(pid)]))
+    engine.kill()
+    engine.wait()
+    list(desk.watched[desk.ranks.ranks[ID].pidfd]())
+    orders = {standby: Rebuild(ID.rank, "a", standby, (Source("pool", "a", ID),), (0,)) for standby in (5, 6)}
+    slow.send_signal(signal.SIGSTOP)
+    for _ in range(2):  # said again
+        desk.ranks.claim(plan(orders[5]), orders[5])
+    list(desk.ranks.restored(5, local.Restored("llama", ID.rank, Epoch(1, "c"), "it says so")))
+    desk.ranks.claim(plan(orders[6]), orders[6])
+    list(desk.ranks.restored(6, local.Restored("llama", ID.rank, Epoch(1, "c"), "it says so")))
+    assert slow.poll() is None, "who has given up writes nothing"
+    desk.ranks.claim(plan(orders[5]), orders[5])
+    desk.ranks.claim(plan(orders[6]), orders[6])
+    assert slow.wait(10) == -signal.SIGKILL and desk.told[-1][0] == 6
+    [died] = desk.watched[desk.ranks.spares[5].pidfd]()
+    assert (died.incarnation, died.reason) == (5, "killed by its node's daemon")
+    for program in programs:
+        program.stdin.close()
+
+
 def test_who_never_committed_lives_in_the_epoch_that_it_finds(desk):
     desk.shell.epochs["llama"] = Epoch(4, "c")
     fresh, late = Life(), Life()
