@@ -12,6 +12,7 @@ import pytest
 from kvguard.cli.group import verbs
 from kvguard.config import NodeConfig
 from kvguard.config.setting import converted
+from kvguard.format.layout import Layout
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -102,3 +103,22 @@ def test_what_is_counted_in_words_is_as_many() -> None:
     assert f"{numbers[len(SCENARIOS)]} faults" in (ROOT / "README.md").read_text()
     listed = re.findall(r"^\| ([a-z-]+) \| SIG|^\| ([a-z-]+) \| [a-z]", (ROOT / "docs" / "drills.md").read_text(), re.MULTILINE)
     assert {name for pair in listed for name in pair if name} >= set(SCENARIOS)
+
+
+def test_the_readmes_engine_runs_as_it_stands_there(tmp_path, monkeypatch) -> None:
+    """Without a daemon: it says so, and serves on."""
+    monkeypatch.setenv("KVGUARD_SOCKET", str(tmp_path / "nobody.sock"))
+    said = (ROOT / "README.md").read_text().partition("## From an engine")[2].partition("```python\n")[2].partition("```")[0]
+    names = {
+        "layout": Layout.paged("toy-1", "float32", 2, 8, 16, 2, 8), "size": 5, "forward": lambda *_: None, "sequence": "one", "length": 5, "new_blocks": [0],
+        "new_ids": [1, 2, 3, 4, 5, 6], "request": b"",
+    }  # fmt: skip
+    exec(said, names)
+    guard = names["guard"]
+    assert guard.table.sequences() == {"one": 0}
+    with guard.step(1) as step:
+        with pytest.raises(KeyError, match="Try: request="):
+            step.commit("another", 1, blocks=[1], tokens=[1])
+        step.commit("one", 6, tokens=[7], request=None)
+    guard.detach()
+    names["pool"].close()

@@ -83,7 +83,7 @@ class TableWriter:
         try:
             return self._names[sequence]
         except KeyError:
-            raise KeyError(f"sequence {sequence!r} is not known here. Try: commit it with its blocks first, or spell it as then") from None
+            raise KeyError(f"sequence {sequence!r} is not known here. Try: request=b'...' with its first commit, or spell it as then") from None
 
     def sequences(self) -> dict[str, int]:
         """Names of the live sequences and their rows."""
