@@ -46,7 +46,8 @@ def _of_lives(holding: Holding, newest: dict[SequenceId, int]) -> Holding:
 
 
 def not_over(held: list[tuple[NodeId, Holding]], over: dict[SequenceId, Ints], sure: bool) -> list[tuple[NodeId, Holding]]:
-    """The same holdings, without copies of sequences that are over (their births, by name; 0: whatever bore it): they say nothing of what bears the name by now.
+    """The same holdings, without copies of sequences that are over (their births, by name; 0: whatever bore it): they say nothing of what bears the name
+    by now.
 
     `sure`: without those only that are known to be such a life. Else a copy of unknown birth goes, too.
     """

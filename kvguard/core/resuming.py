@@ -185,8 +185,8 @@ def _resume(known: Known, instance: str) -> None:
     targets = {str(rebuild.rank): rebuild.node for rebuild in order.rebuilds}
     known.keep_history(HistoryRecord(
         instance, record.epoch, record.reason, record.lost, targets, timing, dict(zip(order.sequences, order.positions, strict=True)),
-        dict(zip(order.sequences, order.rungs, strict=True)), dict(record.lost_sequences), moved, record.attempt, verdict_ns=record.verdict_ns, recomputed=recomputed,
-        moved=len(proofs), ended=record.former if order.moved else (),
+        dict(zip(order.sequences, order.rungs, strict=True)), dict(record.lost_sequences), moved, record.attempt, verdict_ns=record.verdict_ns,
+        recomputed=recomputed, moved=len(proofs), ended=record.former if order.moved else (),
     ))  # fmt: skip
     _keep_resume(known, instance, resume)
     known.keep_round(instance, record)
@@ -194,7 +194,8 @@ def _resume(known: Known, instance: str) -> None:
     current.asked, current.waiting, current.changed, current.since_ns = {}, "", True, known.fair_ns
     _say_resume(known, instance, resume)
     say_resumed(known, instance)
-    known.note("resumed", instance, record.reason, epoch=record.epoch.counter, sequences=len(sequences), lost=len(record.lost_sequences), total_ms=round(timing["total"], 3))
+    figures = {"sequences": len(sequences), "lost": len(record.lost_sequences), "total_ms": round(timing["total"], 3)}
+    known.note("resumed", instance, record.reason, epoch=record.epoch.counter, **figures)
 
 
 def _proofs(record: RecoveryRecord) -> dict[SequenceId, bytes]:
