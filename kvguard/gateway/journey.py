@@ -222,7 +222,7 @@ class Journey:
         return frozenset(name for name, (life, was) in self._failed.items() if members[name].watch.life == life and (was or not reached))
 
     async def _somebody(self) -> Member:
-        """Any active instance, rather one that hasn't just failed; waits for one where there is none."""
+        """Any active instance, rather one that hasn't just failed, for which it waits."""
         fleet = self._around.fleet
         found = fleet.choose(without=self._failing())
         if found is None and not self._attempts:
@@ -232,7 +232,12 @@ class Journey:
             useless = self._failing(reached=True)
             return useless if len(useless) < len(fleet.members) else frozenset()
 
-        found = found or await fleet.wait(self._around.settings.resume_ms / 1000, without)
+        try:
+            found = found or await fleet.wait(self._around.settings.resume_ms / 1000, without)
+        except NoInstance:
+            found = fleet.choose()  # nobody else came: who failed may do better this time, or the answer is lost for sure
+            if found is None:
+                raise
         if self._stall is not None:
             self._waited(PLACING)
         return found

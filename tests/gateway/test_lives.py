@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from kvguard.gateway import answering, watching
+from kvguard.gateway import answering, fleet, watching
 from tests.gateway import toy_model
 from tests.gateway.conftest import until
 from tests.gateway.test_rungs import begun, complete, lose, resumed
@@ -95,6 +95,22 @@ def test_nonsense_in_mid_answer(world, garbage):
     world.backends["a"].set(garbage=garbage)
     complete(clients)
     assert resumed(world) == {"tokens": 1} and len(world.in_flight("a")) == 1
+
+
+def test_who_failed_once_is_better_than_nobody(world, monkeypatch):
+    """The other server is down, and stays so for as long as one is waited for."""
+    monkeypatch.setattr(fleet, "DOUBT_S", 0.1)
+    world.start("a", "b", fence_ms=50, resume_ms=500)
+    world.backends["b"].kill()
+    world.until_active(1)
+    world.backends["a"].set(delay_ms=10)
+    clients = Clients(world, 1)
+    until("some text", lambda: len(clients.chunks[0]) > 5)
+    world.backends["a"].set(garbage="json")
+    until("the loss", lambda: world.metric("kvguard_gateway_lost_total", kind="garbage"))
+    world.backends["a"].set(garbage="")
+    complete(clients)
+    assert resumed(world) == {"tokens": 1} and len(world.in_flight("a")) == 2
 
 
 def test_two_servers_die_together(world):
