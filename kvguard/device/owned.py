@@ -62,13 +62,18 @@ class Columns:
 
 
 class Joined:
-    """A daemon's ring, opened."""
+    """A daemon's ring, opened. `packer`: from `begin` on."""
+
+    packer: ring.Packer
 
     def __init__(self, driver: Driver, terms: card.Card, words: ring.Words, done: int, page: int) -> None:
-        self.driver, self.words, self.done, self.page = driver, words, done, page
-        self.packer = ring.Packer(words, terms.rows)
+        self.driver, self.words, self.done, self.page, self.rows = driver, words, done, page, terms.rows
         self.memory = driver.open_handle(terms.handle)
         self.address = self.memory + terms.offset
+
+    def begin(self) -> None:
+        """Nobody else packs into it any more: from where the last one stopped."""
+        self.packer = ring.Packer(self.words, self.rows)
 
     def close(self) -> None:
         self.driver.close_handle(self.memory)
@@ -134,8 +139,12 @@ class OwnedPool(GpuPool):
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
-        with self._joining:
+        with self._joining:  # the former one may be of the same ring, and packs until here
             former, self._joined = self._joined, joined
+            if former is not None:
+                former.packer.gap()  # what is written from now on is not said there
+            if joined is not None:
+                joined.begin()
         if former is not None:
             self._leave(former)
 

@@ -425,3 +425,53 @@ def test_whoever_attaches_to_a_lost_gpu_is_refused_and_what_was_mapped_closes_qu
         device.open(layout, again, writable=False)
     view.close()
     view.close()
+
+
+class BothSides(Rehearsal):
+    """Engine and daemon in one process. `meanwhile`: called while a handle is opened."""
+
+    meanwhile = staticmethod(lambda: None)
+
+    def open_handle(self, handle: bytes) -> int:
+        self.meanwhile()
+        _, number, _, size = (int(part) for part in handle.split())
+        return self._map(os.dup(number), size, False)
+
+
+def test_steps_that_are_packed_while_the_engine_joins_again_are_not_written_over():
+    """Its line was down; the daemon is the same, and so is its ring."""
+    layout = LAYOUTS["usual"]
+    driver = BothSides()
+    pool = CudaDevice(lambda: (driver,)).allocate(layout)
+    view = CudaDevice(lambda: (BothSides(),), Capturing(ring_bytes=1 << 20, staged_bytes=1 << 20)).open(layout, pool.export(), writable=False)
+    unit, said = view.plan.unit_bytes, []
+
+    def write(slot: int, late: bool = False) -> None:
+        said.append(bytes([slot + 1]) * unit)
+        pool.scatter([0], [slot], [1], memoryview(said[-1]))
+        driver.held = late
+        pool.wrote([0], [slot], [1])
+
+    def looked_at() -> None:
+        driver.meanwhile = lambda: None
+        captured(view, [0])
+        write(1, late=True)
+        captured(view, [0])  # its daemon knows of the step before the GPU has come to it
+        driver.held = False
+        driver.run()
+
+    pool.join(view.welcome())
+    write(0)
+    driver.meanwhile = looked_at
+    pool.join(view.welcome())
+    write(2)
+    assert captured(view, [0, 1, 2]) == said
+    write(3)
+    from_ring = view.from_ring
+    assert captured(view, [3]) == said[3:] and view.from_ring == from_ring + 1
+    pool.join([])  # this time there is no ring for it
+    pool.scatter([0], [3], [1], memoryview(said[0]))
+    pool.wrote([0], [3], [1])
+    assert captured(view, [2, 3]) == [said[2], said[0]]
+    pool.close()
+    view.close()
