@@ -138,6 +138,7 @@ class Restored:
         pulls = [_Pull(self._guard.pool, pages, fd, remap) for pages, fd in zip(claim.order.replicas, claim.arenas, strict=True)]
         try:
             self.sequences = tuple(self._stage_one(n, name, pulls) for n, name in enumerate(self._plan.sequences) if self._is_sourced(n))
+            _refuse_two_in_one_block(pulls)
             due = time.monotonic() + timeout_s
             for pull in pulls:
                 pull.carry(due)
@@ -205,6 +206,7 @@ class _Pull:
         self._reader = PageReader(descriptor, pages.shape)
         self._columns = {name: column for column, name in enumerate(pages.sequences)}
         self._wanted: dict[int, tuple[int, int]] = {}  # replica's block -> generation, tokens
+        self._users: dict[int, tuple[int, int]] = {}  # block here -> column of a sequence that has it, position behind it there
 
     def close(self) -> None:
         self._reader.close()
@@ -223,8 +225,10 @@ class _Pull:
         blocks, generations = self.pages.blocks[column][:needed], self.pages.generations[column][:needed]
         if len(blocks) < needed or len(self.pages.ids[column]) < 4 * position:
             raise Refused(f"sequence {name!r}: the replica names {len(blocks)} blocks and {len(self.pages.ids[column]) // 4} ids for {position} positions")
-        added = 0
+        added = end = 0
         for block, generation, count in zip(blocks, generations, token_counts(position, tokens), strict=True):
+            end += count
+            self._users.setdefault(self._remap(block), (column, end))
             had = self._wanted.get(block)
             if had is not None and had[0] != generation:
                 raise Refused(f"sequence {name!r}: the replica of {self.pages.stream} names block {block} in two generations")
@@ -233,8 +237,26 @@ class _Pull:
                 added += (count - (had[1] if had else 0)) * shape.token_bytes if shape.addressable else 0 if had else shape.block_bytes
         return [self._remap(block) for block in blocks], column, added
 
+    def users(self) -> dict[int, tuple[str, int, bytes]]:
+        """By block here: a sequence that has it, as its how manieth, and the ids up to its end."""
+        tokens = self.pages.shape.block_tokens
+        return {block: (self.pages.sequences[column], (end - 1) // tokens, self.pages.ids[column][: 4 * end]) for block, (column, end) in self._users.items()}
+
     def carry(self, due: float) -> None:
         """Copy everything that is wanted. Raises as pull_pages does."""
         blocks = sorted(self._wanted)
         generations, counts = ([self._wanted[block][part] for block in blocks] for part in (0, 1))
         pull_pages(self.pool, self._reader, blocks, generations, counts, [self._remap(block) for block in blocks], due)
+
+
+def _refuse_two_in_one_block(pulls: list[_Pull]) -> None:
+    """Replicas of two lives of a rank may name a block that one sequence had in the first and another has in the second: only a prefix can be shared."""
+    if len(pulls) < 2:
+        return
+    had: dict[int, tuple[str, int, bytes]] = {}
+    for pull in pulls:
+        for block, (name, index, ids) in pull.users().items():
+            other, its_index, others = had.setdefault(block, (name, index, ids))
+            shorter = min(len(ids), len(others))
+            if index != its_index or ids[:shorter] != others[:shorter]:
+                raise Refused(f"sequence {name!r}: block {block} is also in the replica of another life, where sequence {other!r} has it")
