@@ -129,7 +129,7 @@ def on_delivered(known: Known, message: Delivered) -> None:
     current = known.rounds.get(message.instance)
     undelivered = (current.undelivered if current is not None else None) or {}
     for name, birth in message.lives():
-        delivered[name] = (*(other for other in delivered.get(name, ()) if other != birth), birth)[-BIRTHS_MAX:]
+        delivered[name] = (*(other for other in delivered.pop(name, ()) if other != birth), birth)[-BIRTHS_MAX:]  # newest last
         if not is_other(births.get(name, 0), birth):
             forks.pop(name, None)
         if not is_other(undelivered.get(name, 0), birth):

@@ -40,6 +40,14 @@ def test_a_plan_without_emitter_leaves_out_the_life_that_was_delivered_and_no_ot
     assert [dict(zip(one.sequences, one.births, strict=True)) for one in cast.sent(m.Delivered)[:1]] == [{"s": births[-1]}], "passed on as it was said"
 
 
+def test_of_too_many_names_those_go_that_were_said_longest_ago(monkeypatch):
+    monkeypatch.setattr("kvguard.core.sessions.DELIVERED_MAX", 2)
+    cast = three_stages()
+    for life in (("s", FORMER), ("x", 1), ("s", NOW), ("y", 1)):
+        delivered(cast, life)
+    assert cast.coordinator.known.delivered[INSTANCE] == {"s": (FORMER, NOW), "y": (1,)}
+
+
 @pytest.mark.parametrize(("births", "planned"), [((FORMER,), ("s", "t")), ((NOW,), ("t",)), ((0,), ("s", "t"))])
 def test_with_a_living_emitter_a_plan_leaves_out_what_is_known_to_be_the_delivered_life(births, planned):
     """A former replica may still have it, in blocks that others have by now."""
