@@ -151,12 +151,13 @@ def render(document: dict, console) -> None:
         found = document["corruption"]
         console.print(f"corruption  {found['kind']}: {'fired' if found['fired'] else 'DID NOT FIRE'}, {'detected' if found['detected'] else 'not detected'}")
     words = {True: Text("identical", style="green"), False: Text("DIFFERENT", style="bold red"), None: Text("not compared", style="dim")}
-    table = Table(title="against the undisturbed run", title_justify="left", show_header=False)
+    table = Table(title="against the undisturbed run", title_justify="left", show_header=False, min_width=29)
     for name, key in (("tokens", "identical"), ("logits", "logits_identical"), ("KV bytes", "kv_identical")):
         table.add_row(name, words[document[key]])
     console.print(table)
     numbers = document["replication"]
+    protected_ms = "-" if numbers["time_to_protected_ms"] is None else f"{numbers['time_to_protected_ms']:.1f}"
     console.print(
         f"replication lag p50 {numbers['lag_tokens_p50']} p99 {numbers['lag_tokens_p99']} tokens, prompts protected after "
-        f"{numbers['time_to_protected_ms']} ms, {numbers['bytes']} bytes in {numbers['frames']} frames"
+        f"{protected_ms} ms, {numbers['bytes']} bytes in {numbers['frames']} frames"
     )
