@@ -24,9 +24,10 @@ from kvguard.daemon.salvage import Salvaging, goes_on_in, is_elsewhere
 from kvguard.daemon.seats import LocalRank
 from kvguard.daemon.spares import Spares
 from kvguard.daemon.workers import Workers
-from kvguard.device.base import Device
+from kvguard.device.base import Device, Pool
 from kvguard.errors import KvguardError, Refused
 from kvguard.format import local
+from kvguard.format.layout import Layout
 from kvguard.format.messages import IDS_ONLY, Holding, KnownIds, PlanOrder, Rebuild
 from kvguard.limits import NAME_BYTES_MAX
 from kvguard.store.store import ReplicaStore
@@ -151,10 +152,10 @@ class Ranks:
             raise NotYet(f"what the process left that was {message.stream} is still being read. Try: again in a moment")
         told: list[events.Event] = []
         if known.stream.incarnation != message.incarnation:
+            pool = self._open(known.layout, descriptors, taken) if is_elsewhere(known, descriptors[POOL:]) else None  # first: a refusal tells of no death
             told += self._leave(known, "its process ended") if known.stream.alive else ()
-            if is_elsewhere(known, descriptors[POOL:]):
-                taken += descriptors[POOL:]
-                self._salvaging.unmap(goes_on_in(known, self._device.open(known.layout, descriptors[POOL:], writable=False)))
+            if pool is not None:
+                self._salvaging.unmap(goes_on_in(known, pool))
             self._unwatch(known)
             os.close(known.pidfd)
             os.close(known.bell)
@@ -173,12 +174,8 @@ class Ranks:
 
         if len(self.ranks) >= RANKS_MAX:
             raise Refused(f"{RANKS_MAX} ranks are attached already")
-        stuck = self._workers.faults() if self._workers is not None and self._device.kind != "host" else {}
-        if stuck:  # opening would wait for it, and with it this whole daemon
-            raise NotYet(next(iter(stuck.values())))
         layout = next(iter(message.layouts.values()), None)  # a scheduler has none, and no pool
-        taken += descriptors[POOL:]
-        pool = self._device.open(layout, descriptors[POOL:], writable=False) if layout is not None else schedulers.NoPool()
+        pool = self._open(layout, descriptors, taken) if layout is not None else schedulers.NoPool()
         try:
             kept = os.dup(descriptors[TABLE])
             taken.append(descriptors[TABLE])
@@ -205,6 +202,14 @@ class Ranks:
         if epoch.counter < promise.counter and not any(type(event) is events.Looked for event in seen):
             epoch = promise  # nothing was committed yet, so nothing has to be restored: it lives in the epoch that it finds
         return [events.StreamAttached(stream.id, stream.shape, stream.incarnation, epoch, stream.endpoint), *seen]
+
+    def _open(self, layout: Layout, descriptors: list[int], taken: list[int]) -> Pool:
+        """The pool of an Attach. Raises Refused."""
+        stuck = self._workers.faults() if self._workers is not None and self._device.kind != "host" else {}
+        if stuck:  # opening would wait for it, and with it this whole daemon
+            raise NotYet(next(iter(stuck.values())))
+        taken += descriptors[POOL:]
+        return self._device.open(layout, descriptors[POOL:], writable=False)
 
     # ---- looking ------------------------------------------------------------------------------------------------------------------
 

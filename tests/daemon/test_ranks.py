@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -284,6 +285,37 @@ def test_a_stopped_standby_that_was_handed_the_memory_is_ended_before_another_is
     assert (died.incarnation, died.reason) == (5, "killed by its node's daemon")
     for program in programs:
         program.stdin.close()
+
+
+def dead(desk) -> Life:
+    """Of a process whose end nobody has looked at yet."""
+    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    life = Life(child.pid)
+    attach(desk, life)
+    child.kill()
+    child.wait()
+    child.stdin.close()
+    return life
+
+
+def test_a_successor_whose_pool_is_refused_takes_no_death_along(desk):
+    life = dead(desk)
+    other = os.memfd_create("no pool")
+    descriptors = [os.pidfd_open(os.getpid()), os.dup(life.bell), os.dup(life.writer.fd), other]
+    assert list(desk.ranks.attach(2, os.getpid(), message(incarnation=2), descriptors)) == []
+    assert type(desk.told[-1][1]) is local.AttachRefused
+    died = list(desk.watched[desk.ranks.ranks[ID].pidfd]())[-1]
+    assert (type(died), died.stream, died.incarnation) == (events.ProcessDied, ID, 1)
+
+
+def test_a_successor_waits_where_the_gpu_of_its_pool_is_stuck(desk, monkeypatch):
+    life = dead(desk)
+    monkeypatch.setattr(desk.ranks, "_workers", SimpleNamespace(faults=lambda: {"GPU-1": "it has not moved a byte"}, release=None, close=lambda: None))
+    monkeypatch.setattr(desk.ranks, "_device", SimpleNamespace(kind="cuda"))
+    fresh = Life()
+    descriptors = [os.pidfd_open(os.getpid()), os.dup(life.bell), os.dup(life.writer.fd), *fresh.pool.export()]
+    assert list(desk.ranks.attach(2, os.getpid(), message(incarnation=2), descriptors)) == []
+    assert "not moved a byte" in desk.told[-1][1].reason and not desk.told[-1][1].final
 
 
 def test_who_never_committed_lives_in_the_epoch_that_it_finds(desk):
