@@ -67,10 +67,15 @@ class NixlChannel:
         release(time.monotonic_ns())
         self._landing = Landing(max(settings.zone_bytes, ZONE_BYTES_MIN), settings.quarantine_s)
         self._source: Zone | None = None
-        for zone in (self._landing.zone, lending.zone):
-            self._agent.register(zone.address, zone.size)
-        for memory in registered:
-            self.register(memory)
+        try:
+            for zone in (self._landing.zone, lending.zone):
+                self._agent.register(zone.address, zone.size)
+            for memory in registered:
+                self.register(memory)
+        except ChannelLost:  # it will be tried again and again
+            self._agent.close()
+            self._landing.zone.close()
+            raise
         self._life = os.urandom(LIFE_BYTES)
         self._peer: greeting.Zone | None = None
         self._extents: Extents | None = None

@@ -168,6 +168,28 @@ def test_pages_that_are_given_back_twice_end_the_link(pair):
     pair.until(lambda: pair.of(pair.b, Broken) and pair.of(pair.b, Down), "down")
 
 
+def test_an_end_that_cannot_be_made_leaves_nothing(monkeypatch):
+    """Memory that can't be registered (LimitMEMLOCK): it is tried again for as long as the daemon lives."""
+    needs_nixl()
+    lending, wakeup, made, closed = Lending(MIB), Wakeup(), [], []
+    close = Zone.close
+
+    def refused(agent: Agent, address: int, size: int) -> None:
+        made.append((agent, address))
+        raise ChannelLost("memory can't be registered")
+
+    monkeypatch.setattr(Agent, "register", refused)
+    monkeypatch.setattr(Zone, "close", lambda zone: (closed.append(zone.address), close(zone)))
+    try:
+        with pytest.raises(ChannelLost, match="registered"):
+            NixlChannel(CMA, wakeup, lambda events: None, lambda message: None, MIB, lending)
+        ((agent, address),) = made
+        assert agent._agent is None and closed == [address]
+    finally:
+        for one in (lending, wakeup):
+            one.close()
+
+
 def test_what_the_peer_says_out_of_turn_or_of_no_address_is_its_fault():
     """A channel's BadFrame and OSError end its link; anything else would end the daemon."""
     needs_nixl()
