@@ -128,7 +128,7 @@ def test_every_committed_byte_is_in_the_replica(small, glass):
 def test_a_damaged_copy_is_noticed(small, glass):
     """The comparison's negative control."""
     streams = Streams()
-    streams.start(small.servers["smol-a"], "control", prompt_of(9, 40), 40)
+    streams.start(small.servers["smol-a"], "control", prompt_of(9, 40), 300)  # longer than a daemon that is starved of its processor takes to catch up
     small.until("something to compare", lambda: glass.compared(glass.look())[0] > 40)
     with pytest.raises(AssertionError, match="differs between pool and replica"):
         glass.compared(glass.look(), damage=True)
