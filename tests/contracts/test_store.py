@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 sys.path.insert(0, str(Path(__file__).parents[1] / "store"))
 from streams import LINEAGE, SHAPE, STREAM, WHOLE, Kept, Sent  # noqa: E402
 
+from kvguard import types  # noqa: E402
 from kvguard.format import pages  # noqa: E402
 from kvguard.format.messages import PIECE_BLOCK, PIECE_REFERENCE, PIECE_TOKENS, CutOp, OpenOp, ReleaseOp, StreamShape  # noqa: E402
 from kvguard.store.store import ReplicaStore  # noqa: E402
@@ -205,7 +206,7 @@ class StoreMachine(RuleBasedStateMachine):
         self._drop_blocks(life, 0)
         del self.lives[life.name]
         assert self.sent.ids(ReleaseOp(life.no)) == ((), "")
-        self.store.delivered("i", (life.name,))
+        self.store.delivered("i", (types.Life(life.name),))
         self.store.expire()
 
     @rule()
