@@ -206,7 +206,7 @@ class _Pull:
         self._reader = PageReader(descriptor, pages.shape)
         self._columns = {name: column for column, name in enumerate(pages.sequences)}
         self._wanted: dict[int, tuple[int, int]] = {}  # replica's block -> generation, tokens
-        self._users: dict[int, tuple[int, int]] = {}  # block here -> column of a sequence that has it, position behind it there
+        self.users: dict[int, tuple[int, int]] = {}  # block here -> column of a sequence that has it, position behind it there
 
     def close(self) -> None:
         self._reader.close()
@@ -228,7 +228,7 @@ class _Pull:
         added = end = 0
         for block, generation, count in zip(blocks, generations, token_counts(position, tokens), strict=True):
             end += count
-            self._users.setdefault(self._remap(block), (column, end))
+            self.users.setdefault(self._remap(block), (column, end))
             had = self._wanted.get(block)
             if had is not None and had[0] != generation:
                 raise Refused(f"sequence {name!r}: the replica of {self.pages.stream} names block {block} in two generations")
@@ -236,11 +236,6 @@ class _Pull:
                 self._wanted[block] = generation, count
                 added += (count - (had[1] if had else 0)) * shape.token_bytes if shape.addressable else 0 if had else shape.block_bytes
         return [self._remap(block) for block in blocks], column, added
-
-    def users(self) -> dict[int, tuple[str, int, bytes]]:
-        """By block here: a sequence that has it, as its how manieth, and the ids up to its end."""
-        tokens = self.pages.shape.block_tokens
-        return {block: (self.pages.sequences[column], (end - 1) // tokens, self.pages.ids[column][: 4 * end]) for block, (column, end) in self._users.items()}
 
     def carry(self, due: float) -> None:
         """Copy everything that is wanted. Raises as pull_pages does."""
@@ -253,10 +248,23 @@ def _refuse_two_in_one_block(pulls: list[_Pull]) -> None:
     """Replicas of two lives of a rank may name a block that one sequence had in the first and another has in the second: only a prefix can be shared."""
     if len(pulls) < 2:
         return
-    had: dict[int, tuple[str, int, bytes]] = {}
+    tokens = pulls[0].pages.shape.block_tokens
+    had: dict[int, tuple[_Pull, int, int]] = {}
+    agreed: dict[tuple[str, str], int] = {}  # ids that two sequences have in common at their beginnings, by (former, later)
     for pull in pulls:
-        for block, (name, index, ids) in pull.users().items():
-            other, its_index, others = had.setdefault(block, (name, index, ids))
-            shorter = min(len(ids), len(others))
-            if index != its_index or ids[:shorter] != others[:shorter]:
+        for block, (column, end) in pull.users.items():
+            former, its_column, its_end = had.setdefault(block, (pull, column, end))
+            if former is pull:
+                continue
+            other, name = former.pages.sequences[its_column], pull.pages.sequences[column]
+            if (other, name) not in agreed:
+                agreed[other, name] = _ids_alike(former.pages.ids[its_column], pull.pages.ids[column])
+            if (end - 1) // tokens != (its_end - 1) // tokens or agreed[other, name] < min(end, its_end):
                 raise Refused(f"sequence {name!r}: block {block} is also in the replica of another life, where sequence {other!r} has it")
+
+
+def _ids_alike(one: bytes, other: bytes) -> int:
+    """How many ids two sequences begin with alike."""
+    count = min(len(one), len(other)) // 4
+    differ = np.flatnonzero(np.frombuffer(one, "<u4", count) != np.frombuffer(other, "<u4", count))
+    return int(differ[0]) if len(differ) else count
