@@ -1,7 +1,8 @@
 """What kvguard check says: one line and an exit code for monitoring in the manner of Nagios: 0 ok, 1 warning, 2 critical, 3 unknown.
 
 Knows: the coordinator's kvguard.status/1. Must not know: how it is made; options, and the library for them (looks.py).
-Invariants: what can't be asked is unknown, never ok; every finding names its subject and the reason that the status gives; the worst finding decides.
+Invariants: what can't be asked is unknown, never ok; every finding names its subject and the reason that the status gives; the worst finding decides, and
+what is known to be wrong stands before what isn't known: a dead node is critical, also where no rank is attached yet or any more.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Limits(NamedTuple):
 
 
 def findings(status: dict, limits: Limits) -> list[Finding]:
-    """What is not as it should be, worst first."""
+    """What is not as it should be, worst first; behind it what can't be judged."""
     found = []
     for node in status["nodes"]:
         if node["state"] in NODES:
@@ -59,7 +60,8 @@ def findings(status: dict, limits: Limits) -> list[Finding]:
             found.append(Finding(SCHEDULERS[scheduler["state"]], f"scheduler {scheduler['dp']} of {scheduler['instance']}", scheduler["reason"]))
     if status["paused"]:
         found.append(Finding(WARNING, "automatic failovers", "paused by an operator (kvguard unpause)"))
-    return sorted(found, key=lambda finding: -finding.severity)
+    unjudged = [] if status["ranks"] else [Finding(UNKNOWN, "ranks", "none is attached anywhere")]
+    return [*sorted(found, key=lambda finding: -finding.severity), *unjudged]
 
 
 def figures(status: dict) -> dict[str, int]:
@@ -87,10 +89,7 @@ def run(reach: Reach, limits: Limits, output: str) -> int:
     except KvguardError as error:
         return unknown(error, output)
     found, numbers = findings(status, limits), figures(status)
-    state = max((finding.severity for finding in found), default=OK)
-    if not status["ranks"]:
-        state, found = UNKNOWN, [Finding(UNKNOWN, "ranks", "none is attached anywhere"), *found]
-    return told(state, found, numbers, output)
+    return told(found[0].severity if found else OK, found, numbers, output)
 
 
 def unknown(error: KvguardError, output: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvguard.cli.check import CRITICAL, WARNING, Limits, figures, findings, line
+from kvguard.cli.check import CRITICAL, OK, UNKNOWN, WARNING, Limits, figures, findings, line, run
 
 LIMITS = Limits(64, 90.0)
 RANK = {
@@ -49,3 +49,30 @@ def test_the_worst_comes_first_and_a_reason_cannot_forge_figures() -> None:
     found = findings(status(ranks=[RANK | {"state": "unprotected", "reason": "a | lag_tokens=0"}, RANK | {"state": "lost", "reason": "gone"}]), LIMITS)
     assert [finding.severity for finding in found] == [CRITICAL, WARNING]
     assert line(CRITICAL, found, {"ranks": 2}).count("|") == 1
+
+
+class Told:
+    """A coordinator that says one status."""
+
+    def __init__(self, said: dict) -> None:
+        self._said = said
+
+    def coordinator(self, verb: str) -> dict:
+        assert verb == "status"
+        return self._said
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "begins"),
+    [
+        ({}, OK, "KVGUARD OK - "),
+        ({"ranks": []}, UNKNOWN, "KVGUARD UNKNOWN - ranks: none is attached anywhere"),
+        ({"ranks": [], "nodes": [NODE | {"state": "dead", "reason": "silent"}]}, CRITICAL, "KVGUARD CRITICAL - node a: dead: silent; ranks: none is attached"),
+        ({"ranks": [], "paused": True}, WARNING, "KVGUARD WARNING - automatic failovers: paused"),
+        ({"ranks": [RANK | {"state": "standby"}]}, OK, "KVGUARD OK - 0 ranks protected, 1 standbys"),
+    ],
+)
+def test_what_is_known_to_be_wrong_stands_before_what_is_not_known(capsys, changed: dict, code: int, begins: str) -> None:
+    """A monitor pages for critical: that nobody is attached must not turn a dead node into a shrug."""
+    assert run(Told(status(**changed)), LIMITS, "table") == code
+    assert capsys.readouterr().out.startswith(begins)
