@@ -90,6 +90,14 @@ class StreamId(NamedTuple):
         return f"{self.instance}/{self.rank}#{self.pool:016x}"
 
 
+class Clash(NamedTuple):
+    """A copy of `sequence` whose blocks from `position` on are claimed by a copy of another one, too, out of another life's pool: one pool can't hold both."""
+
+    stream: StreamId
+    sequence: SequenceId
+    position: Position
+
+
 Places = tuple[tuple[Rank, NodeId], ...]  # who has a part of a sequence, and where
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import msgspec
 
 from kvguard.format.messages import Message, PlanOrder, Rebuild, StreamShape
-from kvguard.types import Epoch, Lineage, NodeId, Rank, SequenceId, StreamId
+from kvguard.types import Clash, Epoch, Lineage, NodeId, Rank, SequenceId, StreamId
 
 Ints = tuple[int, ...]
 
@@ -194,7 +194,10 @@ class Captured(Event, frozen=True):
 
 
 class EngineRestored(Event, frozen=True):
-    """A survivor has truncated itself as the plan says, or a claimed standby has its KV and is now the rank on `stream`. `error`: it can't."""
+    """A survivor has truncated itself as the plan says, or a claimed standby has its KV and is now the rank on `stream`. `error`: it can't.
+
+    `clashes`: copies that can't all be pulled into one pool; the standby was told of nothing.
+    """
 
     instance: str
     rank: Rank
@@ -204,6 +207,7 @@ class EngineRestored(Event, frozen=True):
     error: str = ""
     bytes_by_rung: tuple[tuple[str, int], ...] = ()
     restore_ms: float = 0.0
+    clashes: tuple[Clash, ...] = ()
 
 
 # ---- the node: replicas ---------------------------------------------------------------------------------------------------------

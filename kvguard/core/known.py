@@ -16,7 +16,7 @@ from kvguard.format import ledger
 from kvguard.format.ledger import HistoryRecord, MemberRecord, RecoveryRecord
 from kvguard.format.lineage import is_one_of
 from kvguard.format.messages import Done, Member, Message, Report, Resume
-from kvguard.types import NO_EPOCH, Epoch, Life, Lineage, NodeId, Rank, SequenceId, StreamId
+from kvguard.types import NO_EPOCH, Clash, Epoch, Life, Lineage, NodeId, Rank, SequenceId, StreamId
 
 HISTORY_MAX = 1000  # recoveries kept; older ones are deleted from the store too
 DELIVERED_MAX = 100_000  # names of answered sequences remembered, so that a plan doesn't bring them back
@@ -56,11 +56,13 @@ class Failure(NamedTuple):
     dead_writers: tuple[Rank, ...] = ()
     excluded: tuple[NodeId, ...] = ()
     refused: tuple[tuple[NodeId, int], ...] = ()
+    clashes: tuple[Clash, ...] = ()
 
     def and_also(self, other: Failure) -> Failure:
         """Both; the reason and its age are the first one's."""
         ranks, dead_writers = _once(self.ranks, other.ranks), _once(self.dead_writers, other.dead_writers)
-        return Failure(ranks, self.reason, self.detect_ms, dead_writers, _once(self.excluded, other.excluded), _once(self.refused, other.refused))
+        refused, clashes = _once(self.refused, other.refused), _once(self.clashes, other.clashes)
+        return Failure(ranks, self.reason, self.detect_ms, dead_writers, _once(self.excluded, other.excluded), refused, clashes)
 
 
 class Settling(NamedTuple):

@@ -79,8 +79,9 @@ class Orders:
     def restored(self, event: EngineRestored) -> tuple[Effect, ...]:
         moved = dict(event.bytes_by_rung)
         return self._answer(
-            f"rank {event.rank}", error=event.error, endpoint=event.endpoint, stream=event.stream, bytes_by_rung=moved, restore_ms=event.restore_ms
-        )
+            f"rank {event.rank}", error=event.error, endpoint=event.endpoint, stream=event.stream, bytes_by_rung=moved, restore_ms=event.restore_ms,
+            clashes=event.clashes,
+        )  # fmt: skip
 
     def _answer(self, part: str, **fields) -> tuple[Effect, ...]:
         done = self._done[part] = Done(self.plan.instance, self.plan.epoch, self._node, part, **fields)

@@ -15,11 +15,11 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from kvguard.core import ladder, moving
-from kvguard.core.columns import Copy, Longest, align, authoritative, births, estrange, highest, lowest, newest_lives, not_over, table, valid
+from kvguard.core.columns import Copy, Longest, align, authoritative, births, estrange, highest, lowest, newest_lives, not_over, table, valid, without_clashes
 from kvguard.format.lineage import forked
 from kvguard.format.messages import Holding, PlanOrder, Rebuild, Report, StandbyBeat
 from kvguard.limits import FORKS_MAX
-from kvguard.types import Epoch, Fork, Lineage, NodeId, Places, Rank, Rung, SequenceId, StreamId, scheduler_of
+from kvguard.types import Clash, Epoch, Fork, Lineage, NodeId, Places, Rank, Rung, SequenceId, StreamId, scheduler_of
 
 Ints = tuple[int, ...]
 
@@ -31,6 +31,7 @@ class Situation(NamedTuple):
     `standbys`: not yet claimed, fitting or not. `forks`, `births`: lineages that former plans decided, and of which life of the name, by sequence.
     `excluded`: nodes whose copies don't count. `over`: what is known to be delivered, births by name. `emitter_lives`: the emitter knows ids that were never
     replicated. `moves`: it can submit sequences elsewhere, and needn't wait for a standby; `hosts`: to whom. `wishes`: which seats operators want.
+    `clashes`: copies that can't stand in one pool with others beyond a position, as earlier rounds found when they were side by side.
     """
 
     instance: str
@@ -48,6 +49,7 @@ class Situation(NamedTuple):
     hosts: tuple[moving.Host, ...] = ()
     wishes: ladder.Wishes = ladder.Wishes()
     births: dict[SequenceId, int] = {}
+    clashes: tuple[Clash, ...] = ()
 
 
 class Plan(NamedTuple):
@@ -83,13 +85,14 @@ class _Group(NamedTuple):
     reaches: list[Ints]
     births: Ints
     strange: tuple[tuple[NodeId, StreamId, SequenceId], ...]
+    remarks: dict[SequenceId, str]  # what their explanations say besides
 
 
 def plan(situation: Situation) -> Plan | Unplannable:
     """The order for `situation`, or why there is none. Raises nothing for any reports that passed the decoder."""
     held = [(report.node, holding) for report in situation.reports if report.node not in situation.excluded for holding in report.holdings]
     held = newest_lives([(node, holding) for node, holding in held if holding.stream.instance == situation.instance])
-    held = not_over(held, situation.over, situation.emitter_lives)
+    held = without_clashes(not_over(held, situation.over, situation.emitter_lives), situation.clashes)
     live = _live_pools(situation, held)
     lost = tuple(sorted(rank for rank in situation.members if rank not in live))
     if not situation.members:
@@ -155,7 +158,10 @@ def _group(situation: Situation, dp: int, held: list, live: dict, lost: tuple[Ra
                 offers.append(ladder.Offer(copy, capped, sum(capped)))
         needs.append(ladder.Need(rank, situation.members[rank], tuple(offers)))
     strange = tuple((copy.node, copy.stream, base[i]) for copy in aligned for i in copy.strange)
-    return _Group(base, lineages, survivors, caps, [*solid, *fragile], ids, needs, reaches, born, strange)
+    remarks = {sequence: f"; of another sequence that bore this name is what {node} has of {stream.rank}" for node, stream, sequence in strange}
+    for stream, sequence, position in situation.clashes:
+        remarks[sequence] = f"{remarks.get(sequence, '')}; from {position} on another sequence had its blocks in another life of {stream.rank}"
+    return _Group(base, lineages, survivors, caps, [*solid, *fragile], ids, needs, reaches, born, strange, remarks)
 
 
 def _births(situation: Situation, base: tuple[SequenceId, ...], lineages: tuple[Lineage, ...], copies: list[Copy], leads: list[Copy]) -> Ints:
@@ -278,9 +284,8 @@ def _columns(epoch: Epoch, group: _Group, choices: list[ladder.Choice], position
 def _rows(epoch: Epoch, group: _Group, positions: Ints, rungs, explanations, kept: list[int]) -> tuple:
     lineages = [_fork(group.lineages[i], epoch.counter, positions[i]) for i in kept]
     where = [group.ids.where[i] for i in kept]
-    if group.strange:
-        others = {sequence: f"; of another sequence that bore this name is what {node} has of {stream.rank}" for node, stream, sequence in group.strange}
-        explanations = [text + others.get(group.base[i], "") for text, i in zip(explanations, kept, strict=True)]
+    if group.remarks:
+        explanations = [text + group.remarks.get(group.base[i], "") for text, i in zip(explanations, kept, strict=True)]
     return (
         tuple([group.base[i] for i in kept]), tuple([positions[i] for i in kept]), tuple([rungs[i] for i in kept]), tuple(lineages),
         tuple([group.ids.counts[i] for i in kept]), tuple([place[0] for place in where]), tuple([place[1] for place in where]),

@@ -17,7 +17,7 @@ from kvguard.core.membership import Member as Place
 from kvguard.format import moves
 from kvguard.format.ledger import PLANNED, RESUMED, HistoryRecord, RecoveryRecord
 from kvguard.format.messages import Done, Fence, RebuildOrder, Resume, Resumed, ResumeSequence
-from kvguard.types import Epoch, Life, NodeId, Rank, SequenceId, StreamId, is_scheduler
+from kvguard.types import Clash, Epoch, Life, NodeId, Rank, SequenceId, StreamId, is_scheduler
 
 
 def say_plan(known: Known, instance: str) -> None:
@@ -56,10 +56,22 @@ def on_done(known: Known, node: NodeId, done: Done, start) -> None:
     known.note("failed_part", done.instance, f"{node}: {done.part}: {error}", epoch=done.epoch.counter)
     reason = f"{done.part} failed on {node}: {error}"
     rebuilds = current.record.order.rebuilds
-    refused = tuple((rebuild.node, rebuild.standby) for rebuild in rebuilds if done.part == f"rank {rebuild.rank}" and rebuild.node == node)
+    failed = [rebuild for rebuild in rebuilds if done.part == f"rank {rebuild.rank}" and rebuild.node == node]
+    clashes: tuple[Clash, ...] = ()
+    if done.clashes:
+        for rebuild in failed:
+            current.ordered.pop(rebuild.rank, None)  # its standby was told of nothing
+            clashes += _older(known, done, rebuild.rank)
+    refused = () if done.clashes else tuple((rebuild.node, rebuild.standby) for rebuild in failed)
     survivors = tuple(rank for rank in _survivors(current.record) if done.part == f"rank {rank}")
     excluded = (node,) if done.error and not done.part.startswith("rank ") else ()
-    give_up(known, done.instance, Failure(survivors, reason, refused=refused, excluded=excluded), start)
+    give_up(known, done.instance, Failure(survivors, reason, refused=refused, excluded=excluded, clashes=clashes), start)
+
+
+def _older(known: Known, done: Done, rank: Rank) -> tuple[Clash, ...]:
+    """Of two copies that can't stand in one pool the one of the rank's last life stays, whose sequences were served when it died; of two older ones neither."""
+    place = known.membership.members[done.instance].get(rank)
+    return tuple(clash for clash in done.clashes if place is None or clash.stream != place.stream)
 
 
 def _what_is_missing(record: RecoveryRecord, done: Done) -> str:

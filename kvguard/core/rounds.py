@@ -18,32 +18,34 @@ from kvguard.core.recovery import Situation, Unplannable, plan
 from kvguard.format import ledger, moves
 from kvguard.format.ledger import FENCING, PLANNED, RecoveryRecord
 from kvguard.format.messages import Fence, Fenced, Report
-from kvguard.types import Epoch, NodeId, Rank
+from kvguard.types import Clash, Epoch, NodeId, Rank
 
 
 def start(
     known: Known, instance: str, ranks: tuple[Rank, ...], reason: str, detect_ms: float = 0.0, dead_writers: tuple[Rank, ...] = (),
-    excluded: tuple[NodeId, ...] = (), refused: tuple[tuple[NodeId, int], ...] = (), targets: tuple[tuple[Rank, NodeId], ...] = (),
+    excluded: tuple[NodeId, ...] = (), refused: tuple[tuple[NodeId, int], ...] = (), clashes: tuple[Clash, ...] = (),
+    targets: tuple[tuple[Rank, NodeId], ...] = (),
 ) -> None:  # fmt: skip
     """Raise the epoch and fence. A round under way is replaced: what it had not brought back is lost again, and what had failed of it has."""
     places = known.membership.members.setdefault(instance, {})
     before = known.rounds.get(instance)
     if known.paused:
-        failure = Failure(ranks, reason, detect_ms, dead_writers, excluded, refused)
+        failure = Failure(ranks, reason, detect_ms, dead_writers, excluded, refused, clashes)
         old = known.held.get(instance)
         known.held[instance] = old.and_also(failure) if old is not None else failure
         if old is None or known.held[instance].ranks != old.ranks:
             known.note("paused", instance, f"would raise the epoch to {known.epoch(instance).counter + 1} and recover {_list(ranks)}: {reason}")
         return
     if before is not None and before.settling is not None:
-        ranks, _, _, dead_writers, excluded, refused = Failure(ranks, reason, 0.0, dead_writers, excluded, refused).and_also(before.settling.failure)
+        failure = Failure(ranks, reason, 0.0, dead_writers, excluded, refused, clashes)
+        ranks, _, _, dead_writers, excluded, refused, clashes = failure.and_also(before.settling.failure)
     attempt, timing = 1, {"detect": detect_ms}
     away = resuming.away(known, instance)
     if before is not None and before.record.phase != ledger.RESUMED:
         record = before.record
         attempt, timing = record.attempt + 1, {**record.timing_ms, "earlier": record.timing_ms.get("earlier", 0.0) + (known.now_ns - before.mark_ns) / MS}
         ranks, targets = (*ranks, *record.lost), targets or record.targets
-        dead_writers, refused = (*dead_writers, *record.dead_writers), (*refused, *record.refused)
+        dead_writers, refused, clashes = (*dead_writers, *record.dead_writers), (*refused, *record.refused), (*clashes, *record.clashes)
         if record.phase == PLANNED:
             back = [rank for rank in record.lost if resuming.rank_done(before, rank) and rank not in ranks[: len(ranks) - len(record.lost)]]
             ranks = tuple(rank for rank in ranks if rank not in back)
@@ -56,6 +58,7 @@ def start(
         instance, epoch, FENCING, reason, tuple(sorted(dict.fromkeys(ranks))), {str(rank): member_record(place) for rank, place in sorted(places.items())},
         tuple(dict.fromkeys(excluded)), tuple(sorted(dict.fromkeys(dead_writers))), attempt, tuple(dict.fromkeys(refused)), timing_ms=timing,
         verdict_ns=known.now_ns, away=tuple(life.sequence for life in away), targets=targets, away_births=tuple(life.birth for life in away),
+        clashes=tuple(dict.fromkeys(clashes)),
     )  # fmt: skip
     current = known.rounds[instance] = Round(record, known.fair_ns, known.now_ns)
     known.epochs[instance] = epoch
@@ -211,6 +214,7 @@ def _try_plan(known: Known, instance: str) -> None:
         situation = Situation(
             instance, record.epoch, members, record.lost, tuple(current.reports.values()), standbys, known.addresses(), known.forks.get(instance, {}),
             record.excluded, over, lives, may_move, hosts, Wishes(record.targets, tuple(known.drained)), known.births.get(instance, {}),
+            record.clashes,
         )  # fmt: skip
         answer = plan(situation)
         if not isinstance(answer, Unplannable):

@@ -14,7 +14,7 @@ import msgspec
 
 from kvguard.errors import BadFrame
 from kvguard.format.messages import Ints, PlanOrder, Resume
-from kvguard.types import Epoch, Life, Lineage, NodeId, Rank, SequenceId, StreamId
+from kvguard.types import Clash, Epoch, Life, Lineage, NodeId, Rank, SequenceId, StreamId
 
 FENCING, PLANNED, RESUMED = "fencing", "planned", "resumed"
 
@@ -37,7 +37,7 @@ class RecoveryRecord(msgspec.Struct, frozen=True, array_like=True):
     `refused`: (node, standby) that failed in an earlier round; `former`: streams pinned until the rebuilt ranks are protected; times are of this round.
     `order` of sequences that moved stays until they are delivered; `away`: what earlier recoveries moved elsewhere, which no later one brings back
     (`away_births`: which life of each name; empty: unknown).
-    `targets`: where an operator wants ranks to go, if a standby is there.
+    `targets`: where an operator wants ranks to go, if a standby is there. `clashes`: copies that are of use below a position only, found in earlier rounds.
     """
 
     instance: str
@@ -58,6 +58,7 @@ class RecoveryRecord(msgspec.Struct, frozen=True, array_like=True):
     away: tuple[SequenceId, ...] = ()
     targets: tuple[tuple[Rank, NodeId], ...] = ()
     away_births: Ints = ()
+    clashes: tuple[Clash, ...] = ()
 
     def away_lives(self) -> tuple[Life, ...]:
         return tuple(map(Life, self.away, self.away_births or (0,) * len(self.away)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from kvguard.format.shapes import Holding, Ints, Message
-from kvguard.types import Epoch, Lineage, NodeId, Places, Rank, SequenceId, StreamId
+from kvguard.types import Clash, Epoch, Lineage, NodeId, Places, Rank, SequenceId, StreamId
 
 
 class RankBeat(msgspec.Struct, frozen=True, array_like=True):
@@ -219,6 +219,7 @@ class Done(Message, frozen=True):
 
     `part`: "holders" (replicas truncated; carries `known` for the sequences whose ids_node this is), "rank D.P.T" (restored and ready, at `endpoint`, on
     `stream`), "transfer STREAM" (all planned positions acknowledged by the target). `error`: not empty when it failed for good. `bytes`: KV moved, by rung.
+    `clashes`: it failed because these copies claim blocks for different sequences; no standby was given away.
     """
 
     instance: str
@@ -231,6 +232,7 @@ class Done(Message, frozen=True):
     known: tuple[KnownIds, ...] = ()
     bytes_by_rung: dict[str, int] = {}
     restore_ms: float = 0.0
+    clashes: tuple[Clash, ...] = ()
 
 
 class Resumed(Message, frozen=True):
