@@ -65,13 +65,15 @@ class Taken(Control, frozen=True):
 
 
 class Zone(Control, frozen=True):
-    """Where this side's peer may write: NIXL's agent and its metadata, the address of `pages` pages, and the life that every note has to name."""
+    """Where this side's peer may write: NIXL's agent and its metadata, the address of `pages` pages, and the life that every note has to name. `frames`: as
+    many may be named by one note."""
 
     agent: str
     metadata: bytes
     address: int
     pages: int
     life: bytes
+    frames: int = 1
 
 
 class Returned(Control, frozen=True):

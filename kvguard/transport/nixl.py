@@ -15,32 +15,29 @@ often while something is under way, when UCX's own descriptors or a Knock on the
 from __future__ import annotations
 
 import os
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from itertools import islice
 
 import numpy as np
 import xxhash
 
 from kvguard.errors import BadFrame
 from kvguard.format import wire
-from kvguard.limits import HEADER_BYTES_MAX, KIB, PAYLOAD_BYTES_MAX
-from kvguard.transport import greeting
+from kvguard.limits import HEADER_BYTES_MAX, KIB, MIB, PAYLOAD_BYTES_MAX
+from kvguard.transport import greeting, nixl_notes
 from kvguard.transport.memory import PayloadMemory
 from kvguard.transport.nixl_agent import Agent, ChannelLost, NixlSettings, Registered, life_name
+from kvguard.transport.nixl_notes import BEAT, LIFE_BYTES, Landed
 from kvguard.transport.nixl_zone import LENT_BYTES_MIN, PAGE_BYTES, Extents, Landing, Lending, Zone, pages_of, release
 from kvguard.transport.wakeup import IN, Wakeup
 
-NOTE = struct.Struct("<16sQIIIIQ")  # life, number, first page, pages, payload bytes, header bytes, sum
-BEAT = b"beat"
 PROBE = 0  # the number of the write that proves the way before the link is up
-LIFE_BYTES = 16
 HANDED_BYTES_MIN = 32 * KIB  # smaller payloads are copied: cheaper than following who looks at them
 RETURNED_MAX = 512  # numbers in one message
-WRITES_MAX = 128  # under way
-NOTES_MAX = 8  # writes whose notes are asked for per look, behind the oldest
+WRITES_MAX = 2  # under way: one is copied while the other one's note is on its way; frames that come meanwhile are gathered, and go together
+TOGETHER_BYTES = 4 * MIB  # in one write, or one frame: more only keeps the reader waiting
+RETURN_NS = 1_000_000  # pages that are free are told after so long, or when they are an eighth of the zone
 SPIN_NS = 200_000  # without bells: look all the time for so long since something happened
 HOT_NS = 20_000_000  # look often for so long after the peer has knocked
 LOOK_MIN_NS, BELLED_MIN_NS, LOOK_MAX_NS, IDLE_NS = 50_000, 1_000_000, 20_000_000, 250_000_000
@@ -80,14 +77,16 @@ class NixlChannel:
         self._peer: greeting.Zone | None = None
         self._extents: Extents | None = None
         self._writes: deque[tuple[int, int, object, tuple]] = deque()  # write, since when, what it reads from, arguments of the write that follows it
+        self._together = 1  # frames that the peer reads from one note
         self._queue: deque[tuple[bytes, memoryview | Registered | None]] = deque()
         self.queued_bytes = 0
         self._number = PROBE  # of the last frame that was written
-        self._early: dict[int, tuple] = {}  # notes that came before one with a lower number
+        self._early: dict[int, Landed] = {}  # notes that came before one with a lower number
         self._expected = 1
         self._memory = PayloadMemory()
         self._frames: list[tuple[bytes, memoryview | None]] = []
         self._gone: list[int] = []  # frames whose pages are free, to be told
+        self._gone_ns = 0  # since when there are some
         self._started = self._heard = self._reached = False
         now_ns = time.monotonic_ns()
         self._moved_ns = self._heard_ns = self._spoke_ns = self._sent_ns = self._looked_ns = self._returned_ns = now_ns
@@ -102,7 +101,7 @@ class NixlChannel:
     def zone(self) -> greeting.Zone:
         """What the peer needs to write here, and nowhere else; to be told over the authenticated control connection alone."""
         landing = self._landing.zone
-        return greeting.Zone(self._agent.name, self._agent.metadata(landing.address, landing.size), landing.address, landing.size // PAGE_BYTES, self._life)
+        return greeting.Zone(self._agent.name, self._agent.metadata(landing.address, landing.size), landing.address, landing.size // PAGE_BYTES, self._life, nixl_notes.FRAMES_MAX)
 
     def meet(self, zone: greeting.Zone, probe_bytes: int = PAGE_BYTES) -> None:
         """Load what the peer said, and write the first bytes to it."""
@@ -111,10 +110,11 @@ class NixlChannel:
         if not 0 < zone.address < (1 << 63) - zone.pages * PAGE_BYTES:
             raise BadFrame(f"a zone at {zone.address:#x}")
         self._peer, self._extents = zone, Extents(zone.pages)
+        self._together = max(1, min(zone.frames, nixl_notes.FRAMES_MAX))
         self._source = Zone(zone.pages * PAGE_BYTES)
         self._agent.register(self._source.address, self._source.size)
         self._agent.meet(zone.agent, zone.metadata)
-        self._write(PROBE, self._extents.take(PROBE, pages_of(probe_bytes)), os.urandom(probe_bytes), None)  # its pages are free from start() on
+        self._write([(PROBE, self._extents.take(PROBE, pages_of(probe_bytes)), os.urandom(probe_bytes), None)])  # its pages are free from start() on
         self._hot_until_ns = time.monotonic_ns() + HOT_NS
 
     def is_met(self) -> bool:
@@ -167,23 +167,38 @@ class NixlChannel:
         return True
 
     def flush(self) -> None:
-        """Write what pages are free for."""
+        """Write what pages are free for: at once while little is under way, else as soon as it is, together."""
         while self._queue and len(self._writes) < WRITES_MAX:
-            head, payload = self._queue[0]
-            size = len(head) + (len(payload) if payload is not None else 0)
-            first = self._place(self._number + 1, pages_of(size))
-            if first is None:
+            frames = self._gather()
+            if not frames:
                 return
-            self._number += 1
-            self._queue.popleft()
-            self.queued_bytes -= size
             now_ns = time.monotonic_ns()
             if now_ns - self._sent_ns > KNOCK_NS:
                 self._say(greeting.Knock())
                 if self._source is None:  # nobody was there to be told: the link has ended
                     return
             self._sent_ns = now_ns
-            self._write(self._number, first, head, payload)
+            self._write(frames)
+
+    def _gather(self) -> list[tuple[int, int, bytes, memoryview | Registered | None]]:
+        """The next frames that pages are free for, as many as go together, each with its number and first page."""
+        frames, together = [], 0
+        while self._queue and len(frames) < self._together:
+            head, payload = self._queue[0]
+            size, far = len(head) + (len(payload) if payload is not None else 0), isinstance(payload, Registered)
+            if frames and (far or together + size > TOGETHER_BYTES):
+                break
+            first = self._place(self._number + 1, pages_of(size))
+            if first is None:
+                break
+            self._number += 1
+            self._queue.popleft()
+            self.queued_bytes -= size
+            together += size
+            frames.append((self._number, first, head, payload))
+            if far:
+                break
+        return frames
 
     def _place(self, number: int, count: int) -> int | None:
         """In front, where the reader hands payloads out without a copy (Landing.in_front); behind it only when that stays full."""
@@ -192,32 +207,38 @@ class NixlChannel:
             first = self._extents.take(number, count)
         return first
 
-    def _write(self, number: int, first: int, head: bytes, payload: memoryview | Registered | None) -> None:
-        start, payload_bytes = first * PAGE_BYTES, len(payload) if payload is not None else 0
-        size, place = payload_bytes + len(head), self._source.bytes
-        place[start + payload_bytes : start + size] = np.frombuffer(head, np.uint8)
-        device, behind = None, ()
-        far = isinstance(payload, Registered)
-        lent = 0 if far else self._lending.address_of(payload) if payload_bytes >= LENT_BYTES_MIN else 0
-        if far:  # the header, of another kind of memory, follows with the note when the payload is there
-            sources, device = [(payload.address, payload_bytes)], payload.device
-        elif lent:
-            sources = [(lent, payload_bytes), (self._source.address + start + payload_bytes, len(head))]
-        else:
-            if payload_bytes:
-                place[start : start + payload_bytes] = np.frombuffer(payload, np.uint8)
-            sources = [(self._source.address + start, size)]
-        del place  # a view would outlive the mapping
-        note = NOTE.pack(self._peer.life, number, first, pages_of(size), payload_bytes, len(head), xxhash.xxh3_64_intdigest(head))
-        target = self._peer.address + start
-        if far:
-            behind, note = ([(self._source.address + start + payload_bytes, len(head))], target + payload_bytes, note), b""
-        write = self._agent.write(sources, target, note, device)
+    def _write(self, frames: list[tuple[int, int, bytes, memoryview | Registered | None]]) -> None:
+        """One write, one note. A payload in registered memory goes alone: its header, of another kind of memory, follows with the note."""
+        parts, landed, held, device, behind = [], [], [], None, ()
+        for number, first, head, payload in frames:
+            payload_bytes = len(payload) if payload is not None else 0
+            landed.append(Landed(number, first, pages_of(payload_bytes + len(head)), payload_bytes, len(head), xxhash.xxh3_64_intdigest(head)))
+            source = self._copied(first, payload_bytes, head)
+            target = self._peer.address + first * PAGE_BYTES
+            header = (source + payload_bytes, target + payload_bytes, len(head))
+            lent = self._lending.address_of(payload) if payload_bytes >= LENT_BYTES_MIN and not isinstance(payload, Registered) else 0
+            if isinstance(payload, Registered):
+                device, behind = payload.device, ([header], nixl_notes.pack(self._peer.life, landed))
+                parts.append((payload.address, target, payload_bytes))
+            elif lent:
+                held.append(payload)
+                parts += [(lent, target, payload_bytes), header]
+            else:
+                if payload_bytes:
+                    self._source.bytes[first * PAGE_BYTES : first * PAGE_BYTES + payload_bytes] = np.frombuffer(payload, np.uint8)
+                parts.append((source, target, payload_bytes + len(head)))
+        write = self._agent.write(parts, b"" if behind else nixl_notes.pack(self._peer.life, landed), device)
         now_ns = time.monotonic_ns()
         if not self._writes:
             self._moved_ns = now_ns
-        self._writes.append((write, now_ns, payload if lent else None, behind))
+        self._writes.append((write, now_ns, held, behind))
         self._spoke_ns = now_ns
+
+    def _copied(self, first: int, payload_bytes: int, head: bytes) -> int:
+        """Put a header where its frame's pages have their image on this side; the address of the first of them."""
+        start = first * PAGE_BYTES + payload_bytes
+        self._source.bytes[start : start + len(head)] = np.frombuffer(head, np.uint8)
+        return self._source.address + first * PAGE_BYTES
 
     def returned(self, message: greeting.Returned) -> None:
         """The peer doesn't need these frames' pages any more."""
@@ -249,10 +270,22 @@ class NixlChannel:
         if not self._started:
             return []
         frames, self._frames = self._frames, []
-        gone, self._gone = [*self._gone, *self._landing.unseen()], []
+        self._give_back()
+        return frames
+
+    def _give_back(self) -> None:
+        """Say which pages are free: not of every frame, because a word on the control connection costs as much as a frame."""
+        had, landing = bool(self._gone), self._landing
+        self._gone += landing.unseen()
+        if not self._gone:
+            return
+        if not had:
+            self._gone_ns = self._looked_ns
+        if 8 * landing.freed < landing.pages and self._looked_ns - self._gone_ns < RETURN_NS:
+            return
+        gone, self._gone, landing.freed = self._gone, [], 0
         for start in range(0, len(gone), RETURNED_MAX):
             self._say(greeting.Returned(tuple(gone[start : start + RETURNED_MAX])))  # may end the link, so it comes last
-        return frames
 
     def _look(self) -> bool:
         """Did anything happen?"""
@@ -278,36 +311,33 @@ class NixlChannel:
             self._reached = moved = True
             if behind:
                 self._writes.appendleft((self._agent.write(*behind), time.monotonic_ns(), None, ()))
-        for write, _, _, _ in islice(self._writes, 1, NOTES_MAX):
-            self._agent.is_done(write)
+        for index in range(1, len(self._writes)):
+            self._agent.is_done(self._writes[index][0])
         return moved
 
     def _take(self, note: bytes) -> None:
-        """A note: its frame is visible once those before it are."""
-        if len(note) != NOTE.size:
-            raise BadFrame(f"a note of {len(note)} bytes")
-        life, number, *rest = NOTE.unpack(note)
-        if life != self._life:
-            raise BadFrame("a note for another life of this link")
-        if number == PROBE:
-            self._landing.claim(PROBE, rest[0], rest[1], rest[2] + rest[3])
-            self._head_of(PROBE, *rest[2:])
-            self._landing.free(PROBE)
-            self._heard = True
-            return
-        if number < self._expected or number in self._early or len(self._early) >= self._landing.pages:
-            raise BadFrame(f"frame {number} where {self._expected} was expected")
-        self._early[number] = tuple(rest)
+        """A note: its frames are visible once those before them are."""
+        for frame in nixl_notes.unpack(self._life, note):
+            if frame.number == PROBE:
+                self._landing.claim(PROBE, frame.first, frame.pages, frame.payload_bytes + frame.head_bytes)
+                self._head_of(frame)
+                self._landing.free(PROBE)
+                self._heard = True
+            elif frame.number < self._expected or frame.number in self._early or len(self._early) >= self._landing.pages:
+                raise BadFrame(f"frame {frame.number} where {self._expected} was expected")
+            else:
+                self._early[frame.number] = frame
         while self._expected in self._early:
-            number, self._expected = self._expected, self._expected + 1
-            if self._land(number, *self._early.pop(number)):
-                self._gone.append(number)
+            frame = self._early.pop(self._expected)
+            self._expected += 1
+            if self._land(frame):
+                self._gone.append(frame.number)
 
-    def _land(self, number: int, first: int, count: int, payload_bytes: int, head_bytes: int, expected_sum: int) -> bool:
+    def _land(self, frame: Landed) -> bool:
         """Make the frame visible. True when its pages are free again."""
-        size = payload_bytes + head_bytes
-        self._landing.claim(number, first, count, size)
-        head = self._head_of(number, payload_bytes, head_bytes, expected_sum)
+        number, payload_bytes = frame.number, frame.payload_bytes
+        self._landing.claim(number, frame.first, frame.pages, payload_bytes + frame.head_bytes)
+        head = self._head_of(frame)
         if wire.check(head).payload_bytes != payload_bytes:
             raise BadFrame(f"payload of {payload_bytes} bytes, prefix says {wire.read_prefix(head).payload_bytes}")
         payload = None
@@ -321,10 +351,10 @@ class NixlChannel:
         self._landing.free(number)
         return True
 
-    def _head_of(self, number: int, payload_bytes: int, head_bytes: int, expected: int) -> bytes:
-        head = self._landing.bytes_of(number, payload_bytes, payload_bytes + head_bytes).tobytes()
-        if xxhash.xxh3_64_intdigest(head) != expected:
-            raise BadFrame(f"frame {number} isn't what its note says: torn or damaged on the way")
+    def _head_of(self, frame: Landed) -> bytes:
+        head = self._landing.bytes_of(frame.number, frame.payload_bytes, frame.payload_bytes + frame.head_bytes).tobytes()
+        if xxhash.xxh3_64_intdigest(head) != frame.head_sum:
+            raise BadFrame(f"frame {frame.number} isn't what its note says: torn or damaged on the way")
         return head
 
     # ---- time ---------------------------------------------------------------------------------------------------------------------
@@ -344,15 +374,16 @@ class NixlChannel:
             self._agent.tell(BEAT)
         if self._queue and now_ns - self._returned_ns > CROWDED_NS:
             self.flush()
+        returns_ns = self._gone_ns + RETURN_NS if self._gone and self._started else 0
         due_ns = self._looked_ns + self._interval_ns(now_ns)
-        if due_ns <= now_ns:
+        if due_ns <= now_ns or 0 < returns_ns <= now_ns:
             self._looked_ns = now_ns
             for bell in self._rings:
                 self._unmute(bell)
             self._wakeup.again(self._call)
             due_ns = now_ns + self._interval_ns(now_ns)
         crowded_ns = self._returned_ns + CROWDED_NS if self._queue else 0
-        return min(due_ns, crowded_ns) if crowded_ns > now_ns else due_ns
+        return min(at for at in (due_ns, crowded_ns, returns_ns) if at > now_ns)
 
     def _interval_ns(self, now_ns: int) -> int:
         if not self._is_busy() and not self._landing.is_watched():

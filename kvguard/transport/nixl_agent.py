@@ -198,10 +198,13 @@ class Agent:
                 raise BadConfig(f"UCX opens no {settings.tls!r} on {settings.devices!r}: {reason}. Try: another nixl_tls or nixl_devices") from error
         self.bells = event_descriptors() - before
         self.peer = ""
+        self._success = bindings.NIXL_SUCCESS
+        self._starting, self._asking = self._lost("a write can't be started"), self._lost("a write failed")
+        self._telling, self._reading = self._lost("a note can't be sent"), self._lost("notes can't be read")
 
     def close(self) -> None:
         """Ends every connection and what is under way, with peers that are stopped as well; waits for nobody."""
-        self._agent = None
+        self._agent = _Closed()
         self._library.chosen.pop(self.name, None)
 
     def register(self, address: int, size: int, device: int | None = None) -> None:
@@ -226,38 +229,35 @@ class Agent:
                 raise ChannelLost(f"metadata of {self.peer!r} where {name!r} was to be met")
             self._agent.makeConnection(self.peer, self._backend)
 
-    def write(self, sources: list[tuple[int, int]], target: int, note: bytes, device: int | None = None) -> int:
-        """Start writing registered memory, (address, bytes) in a row, to `target` in the peer's; `note` is told to it behind the last byte.
+    def write(self, parts: list[tuple[int, int, int]], note: bytes, device: int | None = None) -> int:
+        """Start writing `parts`, each (registered address here, address in the peer's, bytes), as one transfer; `note` is told to it behind the last byte of all.
 
         `device`: a GPU's number where the sources are VRAM. Returns the write, for is_done().
         """
-        bindings, targets = self._library.bindings, []
-        for _, size in sources:
-            targets.append((target, size, 0))
-            target += size
-        here = bindings.nixlXferDList(bindings.DRAM_SEG if device is None else bindings.VRAM_SEG, [(*source, device or 0) for source in sources])
-        there = bindings.nixlXferDList(bindings.DRAM_SEG, targets)
-        with self._lost("a write can't be started"):
+        bindings = self._library.bindings
+        here = bindings.nixlXferDList(bindings.DRAM_SEG if device is None else bindings.VRAM_SEG, [(source, size, device or 0) for source, _, size in parts])
+        there = bindings.nixlXferDList(bindings.DRAM_SEG, [(target, size, 0) for _, target, size in parts])
+        with self._starting:
             write = self._agent.createXferReq(bindings.NIXL_WRITE, here, there, self.peer, note, self._backend)
             self._agent.postXferReq(write)
         return write
 
     def is_done(self, write: int) -> bool:
         """The note leaves in this call: it has to be asked."""
-        with self._lost("a write failed"):
-            return self._agent.getXferStatus(write) == self._library.bindings.NIXL_SUCCESS
+        with self._asking:
+            return self._agent.getXferStatus(write) == self._success
 
     def release(self, write: int) -> None:
-        with self._lost("a write can't be released"):
+        with self._asking:
             self._agent.releaseXferReq(write)
 
     def tell(self, note: bytes) -> None:
-        with self._lost("a note can't be sent"):
+        with self._telling:
             self._agent.genNotif(self.peer, note, self._backend)
 
     def told(self) -> dict[str, list[bytes]]:
         """Notes by agent; this call is what makes UCX work on what has come in."""
-        with self._lost("notes can't be read"):
+        with self._reading:
             return self._agent.getNotifs({}, self._backend)
 
     def carrier(self) -> str:
@@ -265,14 +265,31 @@ class Agent:
         self._library.said()
         return self._library.chosen.get(self.name, "?")
 
-    @contextmanager
-    def _lost(self, what: str) -> Iterator[None]:
-        if self._agent is None:
-            raise ChannelLost("closed")
-        try:
-            yield
-        except self._library.errors as error:
-            raise ChannelLost(f"{what}: {error}") from error
+    def _lost(self, what: str) -> _Lost:
+        return _Lost(what, self._library.errors)
+
+
+class _Lost:
+    """The library's errors leave as ChannelLost. Made once and entered for every frame: a generator's frame would cost as much as the call inside."""
+
+    __slots__ = ("_what", "_errors")
+
+    def __init__(self, what: str, errors: tuple[type[Exception], ...]):
+        self._what, self._errors = what, errors
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None and issubclass(kind, self._errors):
+            raise ChannelLost(f"{self._what}: {error}") from error
+
+
+class _Closed:
+    """In the place of an agent that has ended: whatever is asked of it."""
+
+    def __getattr__(self, name: str):
+        raise ChannelLost("closed")
 
 
 def chosen(logged: str) -> dict[str, str]:

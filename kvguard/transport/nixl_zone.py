@@ -171,6 +171,7 @@ class Landing:
         self.zone, self._quarantine_s = Zone(size), quarantine_s
         self._owner = np.zeros(self.zone.size // PAGE_BYTES, np.uint64)  # 0, or the number of the frame that is there
         self._pages: dict[int, tuple[int, int]] = {}
+        self.freed = 0  # pages, since the user of this last set it to 0
         self._views: dict[int, weakref.ref] = {}
         self._unseen: deque[int] = deque()  # numbers whose last view is gone; appended to by whichever thread drops it
 
@@ -211,6 +212,7 @@ class Landing:
     def free(self, number: int) -> None:
         first, count = self._pages.pop(number)
         self._owner[first : first + count] = 0
+        self.freed += count
 
     def unseen(self) -> list[int]:
         """Frames that were handed over and are looked at no more: their pages are free."""

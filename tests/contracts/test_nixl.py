@@ -23,10 +23,11 @@ from kvguard.config.daemons import NIXL_ZONE_BYTES_MIN
 from kvguard.daemon.node import nixl_of
 from kvguard.errors import BadConfig, BadFrame
 from kvguard.limits import MIB
-from kvguard.transport import greeting
+from kvguard.transport import greeting, nixl_notes
 from kvguard.transport.base import Broken, Down, Frame, Up
 from kvguard.transport.nixl import ZONE_BYTES_MIN, NixlChannel
 from kvguard.transport.nixl_agent import Agent, ChannelLost, NixlSettings, Registered, chosen, life_name, load
+from kvguard.transport.nixl_notes import Landed
 from kvguard.transport.nixl_zone import PAGE_BYTES, Lending, Zone, quarantined
 from kvguard.transport.wakeup import Wakeup
 from kvguard.transport.zeromq import ZeromqTransport
@@ -113,9 +114,9 @@ def test_what_a_peer_is_told_reaches_its_zone_and_nothing_else(pair):
         for zone in others:
             for target in (zone.address, zone.address + zone.size - PAGE_BYTES):
                 with pytest.raises(ChannelLost, match="NOT_FOUND"):
-                    agent.write([(source, PAGE_BYTES)], target, b"")
+                    agent.write([(source, target, PAGE_BYTES)], b"")
         with pytest.raises(ChannelLost, match="NOT_FOUND"):
-            agent.write([(source, PAGE_BYTES)], told.address + told.pages * PAGE_BYTES - 8, b"")
+            agent.write([(source, told.address + told.pages * PAGE_BYTES - 8, PAGE_BYTES)], b"")
     stranger.close()
     assert not any(zone.bytes[:PAGE_BYTES].any() for zone in (others[0], later))
     carries(pair)  # with its zone it goes on
@@ -145,8 +146,6 @@ def test_a_late_look_at_a_payload_outlives_its_link(pair):
 
 @pytest.mark.parametrize("lie", ["sum", "life", "length", "number", "pages", "header"])
 def test_a_note_that_lies_ends_the_link(pair, lie):
-    from kvguard.transport.nixl import NOTE
-
     channel = channel_of(pair)
     life, head = channel._peer.life, kv(1)
     if lie == "length":
@@ -155,7 +154,7 @@ def test_a_note_that_lies_ends_the_link(pair, lie):
         channel.send(b"\0" * 64, None)
     else:
         number, first = (2 if lie == "number" else 1), (1 << 20 if lie == "pages" else 0)
-        note = NOTE.pack(bytes(16) if lie == "life" else life, number, first, 1, 0, len(head), 1)
+        note = nixl_notes.pack(bytes(16) if lie == "life" else life, [Landed(number, first, 1, 0, len(head), 1)])
         for _ in range(2):  # the second one of number 2 is a repetition
             channel._agent.tell(note)
     pair.until(lambda: pair.of(pair.a, Broken) and pair.of(pair.a, Down) and pair.of(pair.b, Down), "both down")
@@ -184,7 +183,9 @@ def test_an_end_that_cannot_be_made_leaves_nothing(monkeypatch):
         with pytest.raises(ChannelLost, match="registered"):
             NixlChannel(CMA, wakeup, lambda events: None, lambda message: None, MIB, lending)
         ((agent, address),) = made
-        assert agent._agent is None and closed == [address]
+        with pytest.raises(ChannelLost, match="closed"):
+            agent.told()
+        assert closed == [address]
     finally:
         for one in (lending, wakeup):
             one.close()
