@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -141,6 +141,7 @@ class Guard:
         self.incarnation = int.from_bytes(os.urandom(8), "little") >> 1
         self.session: Session | None = None
         self._attached_epoch = NO_EPOCH
+        self.on_order: Callable[[], None] | None = None  # see received()
         self._said = 0  # how often the attachment was said to a daemon
         self._order: PlanOrder | None = None
         self._restored: local.Restored | None = None
@@ -300,6 +301,7 @@ class Guard:
         return message, [pidfd, self._bell, self.table.fd, *exported], [pidfd, *exported]
 
     def received(self, message: local.Local, descriptors: list[int]) -> None:
+        """In the client thread; as is `on_order`, once an order to restore is here: for an engine that looks in its steps alone, and has none while it is idle."""
         if isinstance(message, local.FetchGiven | local.FetchRefused):
             self._fetches.answered(message, descriptors)
             return
@@ -309,7 +311,7 @@ class Guard:
             descriptors = []
         for descriptor in descriptors:
             os.close(descriptor)
-        again = None
+        again, ordered = None, False
         with self._changed:
             if isinstance(message, local.Attached):
                 self._attached(message.epoch)
@@ -318,10 +320,12 @@ class Guard:
                 if self._restored is not None and plan.epoch == self._restored.epoch:
                     again = self._restored
                 elif isinstance(message, local.RestoreOrder) and plan.epoch.counter > self.epoch.counter:
-                    self._order = plan
+                    self._order, ordered = plan, True
             self._changed.notify_all()
         if again is not None:
             self.session.say(again)
+        if ordered and self.on_order is not None:
+            self.on_order()
 
     def _attached(self, epoch: Epoch) -> None:
         """Nothing has to be restored where no plan can have counted on this attachment: no sequence was ever here, or this answers the first Attach ever said

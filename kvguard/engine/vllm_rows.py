@@ -3,7 +3,8 @@
 Knows: guards and their tables, facts. Must not know: vLLM, torch, how KV is fetched.
 
 Invariants
-- Nothing here raises into the engine, and nothing waits: what can't be committed is counted, said once, and retried or left unprotected.
+- Nothing here raises into the engine, and nothing waits (but for a new epoch's cut, which the client thread makes while no step is under way: an idle engine
+  has none, and would be taken for dead): what can't be committed is counted, said once, and retried or left unprotected.
 - Releases and cuts are applied before the step that could overwrite their blocks, whether or not the epoch is over.
 - What the engine knows of a sequence is kept here until it is over, so that a table that was cut by a plan, rolled back or adopted anew is brought up to date
   with the next step: the table is never believed to hold more than it says.
@@ -12,6 +13,7 @@ Invariants
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 
 import numpy as np
@@ -43,14 +45,33 @@ class Rows:
         self._step: Step | None = None
         self._facts: StepFacts | None = None
         self._was_connected = self._said_unprotected = False
+        self._turn = threading.Lock()  # the table is written by one thread at a time
+        guard.on_order = self._between_steps
 
     # ---- a step -----------------------------------------------------------------------------------------------------------------
 
     def before(self, facts: StepFacts) -> None:
         """Before the forward pass of the step that `facts` were made for."""
         self._say_protection()
-        if self._step is not None:  # the forward pass of the last one never ended
-            self.after(failed=True)
+        with self._turn:
+            if self._step is not None:  # the forward pass of the last one never ended
+                self._after(failed=True)
+            self._before(facts)
+
+    def after(self, failed: bool = False) -> None:
+        """Behind the last KV write of the step; `failed`: it did not come to that."""
+        with self._turn:
+            self._after(failed)
+            if self.guard.fenced:  # what came within the step is carried out now: there may be no other step
+                self._restored()
+
+    def _between_steps(self) -> None:
+        """In the client thread: an order to restore has come."""
+        with self._turn:
+            if self._step is None:
+                self._restored()
+
+    def _before(self, facts: StepFacts) -> None:
         for no in facts.over:
             sequence = self._sequences.pop(no, None)
             if sequence is not None and sequence.row >= 0:
@@ -65,8 +86,7 @@ class Rows:
         if facts.size:
             self._enter(facts.size)
 
-    def after(self, failed: bool = False) -> None:
-        """Behind the last KV write of the step; `failed`: it did not come to that."""
+    def _after(self, failed: bool) -> None:
         facts, step = self._facts, self._step
         self._facts = self._step = None
         if facts is None:

@@ -90,9 +90,9 @@ class MLAAttentionSpec(SimpleNamespace):
     """As vLLM's, by name."""
 
 
-def configured(spec, groups: int = 1, **parallel):
+def configured(spec, groups: int = 1, engine_id: str = "a1b2", **parallel):
     vllm = SimpleNamespace(
-        parallel_config=SimpleNamespace(**parallel), speculative_config=None, cache_config=SimpleNamespace(block_size=32),
+        kv_transfer_config=SimpleNamespace(engine_id=engine_id), parallel_config=SimpleNamespace(**parallel), speculative_config=None, cache_config=SimpleNamespace(block_size=32),
         model_config=SimpleNamespace(is_encoder_decoder=False, runner_type="generate", use_mla=isinstance(spec, MLAAttentionSpec)),
     )  # fmt: skip
     return vllm, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)] * groups)
@@ -112,7 +112,10 @@ def configured(spec, groups: int = 1, **parallel):
         (MLAAttentionSpec(block_size=32, model_version="deepseek_v4"), 1, {}, "cuda", "MLAAttentionSpec"),
         (FullAttentionSpec(block_size=32), 1, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, "cpu", ""),
         (FullAttentionSpec(block_size=32), 1, {"data_parallel_size": 2}, "cpu", "data_parallel_size=2"),
+        (FullAttentionSpec(block_size=32), 1, {"engine_id": "a1b2_dp0"}, "cpu", "engine 0 of several"),
+        (FullAttentionSpec(block_size=32), 1, {"data_parallel_index": 1}, "cpu", "engine 1 of several"),
         (FullAttentionSpec(block_size=32), 1, {"decode_context_parallel_size": 2}, "cpu", "different positions"),
+        (FullAttentionSpec(block_size=32), 1, {"prefill_context_parallel_size": 2}, "cpu", "different positions"),
         (FullAttentionSpec(block_size=16), 1, {}, "cpu", "blocks of 16"),
     ],
 )
@@ -242,6 +245,31 @@ def test_a_pool_that_packs_its_own_steps_is_told_what_they_write(path, monkeypat
         pool.close()
 
 
+PLAN = PlanOrder(
+    "llama", Epoch(5, "c"), ("one",), (4,), ("replica",), ((Fork(0, 0), Fork(5, 4)),), (5,), ("n",), (StreamId("llama", Rank(0, 0, 0), 7),), (), (), ("",)
+)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_an_idle_engine_joins_the_new_epoch(rows, daemon, within):
+    """A new emitter is a new epoch for engines that have no request, and so no step: after the coordinator's patience they were killed, all of them.
+    `within`: the order comes in the last step before it is idle."""
+    begin(rows)
+    connection = daemon.until(lambda: list(daemon.readers))[0]
+    if within:
+        rows.before(StepFacts(size=1, nos=[1], lengths=[6], ids=[6]))
+    daemon.readers[connection].set_epoch(5)
+    daemon.server.send(connection, local.RestoreOrder(PLAN))
+    if within:
+        daemon.until(lambda: rows.guard._order)
+        rows.after()
+    daemon.until(lambda: daemon.messages)
+    assert daemon.messages[0].epoch == Epoch(5, "c") and not daemon.messages[0].error and not rows.guard.fenced
+    assert held(rows) == {"one": (4, [1, 2, 3, 4, 5], [7])}
+    run(rows, StepFacts(size=1, nos=[1], lengths=[7 if within else 6], ids=[7 if within else 6]))
+    assert held(rows)["one"][0] == 6 + within
+
+
 def test_a_fenced_engine_serves_on_and_joins_the_new_epoch(rows, daemon):
     begin(rows)
     run(rows, StepFacts(size=2, begun=[Begun(2, "two", b"", [9, 9], [9], 2)]))
@@ -253,13 +281,8 @@ def test_a_fenced_engine_serves_on_and_joins_the_new_epoch(rows, daemon):
     assert held(rows)["one"][0] == 5 and rows.counts["steps fenced"] == 1
     run(rows, StepFacts(size=2, nos=[1, 2], lengths=[7, 3], ids=[7, 10]))  # no plan yet: serves, commits nothing
     assert held(rows)["one"][0] == 5
-    plan = PlanOrder(
-        "llama", Epoch(5, "c"), ("one",), (4,), ("replica",), ((Fork(0, 0), Fork(5, 4)),), (5,), ("n",), (StreamId("llama", Rank(0, 0, 0), 7),), (), (), ("",)
-    )
-    daemon.server.send(connection, local.RestoreOrder(plan))
-    rows.guard._changed.acquire()
-    assert rows.guard._changed.wait_for(lambda: rows.guard._order is not None, 10.0)
-    rows.guard._changed.release()
+    daemon.server.send(connection, local.RestoreOrder(PLAN))
+    daemon.until(lambda: not rows.guard.fenced)
     run(rows, StepFacts(size=2, nos=[1, 2], lengths=[8, 4], ids=[8, 11]))
     assert held(rows) == {"one": (8, list(range(1, 9)), [7, 8]), "two": (4, [9, 9, 10, 11], [9])}
     daemon.until(lambda: daemon.messages)
