@@ -301,7 +301,7 @@ class Guard:
         return message, [pidfd, self._bell, self.table.fd, *exported], [pidfd, *exported]
 
     def received(self, message: local.Local, descriptors: list[int]) -> None:
-        """In the client thread; as is `on_order`, once an order to restore is here: for an engine that looks in its steps alone, and has none while it is idle."""
+        """In the client thread. So is `on_order`, once an order to restore is here: for an engine that looks in its steps alone, and is idle."""
         if isinstance(message, local.FetchGiven | local.FetchRefused):
             self._fetches.answered(message, descriptors)
             return
