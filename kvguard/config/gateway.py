@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvguard.config.setting import LEVELS, REQUIRED, setting
-from kvguard.limits import MIB
+from kvguard.limits import KIB, MIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,9 @@ class GatewayConfig:
     chat: str = setting("followed", "word", "relayed: chats are never resumed; for servers with a reasoning parser", choices=("followed", "relayed"))
     seeded: str = setting("generator", "word", "how the engines draw seeded samples; only by position can they be resumed", choices=("generator", "position"))
     max_tokens_default: int = setting(0, "int", "max_new_tokens of the engines' generation config; 0: none, the context is the bound", 0, 1 << 24)
-    in_flight_max: int = setting(256, "int", "requests at a time; more are refused with 429", 1, 65536)
+    in_flight_max: int = setting(256, "int", "requests at a time, counted when their bodies are whole; more are refused with 429", 1, 65536)
     body_bytes_max: int = setting(8 * MIB, "bytes", "of a request's body", 1024, 1 << 30)
+    bodies_bytes_max: int = setting(64 * MIB, "bytes", "of all bodies that are arriving together; beyond it the oldest ends", 64 * KIB, 1 << 40)
     attempts: int = setting(4, "int", "how many instances in turn are asked to go on with one answer", 1, 64)
     fence_ms: int = setting(3000, "int", "how long a lost answer waits for the coordinator's fence, before it is computed again elsewhere", 0, 600_000)
     resume_ms: int = setting(10_000, "int", "how long a fenced answer waits for its resume token, and then for an active instance", 100, 600_000)

@@ -20,6 +20,7 @@ from starlette.responses import Response
 
 from kvguard.errors import KvguardError
 from kvguard.gateway import policy, replies
+from kvguard.gateway.admission import Admission, NotAdmitted
 from kvguard.gateway.events import Declined, Lost
 from kvguard.gateway.fleet import NoInstance
 from kvguard.gateway.journey import Journey, Surroundings, Unbounded
@@ -28,6 +29,10 @@ from kvguard.gateway.relay import Relay
 from kvguard.gateway.replies import Reply
 
 RETRY_AFTER_S = 1
+NOT_ADMITTED = {  # by reason: status, type, code
+    "ending": (503, "server_error", "ending"), "in_flight": (429, "rate_limit_error", "overloaded"), "no_instance": (503, "server_error", "no_instance"),
+    "slow": (408, "invalid_request_error", None), "too_large": (413, "invalid_request_error", None),
+}  # fmt: skip
 KEEP_ALIVE_S = 10.0  # less than the minute after which proxies close a connection that says nothing
 STILL_HERE = b": kvguard still has this answer\n\n"  # a comment: clients of server-sent events skip it
 STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
@@ -48,17 +53,20 @@ def failure_of(error: KvguardError) -> Failure:
         return error
     if isinstance(error, BadRequest):
         return Failure(error.status, "invalid_request_error", str(error), None, error.param, "refused")
+    if isinstance(error, NotAdmitted):
+        status, kind, code = NOT_ADMITTED[error.reason]
+        return Failure(status, kind, str(error), code, outcome="refused" if error.reason == "too_large" else error.reason)
     if isinstance(error, NoInstance):
         return Failure(503, "server_error", "No instance can take the request now. Try: again in a moment", "no_instance", outcome="no_instance")
     return Failure(502, "server_error", "The answer was lost, and no other instance could go on with it. Try: again", "answer_lost", outcome="lost")
 
 
 class Answering(Response):
-    """The answer to one request, as an ASGI application. `limits`: how many are under way."""
+    """The answer to one request, as an ASGI application."""
 
-    def __init__(self, request: Request, around: Surroundings, chat: bool) -> None:
+    def __init__(self, request: Request, around: Surroundings, chat: bool, admission: Admission) -> None:
         super().__init__()
-        self._request, self._around, self._chat = request, around, chat
+        self._request, self._around, self._chat, self._admission = request, around, chat, admission
         self._id = f"kvg-{secrets.token_hex(12)}"
         self._route = "refused"
         self._begun = False
@@ -81,36 +89,21 @@ class Answering(Response):
 
     async def _served(self, receive, send) -> str:
         try:
-            return await self._while_there(receive, self._answer(await self._body(), send))
+            body = _object(await self._admission.arrivals.whole(self._request))
+            with self._admission.place():
+                return await self._in_place(body, receive, send)
+        except KvguardError as error:
+            return await self._fail(send, failure_of(error))
+
+    async def _in_place(self, body: dict, receive, send) -> str:
+        try:
+            return await self._while_there(receive, self._answer(body, send))
         except Declined as error:
             return await self._pass_on(send, error)
         except KvguardError as error:
             return await self._fail(send, failure_of(error))
 
     # ---- the client's side ----
-
-    async def _body(self) -> dict:
-        """The request's JSON object. Raises BadRequest."""
-        bound, taken = self._around.settings.body_bytes_max, bytearray()
-        too_large = BadRequest(f"The body has more than {bound} bytes. Try: a shorter one", status=413)
-        if self._request.headers.get("content-length", "0").strip().isdigit() and int(self._request.headers.get("content-length", "0")) > bound:
-            raise too_large
-        try:
-            async with asyncio.timeout(self._client_s):
-                async for some in self._request.stream():
-                    taken += some
-                    if len(taken) > bound:
-                        raise too_large
-        except TimeoutError:
-            message = f"The body did not come within {self._client_s:g} s. Try: again, with the body at once"
-            raise Failure(408, "invalid_request_error", message, outcome="slow") from None
-        try:
-            body = msgspec.json.decode(bytes(taken))
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-            raise BadRequest("The body isn't JSON. Try: a JSON object") from error
-        if not isinstance(body, dict):
-            raise BadRequest("The body isn't a JSON object. Try: one")
-        return body
 
     async def _while_there(self, receive, work) -> str:
         """The outcome of `work`; it is cancelled when the client leaves."""
@@ -134,6 +127,8 @@ class Answering(Response):
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode()), (b"x-request-id", self._id.encode())]
         if status in (429, 503):
             headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+        if status == 408:  # the rest of the body is not waited for
+            headers.append((b"connection", b"close"))
         await self._send(send, {"type": "http.response.start", "status": status, "headers": headers})
         await self._send(send, {"type": "http.response.body", "body": content})
 
@@ -237,6 +232,17 @@ class Answering(Response):
         finally:
             relay.end()
         return "complete"
+
+
+def _object(content: bytearray) -> dict:
+    """A body's JSON object. Raises BadRequest."""
+    try:
+        body = msgspec.json.decode(content)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise BadRequest("The body isn't JSON. Try: a JSON object") from error
+    if not isinstance(body, dict):
+        raise BadRequest("The body isn't a JSON object. Try: one")
+    return body
 
 
 def _label(field: str) -> str:

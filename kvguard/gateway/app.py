@@ -1,7 +1,7 @@
 """The gateway's paths.
 
 Knows: starlette, which path is answered by what. Must not know: how.
-Invariants: no more than in_flight_max requests are under way; every error is in OpenAI's form; a gateway that ends takes nothing new.
+Invariants: whoever can't be served now hears it before his body is read (admission.py has the bounds); every error is in OpenAI's form.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from kvguard.gateway import replies
-from kvguard.gateway.answering import RETRY_AFTER_S, Answering
+from kvguard.gateway.admission import Admission, NotAdmitted
+from kvguard.gateway.answering import RETRY_AFTER_S, Answering, failure_of
 from kvguard.gateway.events import Declined, Lost
 from kvguard.gateway.fleet import HEALTH_S
 from kvguard.gateway.journey import Surroundings
@@ -30,12 +31,12 @@ def json_response(document: dict, status: int = 200, headers: dict[str, str] | N
 
 
 class Paths:
-    """`around`: made by the lifespan, before the first request."""
+    """`around` and `admission`: made by the lifespan, before the first request."""
 
     def __init__(self) -> None:
         self.around: Surroundings | None = None
+        self.admission: Admission | None = None
         self.ending: Callable[[], bool] = lambda: False
-        self._in_flight = 0
 
     async def completions(self, request: Request) -> Response:
         return self._admitted(request, chat=False)
@@ -44,23 +45,12 @@ class Paths:
         return self._admitted(request, chat=True)
 
     def _admitted(self, request: Request, chat: bool) -> Response:
-        around = self.around
-        refusal = None
-        if self.ending():
-            refusal = ("ending", replies.error("The gateway is ending. Try: again", "server_error", 503, "ending"), 503)
-        elif self._in_flight >= around.settings.in_flight_max:
-            refusal = ("in_flight", replies.error("Too many requests are under way. Try: again in a moment", "rate_limit_error", 429, "overloaded"), 429)
-        elif not around.fleet.active:
-            refusal = ("no_instance", replies.error("No instance can take the request now. Try: again in a moment", "server_error", 503, "no_instance"), 503)
-        if refusal is not None:
-            reason, document, status = refusal
-            around.counters.refused.labels(reason).inc()
-            return json_response(document, status, {"retry-after": str(RETRY_AFTER_S), "connection": "close"})
-        return Counted(self, Answering(request, around, chat))
-
-    def taken(self, change: int) -> None:
-        self._in_flight += change
-        self.around.counters.in_flight.set(self._in_flight)
+        try:
+            self.admission.check()
+        except NotAdmitted as error:
+            failure = failure_of(error)
+            return json_response(failure.document, failure.status, {"retry-after": str(RETRY_AFTER_S), "connection": "close"})
+        return Answering(request, self.around, chat, self.admission)
 
     async def models(self, request: Request) -> Response:
         """What the least loaded instance serves; all serve the same."""
@@ -88,21 +78,6 @@ class Paths:
         return Response(self.around.counters.text(), media_type="text/plain; version=0.0.4")
 
 
-class Counted(Response):
-    """An answer that is under way from now to its end, however it ends."""
-
-    def __init__(self, paths: Paths, answering: Answering) -> None:
-        super().__init__()
-        self._paths, self._answering = paths, answering
-        paths.taken(1)
-
-    async def __call__(self, scope, receive, send) -> None:
-        try:
-            await self._answering(scope, receive, send)
-        finally:
-            self._paths.taken(-1)
-
-
 async def in_their_form(request: Request, error: HTTPException) -> Response:
     """Starlette's own errors (no such path, wrong method), as an OpenAI client expects them."""
     message = f"{error.detail}: {request.method} {request.url.path[:PATH_CHARS_SAID]}. Try: POST /v1/completions or /v1/chat/completions, GET /v1/models"
@@ -120,6 +95,7 @@ def build(paths: Paths, surroundings: Callable[[], contextlib.AbstractAsyncConte
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with surroundings() as paths.around:
+            paths.admission = Admission(paths.around, lambda: paths.ending())
             yield
 
     routes = [

@@ -26,6 +26,8 @@ class Counters:
         part = "What the stall was made of: fence, recovery, placing, first_token."
         self.stall_part = Histogram("kvguard_gateway_stall_part_seconds", part, ["part"], buckets=STALL_BUCKETS, **own)
         self.in_flight = Gauge("kvguard_gateway_in_flight", "Requests that are being served.", **own)
+        self.bodies = Gauge("kvguard_gateway_bodies", "Requests whose bodies are arriving.", **own)
+        self.bodies_bytes = Gauge("kvguard_gateway_bodies_bytes", "What they are counted with, of bodies_bytes_max.", **own)
         self.active = Gauge("kvguard_gateway_instance_active", "1 where an instance takes requests.", ["instance"], **own)
 
     def text(self) -> bytes:
