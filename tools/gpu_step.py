@@ -16,14 +16,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu_about import machine
+from gpu_basics import basics
 from gpu_decode import decode_overhead
 from gpu_models import models
 from gpu_steps import STEPS, Bench, NotRun
 
 # What measures comes before what is tested: were time to run out, tests can be run again alone.
 ALL: dict[str, Callable[[Bench], dict]] = {
-    **{name: STEPS[name] for name in ("kernels", "correctness", "torch", "survival", "bandwidth", "restore", "salvage")}, "decode": decode_overhead,
-    "models": models, "contracts": STEPS["contracts"], "daemons": STEPS["daemons"],
+    "basics": basics, **{name: STEPS[name] for name in ("kernels", "correctness", "torch", "survival", "bandwidth", "restore", "salvage")},
+    "decode": decode_overhead, "models": models, "contracts": STEPS["contracts"], "daemons": STEPS["daemons"],
 }  # fmt: skip
 
 

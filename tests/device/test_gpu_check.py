@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = "kernels,correctness,torch,survival,bandwidth,restore,salvage,decode"  # the others run tests, and demos that have tests, of their own
+QUICK = "basics,kernels,correctness,torch,survival,bandwidth,restore,salvage,decode"  # the others run tests, and demos that have tests, of their own
 FAKE_STEP = """
 import json, os, subprocess, sys, time
 name, result = sys.argv[1:3]
@@ -64,6 +64,21 @@ def test_a_step_that_hangs_crashes_or_leaves_something_costs_the_others_nothing(
     assert alive == []
 
 
+def test_of_the_basics_all_that_fail_are_told_and_the_others_are_tried():
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tools')!r}]; import gpu_basics; from gpu_steps import Bench, NotRun\n"
+        "def fails(bench): raise RuntimeError('no such call')\n"
+        "def lacks(bench): raise NotRun('no torch')\n"
+        "gpu_basics.CHECKS = {'one': fails, 'two': lambda bench: None, 'three': lacks, 'four': fails, 'five': gpu_basics.copies}\n"
+        "try: gpu_basics.basics(Bench(True))\n"
+        "except AssertionError as error: print('told:', error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    told = done.stdout.partition("told: ")[2]
+    assert told.startswith("2 of 5") and "'one': 'FAILED: RuntimeError: no such call'" in told and "'four'" in told
+    assert "two: ok" in done.stdout and "three: missing: no torch" in done.stdout and "five: ok" in done.stdout
+
+
 def read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -73,7 +88,7 @@ def read(path: Path) -> bytes:
 
 def test_a_step_that_is_not_there_is_told():
     done = run("--dry-run", "--only", "survivall")
-    assert done.returncode == 2 and "Try: kernels" in done.stderr
+    assert done.returncode == 2 and "Try: basics" in done.stderr
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU here")
