@@ -7,9 +7,10 @@ and one zone are one life of one link: they end with it, at once, whatever the p
 in `stuck_ms` ends the link; nothing blocks, nothing runs but in the link's calls.
 
 The writer places frames in the reader's zone (Extents), copies each to the same place of a zone of its own, which is registered (a payload that was made in
-lent memory stays where it is), and writes it there: payload first, header behind it. NIXL tells the note behind the last byte. The reader hands out the payload
-where it landed, or a copy, and says over the control connection whose pages are free again (Returned). NIXL has no thread and wakes nobody: both ends look,
-often while something is under way, when UCX's own descriptors or a Knock on the control connection say so, else every IDLE_NS.
+lent memory stays where it is), and writes it there: payload first, header behind it. NIXL tells the note behind the last byte. A frame goes at once while
+little is under way; those that come meanwhile go together, in one write with one note, which costs as much as a note for one frame. The reader hands out the
+payload where it landed, or a copy, and says over the control connection whose pages are free again (Returned). NIXL has no thread and wakes nobody: both ends
+look, often while something is under way, when UCX's own descriptors or a Knock on the control connection say so, else every IDLE_NS.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from kvguard.transport import greeting, nixl_notes
 from kvguard.transport.memory import PayloadMemory
 from kvguard.transport.nixl_agent import Agent, ChannelLost, NixlSettings, Registered, life_name
 from kvguard.transport.nixl_notes import BEAT, LIFE_BYTES, Landed
-from kvguard.transport.nixl_zone import LENT_BYTES_MIN, PAGE_BYTES, Extents, Landing, Lending, Zone, pages_of, release
+from kvguard.transport.nixl_zone import LENT_BYTES_MIN, PAGE_BYTES, Extents, Landing, Lending, Zone, pages_of, release, retire
 from kvguard.transport.wakeup import IN, Wakeup
 
 PROBE = 0  # the number of the write that proves the way before the link is up
 HANDED_BYTES_MIN = 32 * KIB  # smaller payloads are copied: cheaper than following who looks at them
 RETURNED_MAX = 512  # numbers in one message
 WRITES_MAX = 2  # under way: one is copied while the other one's note is on its way; frames that come meanwhile are gathered, and go together
-TOGETHER_BYTES = 4 * MIB  # in one write, or one frame: more only keeps the reader waiting
-RETURN_NS = 1_000_000  # pages that are free are told after so long, or when they are an eighth of the zone
+TOGETHER_BYTES = 8 * MIB  # in one write, or one frame: more only keeps the reader waiting
+RETURN_NS = 2_000_000  # pages that are free are told of after so long, or when they are a quarter of the zone
 SPIN_NS = 200_000  # without bells: look all the time for so long since something happened
 HOT_NS = 20_000_000  # look often for so long after the peer has knocked
 LOOK_MIN_NS, BELLED_MIN_NS, LOOK_MAX_NS, IDLE_NS = 50_000, 1_000_000, 20_000_000, 250_000_000
@@ -76,8 +77,8 @@ class NixlChannel:
         self._life = os.urandom(LIFE_BYTES)
         self._peer: greeting.Zone | None = None
         self._extents: Extents | None = None
-        self._writes: deque[tuple[int, int, object, tuple]] = deque()  # write, since when, what it reads from, arguments of the write that follows it
-        self._together = 1  # frames that the peer reads from one note
+        self._writes: deque[tuple[int, int, list, tuple]] = deque()  # write, since when, what it reads from, arguments of the write that follows it
+        self._together = 1  # frames that the peer takes from one note
         self._queue: deque[tuple[bytes, memoryview | Registered | None]] = deque()
         self.queued_bytes = 0
         self._number = PROBE  # of the last frame that was written
@@ -101,7 +102,8 @@ class NixlChannel:
     def zone(self) -> greeting.Zone:
         """What the peer needs to write here, and nowhere else; to be told over the authenticated control connection alone."""
         landing = self._landing.zone
-        return greeting.Zone(self._agent.name, self._agent.metadata(landing.address, landing.size), landing.address, landing.size // PAGE_BYTES, self._life, nixl_notes.FRAMES_MAX)
+        metadata = self._agent.metadata(landing.address, landing.size)
+        return greeting.Zone(self._agent.name, metadata, landing.address, landing.size // PAGE_BYTES, self._life, nixl_notes.FRAMES_MAX)
 
     def meet(self, zone: greeting.Zone, probe_bytes: int = PAGE_BYTES) -> None:
         """Load what the peer said, and write the first bytes to it."""
@@ -138,10 +140,8 @@ class NixlChannel:
             self._wakeup.forget(bell)
         self._rings.clear()
         self._agent.close()  # nothing is written or read any more, here
-        self._writes.clear()
-        self._queue.clear()
-        self._frames.clear()
-        self._early.clear()
+        for kept in (self._writes, self._queue, self._frames, self._early):
+            kept.clear()
         self.queued_bytes = 0
         if self._source is not None:
             self._source.close()
@@ -168,7 +168,7 @@ class NixlChannel:
 
     def flush(self) -> None:
         """Write what pages are free for: at once while little is under way, else as soon as it is, together."""
-        while self._queue and len(self._writes) < WRITES_MAX:
+        while self._queue and self._has_room():
             frames = self._gather()
             if not frames:
                 return
@@ -180,10 +180,14 @@ class NixlChannel:
             self._sent_ns = now_ns
             self._write(frames)
 
+    def _has_room(self) -> bool:
+        """For one more write. What has been done since it was last asked for frees its place: nothing else would say so."""
+        return len(self._writes) < WRITES_MAX or self._settle() and len(self._writes) < WRITES_MAX
+
     def _gather(self) -> list[tuple[int, int, bytes, memoryview | Registered | None]]:
         """The next frames that pages are free for, as many as go together, each with its number and first page."""
-        frames, together = [], 0
-        while self._queue and len(frames) < self._together:
+        frames, together, far = [], 0, False
+        while self._queue and len(frames) < self._together and not far:
             head, payload = self._queue[0]
             size, far = len(head) + (len(payload) if payload is not None else 0), isinstance(payload, Registered)
             if frames and (far or together + size > TOGETHER_BYTES):
@@ -196,8 +200,6 @@ class NixlChannel:
             self.queued_bytes -= size
             together += size
             frames.append((self._number, first, head, payload))
-            if far:
-                break
         return frames
 
     def _place(self, number: int, count: int) -> int | None:
@@ -213,8 +215,9 @@ class NixlChannel:
         for number, first, head, payload in frames:
             payload_bytes = len(payload) if payload is not None else 0
             landed.append(Landed(number, first, pages_of(payload_bytes + len(head)), payload_bytes, len(head), xxhash.xxh3_64_intdigest(head)))
-            source = self._copied(first, payload_bytes, head)
-            target = self._peer.address + first * PAGE_BYTES
+            start, place = first * PAGE_BYTES, self._source.bytes
+            place[start + payload_bytes : start + payload_bytes + len(head)] = np.frombuffer(head, np.uint8)
+            source, target = self._source.address + start, self._peer.address + start
             header = (source + payload_bytes, target + payload_bytes, len(head))
             lent = self._lending.address_of(payload) if payload_bytes >= LENT_BYTES_MIN and not isinstance(payload, Registered) else 0
             if isinstance(payload, Registered):
@@ -225,20 +228,15 @@ class NixlChannel:
                 parts += [(lent, target, payload_bytes), header]
             else:
                 if payload_bytes:
-                    self._source.bytes[first * PAGE_BYTES : first * PAGE_BYTES + payload_bytes] = np.frombuffer(payload, np.uint8)
+                    place[start : start + payload_bytes] = np.frombuffer(payload, np.uint8)
                 parts.append((source, target, payload_bytes + len(head)))
+        del place  # a view would outlive the mapping
         write = self._agent.write(parts, b"" if behind else nixl_notes.pack(self._peer.life, landed), device)
         now_ns = time.monotonic_ns()
         if not self._writes:
             self._moved_ns = now_ns
         self._writes.append((write, now_ns, held, behind))
         self._spoke_ns = now_ns
-
-    def _copied(self, first: int, payload_bytes: int, head: bytes) -> int:
-        """Put a header where its frame's pages have their image on this side; the address of the first of them."""
-        start = first * PAGE_BYTES + payload_bytes
-        self._source.bytes[start : start + len(head)] = np.frombuffer(head, np.uint8)
-        return self._source.address + first * PAGE_BYTES
 
     def returned(self, message: greeting.Returned) -> None:
         """The peer doesn't need these frames' pages any more."""
@@ -281,7 +279,7 @@ class NixlChannel:
             return
         if not had:
             self._gone_ns = self._looked_ns
-        if 8 * landing.freed < landing.pages and self._looked_ns - self._gone_ns < RETURN_NS:
+        if 4 * landing.freed < landing.pages and self._looked_ns - self._gone_ns < RETURN_NS:
             return
         gone, self._gone, landing.freed = self._gone, [], 0
         for start in range(0, len(gone), RETURNED_MAX):
@@ -311,8 +309,8 @@ class NixlChannel:
             self._reached = moved = True
             if behind:
                 self._writes.appendleft((self._agent.write(*behind), time.monotonic_ns(), None, ()))
-        for index in range(1, len(self._writes)):
-            self._agent.is_done(self._writes[index][0])
+        for write, *_ in list(self._writes)[1:]:
+            self._agent.is_done(write)
         return moved
 
     def _take(self, note: bytes) -> None:
@@ -400,13 +398,3 @@ class NixlChannel:
         if self._rings[bell] > RINGS_MAX:
             self._wakeup.change(bell, IN)
         self._rings[bell] = 0
-
-
-_retiring: list[Landing] = []
-
-
-def retire(landing: Landing) -> None:
-    """Quarantine this zone, and those whose last payloads have been dropped since the last time."""
-    now_ns = time.monotonic_ns()
-    release(now_ns)
-    _retiring[:] = [former for former in (*_retiring, landing) if not former.retire(now_ns)]

@@ -230,12 +230,13 @@ class Agent:
             self._agent.makeConnection(self.peer, self._backend)
 
     def write(self, parts: list[tuple[int, int, int]], note: bytes, device: int | None = None) -> int:
-        """Start writing `parts`, each (registered address here, address in the peer's, bytes), as one transfer; `note` is told to it behind the last byte of all.
+        """Start writing `parts`, each (registered address here, address in the peer's, bytes), as one; `note` is told to it behind the last byte of all.
 
         `device`: a GPU's number where the sources are VRAM. Returns the write, for is_done().
         """
         bindings = self._library.bindings
-        here = bindings.nixlXferDList(bindings.DRAM_SEG if device is None else bindings.VRAM_SEG, [(source, size, device or 0) for source, _, size in parts])
+        kind = bindings.DRAM_SEG if device is None else bindings.VRAM_SEG
+        here = bindings.nixlXferDList(kind, [(source, size, device or 0) for source, _, size in parts])
         there = bindings.nixlXferDList(bindings.DRAM_SEG, [(target, size, 0) for _, target, size in parts])
         with self._starting:
             write = self._agent.createXferReq(bindings.NIXL_WRITE, here, there, self.peer, note, self._backend)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from kvguard.errors import BadFrame
 
-FRAMES_MAX = 16  # named by one note
+FRAMES_MAX = 32  # named by one note
 LIFE_BYTES = 16
 BEAT = b"beat"  # a note that names none: the way is open
 _RECORD = struct.Struct(f"<{LIFE_BYTES}sQIIIIQ")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import ctypes
 import mmap
+import time
 import weakref
 from collections import deque
 from itertools import count
@@ -169,7 +170,7 @@ class Landing:
 
     def __init__(self, size: int, quarantine_s: int = 0):
         self.zone, self._quarantine_s = Zone(size), quarantine_s
-        self._owner = np.zeros(self.zone.size // PAGE_BYTES, np.uint64)  # 0, or the number of the frame that is there
+        self._owned = bytearray(self.zone.size // PAGE_BYTES)  # 1 for a page that a frame is in
         self._pages: dict[int, tuple[int, int]] = {}
         self.freed = 0  # pages, since the user of this last set it to 0
         self._views: dict[int, weakref.ref] = {}
@@ -177,7 +178,7 @@ class Landing:
 
     @property
     def pages(self) -> int:
-        return len(self._owner)
+        return len(self._owned)
 
     def is_watched(self) -> bool:
         """Somebody still looks at a payload, or did until just now."""
@@ -185,11 +186,11 @@ class Landing:
 
     def claim(self, number: int, first: int, count: int, size: int) -> None:
         """Frame `number` has landed in these pages. Raises BadFrame where it can't have."""
-        if not 0 < count <= len(self._owner) - first or first < 0 or not 0 < size <= count * PAGE_BYTES:
-            raise BadFrame(f"frame {number} of {size} bytes in pages {first} to {first + count}, of {len(self._owner)}")
-        if self._owner[first : first + count].any():
+        if not 0 < count <= len(self._owned) - first or first < 0 or not 0 < size <= count * PAGE_BYTES:
+            raise BadFrame(f"frame {number} of {size} bytes in pages {first} to {first + count}, of {len(self._owned)}")
+        if self._owned.count(1, first, first + count):
             raise BadFrame(f"frame {number} in pages that hold another one")
-        self._owner[first : first + count] = number
+        self._owned[first : first + count] = b"\1" * count
         self._pages[number] = (first, count)
 
     def bytes_of(self, number: int, start: int, end: int):
@@ -207,11 +208,11 @@ class Landing:
     def in_front(self, number: int) -> bool:
         """In the half that may be handed over: the other one comes back whatever others hold on to, so that the largest frame finds room."""
         first, count = self._pages[number]
-        return 2 * (first + count) <= len(self._owner)
+        return 2 * (first + count) <= len(self._owned)
 
     def free(self, number: int) -> None:
         first, count = self._pages.pop(number)
-        self._owner[first : first + count] = 0
+        self._owned[first : first + count] = bytes(count)
         self.freed += count
 
     def unseen(self) -> list[int]:
@@ -231,3 +232,13 @@ class Landing:
             return False
         self.zone.quarantine(now_ns + self._quarantine_s * 1_000_000_000 if self._quarantine_s else 0)
         return True
+
+
+_retiring: list[Landing] = []
+
+
+def retire(landing: Landing) -> None:
+    """Quarantine this zone, and those whose last payloads have been dropped since the last time."""
+    now_ns = time.monotonic_ns()
+    release(now_ns)
+    _retiring[:] = [former for former in (*_retiring, landing) if not former.retire(now_ns)]
