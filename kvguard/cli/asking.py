@@ -95,8 +95,3 @@ def gathered(reach: Reach, verb: str, arguments: dict) -> tuple[dict, list[str]]
             silent.append(f"{node['node']}: {error}")
     merged["replicas"].sort(key=lambda one: (one["instance"], one["rank"], one.get("sequence", ""), one["holder"]))
     return merged, silent
-
-
-def process_name(default: str) -> str:
-    """What log lines call this process."""
-    return os.environ.get("KVGUARD_LOG_NAME", default)
