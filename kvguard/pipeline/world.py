@@ -29,6 +29,9 @@ from kvguard.pipeline.proxy import Gate, Proxy
 from kvguard.transport.ask import ask
 
 INSTANCE = "demo"
+ANSWER_S = 5.0
+LOOK_S = 0.05
+LAST_LINES = 12
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -102,8 +105,8 @@ class Process:
         except subprocess.TimeoutExpired:
             self.kill()
 
-    def last_words(self, lines: int = 12) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+    def last_words(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LAST_LINES:])
 
 
 class Node:
@@ -286,17 +289,17 @@ class World:
     # ---- looking
 
     def status(self) -> dict:
-        return self.ask("status", timeout_s=2.0)
+        return ask(self.coordinator_address, "status", {}, timeout=2.0)
 
     def history(self) -> list[dict]:
         """The coordinator's recoveries, oldest first."""
-        return self.ask("history")["history"]
+        return ask(self.coordinator_address, "history", {}, timeout=ANSWER_S)["history"]
 
-    def ask(self, verb: str, arguments: dict | None = None, node: Node | None = None, timeout_s: float = 5.0) -> dict:
-        """The coordinator's answer, or a node's."""
-        return ask(node.address if node else self.coordinator_address, verb, arguments or {}, timeout=timeout_s)
+    def query(self, node: Node, verb: str, arguments: dict) -> dict:
+        """A node's answer."""
+        return ask(node.address, verb, arguments, timeout=ANSWER_S)
 
-    def wait_until(self, what: str, condition, timeout_s: float, every_s: float = 0.05):
+    def wait_until(self, what: str, condition, timeout_s: float):
         """The first true value of `condition()`. Raises TimedOut, or KvguardError at once, with its last words, if a process died meanwhile."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -309,7 +312,7 @@ class World:
                     raise kind(f"{process.name} ended with {process.popen.returncode} while waiting for {what}:\n{process.last_words()}")
             if time.monotonic() > deadline:
                 raise TimedOut(f"{what} did not come about within {timeout_s:g} s. Try: the logs in {self.root / 'logs'}")
-            time.sleep(every_s)  # between two looks at a condition with a deadline
+            time.sleep(LOOK_S)  # between two looks at a condition with a deadline
 
     def wait_ready(self, timeout_s: float = 120.0) -> dict:
         """All ranks attached and every standby known to the coordinator; returns the status."""
@@ -330,9 +333,6 @@ class World:
             return self.status()
         except KvguardError:
             return None
-
-    def query(self, node: Node, verb: str, arguments: dict, timeout: float = 5.0) -> dict:
-        return self.ask(verb, arguments, node, timeout)
 
     def engine_at(self, endpoint: str) -> tuple[Node, Process]:
         """The node and process behind an endpoint that the driver uses."""
