@@ -116,7 +116,7 @@ def consequence(scenario: Scenario, target: Target, status: dict) -> str:
     return f"{target} gets SIGKILL; {target.instance} stands still until one of {standbys} standbys is that rank, and has one standby less"
 
 
-def strike(reach: Reaches, scenario: Scenario, seed: int, target: Target, wait_s: float = WHOLE_TIMEOUT_S) -> dict:
+def strike(reach: Reaches, scenario: Scenario, seed: int, target: Target) -> dict:
     """The drill: conditions once more, the strike, the recovery. The evidence, in the form of a bench's. Raises Refused when one doesn't hold any more."""
     with blows.held(target) as pidfd:
         before = demand_whole(reach)
@@ -127,7 +127,7 @@ def strike(reach: Reaches, scenario: Scenario, seed: int, target: Target, wait_s
         held = kept.held(ask, bool(blows.service_of(target.pid))) if scenario.name in DAEMONS else None
         struck_ns = time.monotonic_ns()
         evidence = _blow(reach, scenario, target, pidfd, epochs)
-    after, samples = _until_whole(reach, epochs, lambda status: _missing(reach, scenario, target, epochs, status), wait_s)
+    after, samples = _until_whole(reach, epochs, lambda status: _missing(reach, scenario, target, epochs, status))
     whole_ms = (time.monotonic_ns() - struck_ns) / 1e6
     entries = reach.coordinator("history")["history"][len(history) :]
     entry = next((one for one in entries if one["instance"] == target.instance), None)
@@ -232,9 +232,9 @@ def _missing(reach: Reaches, scenario: Scenario, target: Target, epochs: dict[st
     return ""
 
 
-def _until_whole(reach: Reaches, epochs: dict[str, int], missing: Callable[[dict], str], wait_s: float) -> tuple[dict, _Samples]:
+def _until_whole(reach: Reaches, epochs: dict[str, int], missing: Callable[[dict], str]) -> tuple[dict, _Samples]:
     """Whole as before, but for the standby that a rebuilt rank took. Raises TimedOut, KvguardError where a recovery failed."""
-    samples, deadline, last = _Samples(), time.monotonic() + wait_s, "no answer"
+    samples, deadline, last = _Samples(), time.monotonic() + WHOLE_TIMEOUT_S, "no answer"
     while time.monotonic() < deadline:
         try:
             status = reach.coordinator("status")
@@ -250,7 +250,7 @@ def _until_whole(reach: Reaches, epochs: dict[str, int], missing: Callable[[dict
             if not last:
                 return status, samples
         time.sleep(POLL_S)  # between two looks at a condition with a deadline
-    raise TimedOut(f"not whole again within {wait_s:g} s: {last}. Try: kvguard status; a daemon that was killed is its supervisor's to start")
+    raise TimedOut(f"not whole again within {WHOLE_TIMEOUT_S:g} s: {last}. Try: kvguard status; a daemon that was killed is its supervisor's to start")
 
 
 def _recovery(entry: dict) -> dict:

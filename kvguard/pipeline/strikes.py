@@ -69,18 +69,18 @@ class Bench:
     def aim(self, kind: str) -> Fault:
         return faults.aim(self.world, self.client, kind, self.draw.stage)
 
-    def wait_for_tokens(self, count: int = TOKENS_MEANWHILE) -> None:
-        enough = len(self.client.arrivals) + count
-        self.wait(f"{count} tokens meanwhile", lambda: len(self.client.arrivals) >= enough)
+    def wait_for_tokens(self) -> None:
+        enough = len(self.client.arrivals) + TOKENS_MEANWHILE
+        self.wait(f"{TOKENS_MEANWHILE} tokens meanwhile", lambda: len(self.client.arrivals) >= enough)
 
     def wait_protected(self, what: str) -> None:
         self.wait(f"{what}, everything protected", lambda: faults.protected(self.world))
 
-    def counted(self, fault: Fault, since_ns: int | None = None) -> Fault:
+    def counted(self, fault: Fault) -> Fault:
         """The outage is over: how long it was, how many tokens came."""
-        now_ns, begun_ns = time.monotonic_ns(), since_ns or fault.struck_ns
-        fault.down_ms = (now_ns - begun_ns) / 1e6
-        fault.tokens_meanwhile = sum(begun_ns < t_ns < now_ns for t_ns, _ in self.client.arrivals)
+        now_ns = time.monotonic_ns()
+        fault.down_ms = (now_ns - fault.struck_ns) / 1e6
+        fault.tokens_meanwhile = sum(fault.struck_ns < t_ns < now_ns for t_ns, _ in self.client.arrivals)
         return fault
 
     def stats(self, node: Node) -> dict:
