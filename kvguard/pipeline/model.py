@@ -159,7 +159,7 @@ class StageModel:
 
     def rows_are_independent(self) -> bool:
         """Whether this machine's matrix products keep the promise of batch-invariant mode: tries each distinct shape of product once, with the
-        other rows changed and the row moved. False means that equal bits after a resume are luck here; reports then say null.
+        other rows changed and the row moved. False means that equal bits after a resume are luck here.
         """
         draw = torch.Generator().manual_seed(0)
         tried: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
