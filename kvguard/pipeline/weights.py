@@ -42,10 +42,6 @@ class ModelShape:
     eos: tuple[int, ...]
     raw: dict = field(repr=False, hash=False, compare=False)
 
-    def kv_bytes_per_token(self, itemsize: int = 4) -> int:
-        """Bytes of K and V that one position takes over all layers; `itemsize` is the pool's element size in bytes."""
-        return self.layers * 2 * self.kv_heads * self.head_dim * itemsize
-
 
 @dataclass(frozen=True)
 class ModelFiles:
