@@ -51,7 +51,6 @@ class Side:
     client: Client
     runs: int = 0
     tokens: int = 0
-    wall_s: float = 0.0
     cpu_s: dict[str, float] = field(default_factory=dict)
     idle_cpu_s: dict[str, float] = field(default_factory=dict)
     idle_wall_s: float = 0.0
@@ -109,7 +108,6 @@ def run(side: Side, other: Side, prompts: list, tokens: int) -> float:
     added(side.cpu_s, side.cpu(), before)
     added(other.idle_cpu_s, other.cpu(), idle_before)
     side.tokens += tokens * len(prompts)
-    side.wall_s += wall
     other.idle_wall_s += wall
     arrivals, side.client.arrivals, side.client.marks = side.client.arrivals, [], {}
     return decode_rate(sorted(t_ns for t_ns, _ in arrivals), len(prompts))
@@ -129,7 +127,7 @@ def measured(guarded: Side, bare: Side, prompts: list, tokens: int, pairs: int, 
         run(guarded, bare, prompts, tokens)
         run(bare, guarded, prompts, tokens)
     for side in (guarded, bare):
-        side.cpu_s, side.tokens, side.wall_s, side.idle_cpu_s, side.idle_wall_s = {}, 0, 0.0, {}, 0.0
+        side.cpu_s, side.tokens, side.idle_cpu_s, side.idle_wall_s = {}, 0, {}, 0.0
     for pair in track(range(pairs), "pairs", console=console, disable=not console.is_terminal):
         rates = {side.name: run(side, other, prompts, tokens) for side, other in ((guarded, bare), (bare, guarded))[:: 1 if pair % 2 else -1]}
         of_pairs.append((rates["guarded"], rates["bare"]))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-from typing import Literal
 
 import msgspec
 

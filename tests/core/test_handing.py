@@ -13,7 +13,6 @@ from kvguard.types import Rank
 from tests.core.cast import INSTANCE, MS, Cast, Daemon, three_stages
 
 R0, R1, R2 = (Rank(0, pp, 0) for pp in range(3))
-ONE = f"{INSTANCE}/{R1}"
 
 
 def with_a_spare_node(**more) -> Cast:

@@ -63,9 +63,6 @@ class Moving:
                 found[process.guard.rank] = process
         return found
 
-    def is_host(self, process) -> bool:
-        return process.instance != self.world.instance
-
     # ---- a resumption that moved ----
 
     def resumed(self, driver, resume: messages.Resume) -> None:
