@@ -12,8 +12,8 @@ import click
 import pytest
 
 from kvguard.cli import VERBS, show, status
-from kvguard.cli.group import verbs
 from kvguard.cli.asking import Reach
+from kvguard.cli.group import verbs
 from kvguard.errors import Unreachable
 
 PROMISED = {
@@ -123,3 +123,16 @@ def test_no_color_is_obeyed_where_there_is_a_terminal(monkeypatch, capsys) -> No
 def test_verbs_are_listed_without_being_imported() -> None:
     context = click.Context(verbs)
     assert verbs.list_commands(context) == sorted(VERBS) and all(said.endswith(".") or "unknown" in said for _, said in VERBS.values())
+
+
+def test_a_demo_that_cannot_be_is_a_usage_error(cli):
+    code, _, err = cli("demo", "--kill", "rank", "--corrupt", "replica")
+    assert code == 2 and "--kill node only" in err
+
+
+def test_nobody_says_where_the_coordinator_is(cli, monkeypatch):
+    monkeypatch.setattr("kvguard.cli.asking.PLACES", ())
+    for name in ("KVGUARD_CONFIG", "KVGUARD_COORDINATOR", "KVGUARD_KEYS"):
+        monkeypatch.delenv(name, raising=False)
+    code, _, err = cli("status")
+    assert code == 78 and "Try: --coordinator" in err

@@ -1,4 +1,4 @@
-"""kvguard keys: a pair made, listed without its secret, never overwritten; demo and failover check what they are asked."""
+"""kvguard keys: a pair made, listed without its secret, never overwritten, rotated without locking anybody out."""
 
 from __future__ import annotations
 
@@ -119,16 +119,3 @@ def test_a_key_file_that_is_wrong_in_mid_rotation_is_named(tmp_path):
         file.write_text(sound + lines)
         with pytest.raises(BadConfig, match=said):
             keys.load(file)
-
-
-def test_a_demo_that_cannot_be_is_a_usage_error(cli):
-    code, _, err = cli("demo", "--kill", "rank", "--corrupt", "replica")
-    assert code == 2 and "--kill node only" in err
-
-
-def test_nobody_says_where_the_coordinator_is(cli, monkeypatch):
-    monkeypatch.setattr("kvguard.cli.asking.PLACES", ())
-    for name in ("KVGUARD_CONFIG", "KVGUARD_COORDINATOR", "KVGUARD_KEYS"):
-        monkeypatch.delenv(name, raising=False)
-    code, _, err = cli("status")
-    assert code == 78 and "Try: --coordinator" in err
