@@ -26,7 +26,7 @@ VERBS = {
     "keys": ("kvguard.cli.keys", "Make, list and rotate keys."),
     "node": ("kvguard.cli.node", "Run a node's daemon."),
     "pause": ("kvguard.cli.orders", "Stop automatic failovers."),
-    "replicas": ("kvguard.cli.replicas", "List, show and verify replicas."),
+    "replicas": ("kvguard.cli.replicas", "List, show, verify and export replicas."),
     "resync": ("kvguard.cli.orders", "Have replicas verified, and what is damaged sent again."),
     "status": ("kvguard.cli.looks", "What is protected, where, and why not."),
     "systemd": ("kvguard.cli.systemd", "The daemons as systemd services."),

@@ -210,7 +210,7 @@ def _rowed(names, offsets, sizes, order, inner, dtype) -> tuple[tuple[Region, ..
     step = -(-tensor_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     offsets = tuple(n * step for n in range(len(names))) if offsets is None else offsets
     if len(offsets) != len(names):
-        raise BadConfig(f"{len(offsets)} offsets for {len(names)} tensors")
+        raise BadConfig(f"{len(offsets)} offsets for {len(names)} tensors. Try: one for each, or none at all")
     regions = tuple(_dense(name, offset, sizes, order, inner, dtype)[0] for name, offset in zip(names, offsets, strict=True))
     return regions, max(offsets, default=0) + tensor_bytes
 

@@ -71,7 +71,7 @@ class Client:
             self._enter(event)
         if self.conversation.closed and not self.driver_may_end:
             self.world.driver.popen.wait()
-            raise KvguardError(f"the driver ended unasked:\n{self.world.driver.last_words()}")
+            raise KvguardError(f"the driver ended unasked. Try: its log, {self.world.driver.log}, which ends with\n{self.world.driver.last_words()}")
 
     def _enter(self, event: dict) -> None:
         kind = event["event"]

@@ -70,7 +70,7 @@ def read(path: str | Path, kind: type):
         elif not isinstance(values[name], wanted) or (wanted is int and isinstance(values[name], bool)):
             faults.append(f"{name} is {values[name]!r}, not a {field.type}")
     if faults:
-        raise BadConfig(f"{path}: " + "; ".join(faults))
+        raise BadConfig(f"{path}: {'; '.join(faults)}. Try: the keys of {kind.__name__} (kvguard/pipeline/settings.py)")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 

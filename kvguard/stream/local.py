@@ -29,7 +29,7 @@ def fetch(pool: Pool, blocks, span: Span, data) -> None:
 def pieces(blocks, span: Span, block_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(blocks, starts, counts) of `span`: the columns of capture and scatter."""
     if not 0 <= span.start <= span.end <= len(blocks) * block_tokens:
-        raise Refused(f"positions [{span.start}, {span.end}) are not all in a list of {len(blocks)} blocks of {block_tokens}")
+        raise Refused(f"positions [{span.start}, {span.end}) are not all in a list of {len(blocks)} blocks of {block_tokens}. Try: all of its blocks")
     indices = np.arange(span.start // block_tokens, -(-span.end // block_tokens), dtype=np.int64)
     firsts = np.maximum(indices * block_tokens, span.start)
     ends = np.minimum((indices + 1) * block_tokens, span.end)
