@@ -57,10 +57,11 @@ class CudaDevice:
     def prepare(self) -> str:
         """Open a context on every GPU now, before engines measure what is free. Returns why that can't be; empty where it could. Never raises."""
         try:
-            self._all()
+            for driver in self._all():
+                driver.ready()
         except KvguardError as error:
-            return str(error)
-        return ""
+            self.fault = self.fault or str(error)
+        return self.fault
 
     def _all(self) -> tuple[Driver, ...]:
         if self.fault:
@@ -113,6 +114,10 @@ class CudaDevice:
         layout.check(layout.pool_bytes)
         return exports.lent(self._of_uuid(gpu) if gpu else self.driver(), layout.pool_bytes)
 
+    def lends_on(self, gpu: str = "") -> str:
+        """See device/base.py."""
+        return (self._of_uuid(gpu) if gpu else self.driver()).uuid
+
     # ---- another process's ----------------------------------------------------------------------------------------------------------
 
     def open(self, layout: Layout, descriptors: list[int], writable: bool = True) -> OpenedPool | OwnedPool | HostPool:
@@ -131,6 +136,11 @@ class CudaDevice:
             raise Refused(str(error)) from error
         finally:
             exports.close_all(held)
+
+    def where(self, descriptors: Sequence[int]) -> str:
+        """See device/base.py."""
+        terms = card.read(descriptors[0]) if descriptors else None
+        return self._of_uuid(terms.uuid).uuid if terms is not None else ""
 
     def _open(self, layout: Layout, terms: card.Card, descriptors: list[int], writable: bool) -> OpenedPool | OwnedPool:
         try:

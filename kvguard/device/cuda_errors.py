@@ -67,6 +67,22 @@ def guarded(method: Callable) -> Callable:
     return call
 
 
+def unhindered(method: Callable) -> Callable:
+    """As `guarded`, and for calls that CUDA forbids in every thread while one of them captures a graph: there they would fail, and end the engine's capture."""
+
+    @guarded
+    @wraps(method)
+    def call(self, *args, **kwargs):
+        exchange = self._driver.cuThreadExchangeStreamCaptureMode
+        before = asked(exchange, self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            asked(exchange, before)
+
+    return call
+
+
 def asked(call: Callable, *args):
     """A call of cuda-bindings: its result, or an error with the name that the driver gives it."""
     status, *values = call(*args)

@@ -12,7 +12,7 @@ import ctypes
 from functools import cached_property
 from typing import Any
 
-from kvguard.device.cuda_errors import asked, guarded
+from kvguard.device.cuda_errors import asked, guarded, unhindered
 from kvguard.device.driver import Chunk
 
 LIBRARY = "libcuda.so.1"
@@ -53,37 +53,37 @@ class CudaVirtual:
 
     # ---- memory -------------------------------------------------------------------------------------------------------------------
 
-    @guarded
+    @unhindered
     def create(self, size: int) -> int:
         return int(asked(self._driver.cuMemCreate, size, self._properties, 0))
 
-    @guarded
+    @unhindered
     def retained(self, address: int) -> int:
         return int(asked(self._driver.cuMemRetainAllocationHandle, address))
 
-    @guarded
+    @unhindered
     def release(self, handle: int) -> None:
         asked(self._driver.cuMemRelease, handle)
 
-    @guarded
+    @unhindered
     def descriptor_of(self, handle: int) -> int:
         return int(asked(self._driver.cuMemExportToShareableHandle, handle, self._descriptor_type, 0))
 
-    @guarded
+    @unhindered
     def imported(self, descriptor: int) -> int:
         return int(asked(self._driver.cuMemImportFromShareableHandle, descriptor, self._descriptor_type))
 
     # ---- addresses ----------------------------------------------------------------------------------------------------------------
 
-    @guarded
+    @unhindered
     def reserve(self, size: int) -> int:
         return int(asked(self._driver.cuMemAddressReserve, size, 0, 0, 0))
 
-    @guarded
+    @unhindered
     def unreserve(self, address: int, size: int) -> None:
         asked(self._driver.cuMemAddressFree, address, size)
 
-    @guarded
+    @unhindered
     def map(self, address: int, size: int, handle: int) -> None:
         asked(self._driver.cuMemMap, address, size, 0, handle, 0)
         access = self._driver.CUmemAccessDesc()
@@ -95,15 +95,15 @@ class CudaVirtual:
             asked(self._driver.cuMemUnmap, address, size)
             raise
 
-    @guarded
+    @unhindered
     def unmap(self, address: int, size: int) -> None:
         asked(self._driver.cuMemUnmap, address, size)
 
-    @guarded
+    @unhindered
     def settle(self) -> None:
         self._runtime.deviceSynchronize()
 
-    @guarded
+    @unhindered
     def clear(self, address: int, size: int) -> None:
         self._runtime.memset(address, 0, size)
         self._runtime.deviceSynchronize()

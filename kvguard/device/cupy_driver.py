@@ -9,22 +9,27 @@ Nothing in this file has run on a GPU yet: tools/gpu_check.sh is what runs it; t
 from __future__ import annotations
 
 import ctypes
+import logging
+import os
+import sys
 import weakref
 from typing import Any
 
 import numpy as np
 
 from kvguard.device import kernels
-from kvguard.device.cuda_errors import EXPLAINED, asked, explained, guarded
+from kvguard.device.cuda_errors import EXPLAINED, asked, explained, guarded, unhindered
 from kvguard.device.cuda_virtual import CudaVirtual
 from kvguard.device.driver import HANDLE_BYTES, Allocation
 from kvguard.device.kernels.plan import THREADS, Launch
-from kvguard.errors import BadConfig, Refused
+from kvguard.errors import BadConfig, KvguardError, Refused
 
+log = logging.getLogger(__name__)
 HOST_PORTABLE, HOST_MAPPED, HOST_READ_ONLY = 1, 2, 8  # cudaHostRegister's and cudaHostAlloc's
 NON_BLOCKING, NO_TIMING = 1, 2  # streams, events
 DEFAULT_KIND = 4  # cudaMemcpyDefault: addresses say where they are
 COMPILER_OPTIONS = ("--std=c++11",)
+IN_MEMORY = "CUPY_CACHE_IN_MEMORY"  # cupy's: compiled code is written nowhere
 NOT_READY = 600  # cudaErrorNotReady, which cudaEventQuery answers and nobody raises
 
 
@@ -40,7 +45,10 @@ def load() -> tuple[Any, Any]:
 
 
 def every_gpu() -> tuple[CupyDriver, ...]:
-    """A driver, and so a context, for each GPU that this process sees. Raises BadConfig without the packages, Refused without a GPU that works."""
+    """A driver for each GPU that this process sees, none of them with a context yet: an engine needs one on its own GPU alone, and each takes memory.
+
+    Raises BadConfig without the packages, Refused without a GPU that works.
+    """
     cupy, _ = load()
     try:
         count = cupy.cuda.runtime.getDeviceCount()
@@ -52,7 +60,7 @@ def every_gpu() -> tuple[CupyDriver, ...]:
 
 
 class CupyDriver:
-    """See driver.Driver. `number`: as CUDA counts the GPUs that this process sees. Made: a context is open, some hundred MB of the GPU are taken."""
+    """See driver.Driver. `number`: as CUDA counts the GPUs that this process sees. The first call that needs a context opens it: `ready` does, and no more."""
 
     def __init__(self, number: int = 0) -> None:
         self._cupy, self._driver = load()
@@ -61,29 +69,42 @@ class CupyDriver:
         self.writes_words = False
         self._functions: dict[str, Any] = {}
         self._streams: dict[int, Any] = {}
-        self._open()
+        try:
+            self._look()
+        except Exception as error:
+            raise explained(error, f"looking at GPU {number}") from error
         self.virtual = CudaVirtual(self._runtime, self._driver, self.number, self.name)
 
+    def _look(self) -> None:
+        """What can be asked of a GPU without a context."""
+        driver = self._driver
+        self.name = _text(self._runtime.getDeviceProperties(self.number)["name"])
+        asked(driver.cuInit, 0)
+        device = asked(driver.cuDeviceGet, self.number)
+        # CUDA 12 has a second version, which knows MIG's instances apart; from 13 on the first one does
+        self.uuid = _uuid_text(asked(getattr(driver, "cuDeviceGetUuid_v2", None) or driver.cuDeviceGetUuid, device))
+        attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS
+        self.writes_words = bool(asked(driver.cuDeviceGetAttribute, attribute, device))
+
     @guarded
-    def _open(self) -> None:
+    def ready(self) -> None:
         self._runtime.free(0)
-        properties = self._runtime.getDeviceProperties(self.number)
-        self.name = _text(properties["name"])
-        device = asked(self._driver.cuDeviceGet, self.number)
-        self.uuid = _uuid_text(asked(self._driver.cuDeviceGetUuid, device))
-        attribute = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS
-        self.writes_words = bool(asked(self._driver.cuDeviceGetAttribute, attribute, device))
 
     # ---- memory -------------------------------------------------------------------------------------------------------------------
 
-    @guarded
+    @unhindered
     def allocate(self, size: int) -> int:
         address = self._runtime.malloc(size)
-        self._runtime.memset(address, 0, size)
-        self._runtime.deviceSynchronize()
+        try:
+            stream = self.stream(urgent=True)  # of its own: waiting for the whole GPU would end a capture of the engine's
+            self._runtime.memsetAsync(address, 0, size, stream)
+            self._runtime.streamSynchronize(stream)
+        except BaseException:
+            self._runtime.free(address)
+            raise
         return address
 
-    @guarded
+    @unhindered
     def free(self, address: int) -> None:
         self._runtime.free(address)
 
@@ -97,38 +118,47 @@ class CupyDriver:
     def handle_of(self, address: int) -> bytes:
         return bytes(self._runtime.ipcGetMemHandle(address))[:HANDLE_BYTES]
 
-    @guarded
+    @unhindered
     def open_handle(self, handle: bytes) -> int:
         return self._runtime.ipcOpenMemHandle(handle)
 
-    @guarded
+    @unhindered
     def close_handle(self, address: int) -> None:
         self._runtime.ipcCloseMemHandle(address)
 
-    @guarded
+    @unhindered
     def pinned(self, size: int) -> tuple[memoryview, int]:
         address = self._runtime.hostAlloc(max(size, 1), HOST_PORTABLE | HOST_MAPPED)
         memory = (ctypes.c_ubyte * max(size, 1)).from_address(address)
         weakref.finalize(memory, self._runtime.freeHost, address).atexit = False  # the context goes first then, and takes it along
         return memoryview(memory).cast("B"), address
 
-    @guarded
+    @unhindered
     def registered(self, memory: memoryview) -> int:
         address = np.frombuffer(memory, np.uint8).ctypes.data
         flags = HOST_PORTABLE | HOST_MAPPED | (HOST_READ_ONLY if memory.readonly else 0)
         self._runtime.hostRegister(address, memory.nbytes, flags)
         return int(asked(self._driver.cuMemHostGetDevicePointer, address, 0))
 
-    @guarded
+    @unhindered
     def unregistered(self, memory: memoryview) -> None:
         self._runtime.hostUnregister(np.frombuffer(memory, np.uint8).ctypes.data)
 
     # ---- order --------------------------------------------------------------------------------------------------------------------
 
-    @guarded
+    @unhindered
     def stream(self, urgent: bool) -> int:
         lowest, highest = asked(self._driver.cuCtxGetStreamPriorityRange)
-        return int(asked(self._driver.cuStreamCreateWithPriority, NON_BLOCKING, highest if urgent else lowest))  # cupy 13 has no such call
+        made = asked(self._driver.cuStreamCreateWithPriority, NON_BLOCKING, highest if urgent else lowest)  # cupy 13 has no such call
+        return _Stream(int(made), self)
+
+    @unhindered
+    def end(self, stream: int) -> None:
+        """What is still on it is done first; nobody waits for that."""
+        known = self._streams.pop(stream, None)
+        if known is not None:
+            known.ptr = 0  # cupy 14 would destroy it a second time
+        asked(self._driver.cuStreamDestroy, stream)
 
     def current(self) -> int:
         return self._cupy.cuda.get_current_stream().ptr
@@ -143,7 +173,7 @@ class CupyDriver:
     def wait(self, stream: int, event: Any) -> None:
         self._runtime.streamWaitEvent(stream, event.address, 0)
 
-    @guarded
+    @unhindered
     def is_done(self, event: Any) -> bool:
         status = self._runtime.eventQuery(event.address)
         if status not in (0, NOT_READY):
@@ -190,20 +220,49 @@ class CupyDriver:
         found = self._streams.get(stream)
         if found is None:
             made = getattr(getattr(self._cupy.cuda, "Stream", None), "from_external", None)  # since cupy 14, which deprecates the other
+            stream = int(stream)  # not what ends it when it is let go
             found = self._streams[stream] = self._cupy.cuda.ExternalStream(stream) if made is None else made(_Foreign(stream))
         return found
 
     def _function(self, name: str) -> Any:
         """A kernel, compiled for this GPU by NVRTC when the first one is asked for."""
         if not self._functions:
-            module = self._cupy.RawModule(code=kernels.source(), options=COMPILER_OPTIONS)
-            names = [f"kvg_{verb}_{width}" for verb in ("gather", "scatter") for width in (16, 8, 4, 2, 1)]
-            self._functions = {one: module.get_function(one) for one in (*names, "kvg_publish")}
+            try:
+                self._functions = self._compiled()
+            except OSError:  # cupy's cache is a folder of the user's home, which a service has none of, or can't write
+                before = os.environ.get(IN_MEMORY)
+                os.environ[IN_MEMORY] = "1"
+                try:
+                    self._functions = self._compiled()
+                finally:
+                    os.environ.pop(IN_MEMORY) if before is None else os.environ.update({IN_MEMORY: before})
         return self._functions[name]
+
+    def _compiled(self) -> dict[str, Any]:
+        module = self._cupy.RawModule(code=kernels.source(), options=COMPILER_OPTIONS)
+        names = [f"kvg_{verb}_{width}" for verb in ("gather", "scatter") for width in (16, 8, 4, 2, 1)]
+        return {one: module.get_function(one) for one in (*names, "kvg_publish")}
 
     @guarded
     def compile(self) -> None:
         self._function("kvg_publish")
+
+
+class _Stream(int):
+    """A stream of CUDA's for as long as somebody holds it."""
+
+    def __new__(cls, address: int, driver: CupyDriver):
+        made = super().__new__(cls, address)
+        made.driver = driver
+        return made
+
+    def __del__(self) -> None:
+        if sys.is_finalizing():
+            return  # the context takes it along
+        try:
+            self.driver.end(int(self))
+        except KvguardError as error:
+            log.debug("a stream is not given back: %s", error)
 
 
 class _Foreign:

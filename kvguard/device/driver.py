@@ -86,6 +86,9 @@ class Driver(Protocol):
     writes_words: bool  # whether a stream can write a 64-bit word without a kernel
     virtual: Virtual
 
+    def ready(self) -> None:
+        """Take now what the first use of the GPU would take of its memory: a context. Raises Refused, DeviceLost."""
+
     # ---- memory -------------------------------------------------------------------------------------------------------------------
 
     def allocate(self, size: int) -> int:
@@ -114,7 +117,7 @@ class Driver(Protocol):
     # ---- order --------------------------------------------------------------------------------------------------------------------
 
     def stream(self, urgent: bool) -> Stream:
-        """A new stream; not `urgent`: whatever else runs goes first."""
+        """A new stream, for as long as somebody holds it; not `urgent`: whatever else runs goes first."""
 
     def current(self) -> Stream:
         """The stream on which the caller's framework launches now."""

@@ -78,6 +78,9 @@ class Rehearsal:
             if not self.held:
                 self.run()
 
+    def ready(self) -> None:
+        self._refuse_lost()
+
     # ---- memory -------------------------------------------------------------------------------------------------------------------
 
     def allocate(self, size: int, exportable: bool = True) -> int:

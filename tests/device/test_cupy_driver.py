@@ -38,6 +38,17 @@ class FakeRuntime:
 
     def __init__(self, gpus: int = 1, **fails: str) -> None:
         self.gpus, self.fails, self.query, self.calls = gpus, fails, 0, []
+        self.mode, self.streams, self.ended = "global", 0, []
+
+    def exchanged(self, mode: str):
+        """The thread's capture mode, as cuda-bindings change it."""
+        before, self.mode = self.mode, mode
+        self.calls.append(("mode", mode))
+        return Status(0), before
+
+    def created(self, flags: int, priority: int):
+        self.streams += 1
+        return Status(0), 1000 + self.streams
 
     def __getattr__(self, name: str):
         def call(*arguments):
@@ -56,8 +67,11 @@ def installed(monkeypatch, runtime: FakeRuntime, writes_words: int = 1, **more) 
     driver = types.SimpleNamespace(
         cuDeviceGet=lambda number: (ok, number), cuDeviceGetUuid=lambda device: (ok, uuid), cuDeviceGetAttribute=lambda *_: (ok, writes_words),
         CUdevice_attribute=types.SimpleNamespace(CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS=1), cuCtxGetStreamPriorityRange=lambda: (ok, 0, -5),
-        CUdeviceptr=int, cuStreamWriteValue64=lambda *_: (ok,), **more,
+        CUdeviceptr=int, cuStreamWriteValue64=lambda *_: (ok,), cuInit=lambda flags: (ok,), CUstreamCaptureMode=types.SimpleNamespace(
+            CU_STREAM_CAPTURE_MODE_RELAXED="relaxed"), cuThreadExchangeStreamCaptureMode=runtime.exchanged, cuStreamCreateWithPriority=runtime.created,
+        cuStreamDestroy=lambda stream: runtime.ended.append(stream) or (ok,),
     )  # fmt: skip
+    vars(driver).update(more)
     cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
     monkeypatch.setattr(cupy_driver, "load", lambda: (cupy, driver))
 
@@ -144,12 +158,84 @@ def test_memory_is_zeroed_and_out_of_memory_is_told(monkeypatch):
     runtime = FakeRuntime()
     installed(monkeypatch, runtime)
     driver = cupy_driver.CupyDriver()
-    assert driver.allocate(4096) == 1 << 20 and ("memset", 1 << 20, 0, 4096) in runtime.calls
+    assert driver.allocate(4096) == 1 << 20 and runtime.calls[-3:] == [
+        ("memsetAsync", 1 << 20, 0, 4096, 1001), ("streamSynchronize", 1001), ("mode", "global"),
+    ]  # fmt: skip
+    runtime.calls.clear()
+    assert runtime.ended == [1001]
     runtime.fails["malloc"] = "cudaErrorMemoryAllocation: out of memory"
     with pytest.raises(Refused, match="smaller pool"):
         driver.allocate(4096)
     with pytest.raises(Refused, match="smaller pool"):
         CudaDevice(lambda: (driver,)).allocate(LAYOUT)
+
+
+def test_a_context_is_opened_on_the_gpu_that_is_used_and_by_a_daemon_on_all(monkeypatch):
+    runtime = FakeRuntime(gpus=3)
+    installed(monkeypatch, runtime)
+    engine = open_device("cuda")
+    assert len({engine.driver(number).uuid for number in range(3)}) == 1 and not [call for call in runtime.calls if call[0] in ("setDevice", "free")]
+    engine.driver(1).allocate(4096)
+    assert {call[1] for call in runtime.calls if call[0] == "setDevice"} == {1}
+    assert open_device("cuda").prepare() == "" and [call[1] for call in runtime.calls if call[0] == "setDevice"][-3:] == [0, 1, 2]
+    assert [call[0] for call in runtime.calls].count("free") == 3
+
+
+def test_a_gpu_that_is_one_of_mig_s_has_its_own_uuid(monkeypatch):
+    installed(monkeypatch, FakeRuntime(), cuDeviceGetUuid_v2=lambda device: (Status(0), types.SimpleNamespace(bytes=bytes(16))))
+    assert cupy_driver.CupyDriver().uuid == "GPU-00000000-0000-0000-0000-000000000000"
+
+
+def test_calls_that_a_capture_forbids_leave_the_engine_s_capture_alone(monkeypatch):
+    """In relaxed mode, this thread for this call alone, also where it fails; what the step itself launches pays nothing for it."""
+    runtime = FakeRuntime(hostRegister="cudaErrorNotSupported: operation not supported")
+    installed(monkeypatch, runtime)
+    driver = cupy_driver.CupyDriver()
+    with pytest.raises(Refused, match="MIG"):
+        driver.registered(memoryview(bytearray(16)))
+    assert [call[:2] for call in runtime.calls if call[0] in ("mode", "hostRegister")][0] == ("mode", "relaxed")
+    assert runtime.mode == "global"
+    event = driver.record(0)
+    runtime.calls.clear()
+    driver.copy(1, 2, 3, 4)
+    driver.wait(4, event)
+    driver.write_word(4096, 1, 4)
+    assert ("mode", "relaxed") not in runtime.calls
+    assert driver.is_done(event) and ("mode", "relaxed") in runtime.calls and runtime.mode == "global"
+
+
+def test_a_stream_ends_when_nobody_holds_it_any_more(monkeypatch):
+    runtime = FakeRuntime()
+    installed(monkeypatch, runtime)
+    driver = cupy_driver.CupyDriver()
+    kept, stream = driver.stream(urgent=True), driver.stream(urgent=False)
+    made = types.SimpleNamespace(ptr=int(stream))
+    driver._streams[int(stream)] = made
+    assert (kept, stream) == (1001, 1002) and runtime.ended == []
+    del stream
+    assert runtime.ended == [1002] and made.ptr == 0 and not driver._streams  # cupy's own object would end it again
+    assert kept == 1001
+
+
+def test_kernels_are_compiled_where_nothing_can_be_written(monkeypatch):
+    installed(monkeypatch, FakeRuntime())
+    monkeypatch.delenv(cupy_driver.IN_MEMORY, raising=False)
+    tried = []
+
+    class Module:
+        def __init__(self, code: str, options) -> None:
+            tried.append(os.environ.get(cupy_driver.IN_MEMORY))
+            if tried[-1] != "1":
+                raise PermissionError("/nonexistent/.cupy")
+
+        def get_function(self, name: str) -> str:
+            return name
+
+    driver = cupy_driver.CupyDriver()
+    driver._cupy.RawModule = Module
+    driver.compile()
+    driver.compile()
+    assert tried == [None, "1"] and cupy_driver.IN_MEMORY not in os.environ
 
 
 def test_nothing_of_cuda_is_imported_before_it_is_used():
