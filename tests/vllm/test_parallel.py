@@ -1,4 +1,5 @@
-"""vLLM over two workers, tensor- or pipeline-parallel: one of them is killed in the middle of an answer, and another server of two workers goes on with it.
+"""vLLM over two workers, tensor- or pipeline-parallel: one of them is killed in the middle of an answer, and another server of two workers goes on with it;
+last, with tensors in two, behind the gateway, whose client notices nothing.
 
 The model is a small Llama of random weights, because SmolLM2's nine heads can't be shared by two; its KV is compared byte by byte, rank by rank.
 """
@@ -12,12 +13,15 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
+import openai
 import pytest
 import torch
+from front import Gateway
 from glass import TOKENS, Glass, smollm2_layout, workers_of
 from test_servers import EXTERNAL, Streams, metric, prompt_of
 from transformers import LlamaConfig, LlamaForCausalLM
-from world import Server, World, model_directory
+from world import MODEL, Server, World, model_directory
 
 from kvguard import emitter
 from kvguard.emitter import Emitter, moves
@@ -54,7 +58,7 @@ class Pair:
     """Two servers of two workers each."""
 
     def __init__(self, world: World, split: str, model: str) -> None:
-        self.world, self._model = world, model
+        self.world, self.model = world, model
         self._arguments, self.ranks, layers, heads = SPLITS[split]
         self._layout = functools.partial(smollm2_layout, layers=layers, heads=heads)
         self.outlets: dict[str, Emitter] = {}
@@ -65,10 +69,14 @@ class Pair:
             self.outlets[name] = emitter.connect(f"smol-{name}", self.world.coordinator, moves=True)
             self.outlets[name].welcome(20.0)
 
+    def leave(self) -> None:
+        while self.outlets:
+            self.outlets.popitem()[1].close()
+
     def start(self, name: str) -> Server:
         cores = sorted(os.sched_getaffinity(0))
         bound = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
-        return self.world.start_server(name, *SMALL, *self._arguments, wait=False, env=bound, model=self._model)
+        return self.world.start_server(name, *SMALL, *self._arguments, wait=False, env=bound, model=self.model)
 
     def glasses(self, name: str) -> list[Glass]:
         """By rank, of the engine's own side alone: in its replicas' arenas blocks of two ranks have the same numbers and generations."""
@@ -94,8 +102,7 @@ def pair(request, tmp_path_factory, tiny):
         made.connect()
         yield made
     finally:
-        for outlet in made.outlets.values():
-            outlet.close()
+        made.leave()
         world.stop()
 
 
@@ -172,3 +179,34 @@ def test_a_server_whose_worker_was_killed_goes_on_with_its_own_pools(pair):
     world.wait_ready(pair.start("b"))
     assert go_on(pair, "b", "stayed", prompt, found, token) == wanted
     pair.outlets["b"].delivered(["staying"])
+
+
+@pytest.mark.parametrize("pair", ["tensor"], indirect=True)
+def test_a_gateways_client_does_not_notice_a_killed_worker(pair):
+    """After the ones before: a comes back, and the gateway's emitters take this test's place."""
+    world = pair.world
+    a, b = world.servers["smol-a"], world.servers["smol-b"]
+    if a.popen.poll() is not None:
+        a = pair.start("a")
+        world.wait_ready(a)
+    world.until("both ranks of both", lambda: pair.ranks_of("a") == pair.ranks_of("b") == pair.ranks, 60)
+    pair.leave()
+    gateway, ids, ends = Gateway(world, tokenizer=pair.model), [], []
+    asked = {"model": MODEL, "prompt": prompt_of(22, 130), "max_tokens": TOKENS_ASKED, "temperature": 0}
+    more = {"ignore_eos": True, "return_token_ids": True}
+    try:
+        with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=300, http_client=httpx.Client(trust_env=False)) as client:
+            wanted = client.completions.create(**asked, extra_body=more).choices[0]
+            before, victim = metric(b, EXTERNAL), workers_of(a.popen.pid)[1]
+            for chunk in client.completions.create(**asked, stream=True, extra_body=more):
+                ids += chunk.choices[0].token_ids or []
+                ends += [chunk.choices[0].finish_reason] if chunk.choices[0].finish_reason else []
+                if victim and len(ids) >= TOKENS_ASKED // 2:
+                    a.kill_worker(victim)  # of two that are idle, the first serves
+                    victim = 0
+        assert len(wanted.token_ids) == TOKENS_ASKED and len(set(wanted.token_ids)) > 20, "an answer that says something"
+        assert ids == wanted.token_ids and ends == ["length"]
+        assert gateway.rungs() == {"replica": 1}
+        assert metric(b, EXTERNAL) - before >= len(asked["prompt"]) + TOKENS_ASKED // 2 - 8, "the KV came, and was not computed"
+    finally:
+        assert gateway.stop() == 0
