@@ -4,6 +4,8 @@
 
 Two processes on this host, alternating runs, every frame checked for its length. `ratio`: the median over pairs of (way / raw TCP of the same pair). Idle: the
 processor time of both ends of a link that is up and carries nothing, in percent of one core, with a loop that waits for the transport's descriptor alone.
+`itself`: the same bytes over NIXL with the least that can be done from Python: one write and one note a frame, no header, no sum, no queue, no link. What it
+lacks against raw TCP is the library's; what a link lacks against it is kvguard's.
 `sender`, `receiver`: processor time of each end for a gigabyte, medians. Two busy processes: with fewer than two idle cores the speeds are the scheduler's, and
 the slower end's processor time says what could have been carried.
 
@@ -32,13 +34,17 @@ from kvguard.capacity.receiver import LENGTH
 from kvguard.limits import KIB, MIB
 from kvguard.transport.base import Down, Frame, Up
 from kvguard.transport.memory import PayloadMemory
-from kvguard.transport.nixl_agent import NixlSettings
+from kvguard.transport.nixl_agent import Agent, NixlSettings, life_name
+from kvguard.transport.nixl_zone import Zone
 from kvguard.transport.zeromq import ZeromqTransport
 
 LARGE_FIRST = (MIB, 4 * MIB, 256 * KIB, 64 * KIB)  # the sizes that have a target come first
 FRAMES_MIN = 8
 WAIT_S = 30.0
 CLOSING_S = 2.0
+BARE_BYTES = 32 * MIB  # of which half is used, as a link does
+BARE_WRITES = 2  # under way, as a link has
+BARE_LOOK_S = 0.001
 PATIENT = {"greeting_ms": 15_000, "silence_ms": 5000}  # a busy machine is measured, not judged
 
 
@@ -85,6 +91,44 @@ def receive_frames(nixl: NixlSettings | None, pipe) -> None:
                     left = None
     finally:
         transport.close()
+
+
+class BareEnd:
+    """One end of NIXL itself: an agent, memory that the other end writes to, the other end's address of its own."""
+
+    def __init__(self, settings: NixlSettings, pipe) -> None:
+        self.agent, self.zone = Agent(life_name(), settings), Zone(BARE_BYTES)
+        self.agent.register(self.zone.address, self.zone.size)
+        pipe.send((self.agent.name, self.agent.metadata(self.zone.address, self.zone.size), self.zone.address))
+        name, metadata, self.target = pipe.recv()
+        self.agent.meet(name, metadata)
+
+    def told(self) -> int:
+        """Frames that the other end's new notes name."""
+        return sum(int.from_bytes(note, "little") for notes in self.agent.told().values() for note in notes)
+
+    def tell(self, frames: int) -> None:
+        self.agent.tell(frames.to_bytes(4, "little"))
+
+    def wait(self, *descriptors) -> list:
+        return select.select([*self.agent.bells, *descriptors], [], [], BARE_LOOK_S)[0]
+
+
+def receive_bare(settings: NixlSettings, pipe) -> None:
+    end, left = BareEnd(settings, pipe), 0
+    while True:
+        frames = end.told()
+        if frames:
+            end.tell(frames)
+            left -= frames
+            if not left:
+                pipe.send(time.process_time())
+        elif pipe in end.wait(pipe):
+            more = pipe.recv()
+            if more is None:
+                end.agent.close()
+                return
+            left += more
 
 
 class Cost(NamedTuple):
@@ -139,6 +183,41 @@ class Raw:
         self._pipe.send(None)
         self._socket.close()
         self._process.join()
+
+
+class Bare:
+    """NIXL itself, one frame a write."""
+
+    def __init__(self, name: str, settings: NixlSettings) -> None:
+        self.spent, self.name = Spent(), f"itself ({name})"
+        self._pipe, theirs = multiprocessing.Pipe()
+        self._process = multiprocessing.Process(target=receive_bare, args=(settings, theirs), daemon=True)
+        self._process.start()
+        self._end = BareEnd(settings, self._pipe)
+
+    def carry(self, count: int, payload: memoryview) -> Cost:
+        end, size, writes, sent, back = self._end, len(payload), [], 0, 0
+        end.zone.bytes[:size] = payload
+        places, note = BARE_BYTES // 2 // size, (1).to_bytes(4, "little")
+        self._pipe.send(count)
+        started = self.spent.begin()
+        while back < count:
+            while sent < min(count, back + places) and len(writes) < BARE_WRITES:
+                writes.append(end.agent.write([(end.zone.address, end.target + sent % places * size, size)], note))
+                sent += 1
+            done = [write for write in writes if end.agent.is_done(write)]
+            for write in done:
+                writes.remove(write)
+                end.agent.release(write)
+            back += (told := end.told())
+            if not done and not told:
+                end.wait()
+        return self.spent.over(started, self._pipe.recv())
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
+        self._end.agent.close()
 
 
 class Framed:
@@ -254,7 +333,7 @@ def speeds(ways: dict[str, NixlSettings], options: argparse.Namespace, budget: B
     try:
         progress("links", budget)
         carriers += [Raw(), Framed("bulk", None)]
-        carriers += [Framed(name, settings) for name, settings in ways.items()]
+        carriers += [made(name, settings) for name, settings in ways.items() for made in (Framed, Bare)]
         for index, size in enumerate(LARGE_FIRST):
             if rows and budget.left() <= 0:
                 missed.append(size)
