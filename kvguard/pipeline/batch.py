@@ -90,11 +90,6 @@ def next_span(need: Need, chunk: int = PREFILL_CHUNK, replay: int = 8) -> Span |
     return Span(need.position, min(need.position + replay, need.known))
 
 
-def chunk_ends(prompt: int, chunk: int = PREFILL_CHUNK) -> list[Position]:
-    """Where the chunks of a prompt end, ascending; the last is the prompt's end."""
-    return [*range(chunk, prompt, chunk), prompt]
-
-
 class Planned(NamedTuple):
     """A share without blocks: the driver allocates for [0, span.end) and makes it a Share."""
 

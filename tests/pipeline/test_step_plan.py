@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvguard.format.lineage import birth_of
-from kvguard.pipeline.batch import Need, chunk_ends, next_span, plan_step, resume_position
+from kvguard.pipeline.batch import Need, next_span, plan_step, resume_position
 from kvguard.pipeline.commands import Run
 from kvguard.pipeline.runs import pack_request
 from kvguard.types import Span
@@ -27,7 +27,7 @@ def walk(prompt, known, chunk, position=0, replay=1):
 def test_spans_cover_everything_once(prompt, emitted, chunk):
     spans = walk(prompt, prompt + emitted, chunk)
     assert [p for span in spans for p in range(*span)] == list(range(prompt + emitted))
-    assert [span.end for span in spans if span.start < prompt] == chunk_ends(prompt, chunk)
+    assert [span.end for span in spans if span.start < prompt] == [*range(chunk, prompt, chunk), prompt]
     assert all(span.end - span.start == 1 for span in spans if span.start >= prompt)
 
 
@@ -43,7 +43,6 @@ def test_a_resume_replays_the_original_spans(prompt, emitted, chunk, data):
 
 def test_a_chunk_ends_at_the_prompt_or_an_absolute_multiple():
     assert walk(130, 132, 64) == [Span(0, 64), Span(64, 128), Span(128, 130), Span(130, 131), Span(131, 132)]
-    assert chunk_ends(128) == [64, 128] and chunk_ends(1) == [1]
     assert next_span(Need("a", 132, 132, 130)) is None
     assert next_span(Need("a", 130, 141, 130)) == Span(130, 138)
 
