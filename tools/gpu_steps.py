@@ -7,6 +7,7 @@ synchronisations, and the limit that it is compared with is measured in the same
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -29,6 +30,7 @@ from kvguard.format.pages import PageReader, pack_sums, page_bytes, sums_of
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCHES = 5
+TOGETHER = 4  # tests at a time, where pytest-xdist is there
 EXPORTER = ROOT / "tests" / "device" / "exporter.py"
 
 
@@ -116,7 +118,8 @@ class Engine:
 
 def tested(*arguments: str) -> dict:
     """A run of pytest in a process of its own: {passed: n}."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "--tb=short", *arguments]
+    together = ["-n", str(TOGETHER)] if importlib.util.find_spec("xdist") is not None else []  # most of a test is processes that start
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "--tb=short", *together, *arguments]
     environment = {**os.environ, "KVGUARD_OTHERS_WORK_HERE": "1"}  # their mounts and shared memory are no failure of this GPU's
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)  # the whole step has a limit
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
@@ -136,14 +139,15 @@ def kernels_compile(bench: Bench) -> dict:
 
 def contracts(bench: Bench) -> dict:
     """The device's contract, the tests of two real processes that share a pool, torch's tensors over one; that every call of the libraries is there."""
-    names = ("tests/contracts/test_device.py", "tests/device/test_cuda.py", "tests/device/test_virtual.py", "tests/pipeline/test_on_a_gpu.py")
+    device = (f"tests/device/test_{name}.py" for name in ("cuda", "virtual", "proof"))
+    names = ("tests/contracts/test_device.py", *device, "tests/pipeline/test_on_a_gpu.py")
     found = tested(*names, *bench.selected)
     return found if bench.dry else {**found, "calls_and_arguments": tested("tests/device/test_cupy_signatures.py")["pytest"]}
 
 
 def daemons(bench: Bench) -> dict:
-    """Real daemons, an engine that is killed, a standby: every byte where it was."""
-    return tested("tests/e2e/test_gpu_pools.py", *bench.selected)
+    """Real daemons, an engine that is killed, a standby, memory that outlives its engine: every byte where it was."""
+    return tested("tests/e2e/test_gpu_pools.py", "tests/e2e/test_lent_pools.py", *bench.selected)
 
 
 def torch_pools(bench: Bench) -> dict:
