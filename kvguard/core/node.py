@@ -345,8 +345,7 @@ class Node:
         orders = self._current(order.instance, order.epoch)
         if orders is None:
             return (Note("stale_epoch", order.instance, f"RebuildOrder of epoch {order.epoch.counter}, whose plan isn't known here"),)
-        self.standbys.pop(order.rebuild.standby, None)
-        return orders.rebuild(order)
+        return orders.rebuild(order, self.standbys.pop(order.rebuild.standby, None))
 
     def _restored(self, now: int, event: events.EngineRestored) -> Effects:
         orders = self._current(event.instance, event.epoch)
@@ -358,6 +357,9 @@ class Node:
             out = local.adopt(now, event.epoch)
         if is_scheduler(event.stream.rank):  # nothing waits for a scheduler
             return (*out, Note("restored", str(event.stream), event.error)) if event.error else out
+        untold = orders.untold(event)
+        if untold is not None:
+            self.standbys[untold.standby] = untold
         return out + orders.restored(event)
 
     def _kept(self, local: LocalStream, finished: bool = False) -> bool:

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from kvguard.core import moving
 from kvguard.core.effects import CarryPlan, Claim, Effect, Note, OrderRestore, PushReplica, Send
 from kvguard.core.events import EngineRestored, PlanCarried
-from kvguard.format.messages import Done, PlanOrder, RebuildOrder
+from kvguard.format.messages import Done, PlanOrder, RebuildOrder, StandbyBeat
 from kvguard.types import NodeId, Rank, StreamId
 
 
@@ -27,6 +27,7 @@ class Orders:
         self._node, self._coordinator = node, coordinator
         self._done: dict[str, Done] = {}
         self._claimed: dict[Rank, RebuildOrder] = {}
+        self._taken: dict[Rank, StandbyBeat] = {}  # standbys that may yet turn out not to have been told of their rank
         self._carried = False
 
     def start(self, survivors: list[StreamId]) -> tuple[Effect, ...]:
@@ -57,7 +58,7 @@ class Orders:
         part = f"transfer {stream}"
         return () if part in self._done else self._answer(part, stream=stream)
 
-    def rebuild(self, order: RebuildOrder) -> tuple[Effect, ...]:
+    def rebuild(self, order: RebuildOrder, standby: StandbyBeat | None = None) -> tuple[Effect, ...]:
         """Give a rank to a standby. Another standby for the same rank is a new deed: the first one failed."""
         rank, part = order.rebuild.rank, f"rank {order.rebuild.rank}"
         former = self._claimed.get(rank)
@@ -66,6 +67,9 @@ class Orders:
         if order.rebuild.node != self._node:
             return (Note("refused", f"{order.instance}/{rank}", f"the rank is to be rebuilt on {order.rebuild.node}, not here"),)
         self._claimed[rank] = order
+        self._taken.pop(rank, None)
+        if standby is not None:
+            self._taken[rank] = standby
         self._done.pop(part, None)
         return (Claim(self._for_engines, order.rebuild),)
 
@@ -73,6 +77,7 @@ class Orders:
         """A standby that died before it had its rank: the coordinator takes another."""
         for rank, order in self._claimed.items():
             if order.rebuild.standby == standby and f"rank {rank}" not in self._done:
+                self._taken.pop(rank, None)
                 return self._answer(f"rank {rank}", error=f"the standby died: {reason}")
         return ()
 
@@ -82,6 +87,10 @@ class Orders:
             f"rank {event.rank}", error=event.error, endpoint=event.endpoint, stream=event.stream, bytes_by_rung=moved, restore_ms=event.restore_ms,
             clashes=event.clashes,
         )  # fmt: skip
+
+    def untold(self, event: EngineRestored) -> StandbyBeat | None:
+        """The standby that was to take the rank, where it was told of nothing and still lives."""
+        return self._taken.pop(event.rank, None) if event.clashes else None
 
     def _answer(self, part: str, **fields) -> tuple[Effect, ...]:
         done = self._done[part] = Done(self.plan.instance, self.plan.epoch, self._node, part, **fields)

@@ -19,6 +19,7 @@ from kvguard.daemon.capture import Stream
 from kvguard.daemon.copies import Copies, all_stale
 from kvguard.daemon.perform import SHARED, Deed, Events, Shell, note, performer, send_numbered
 from kvguard.errors import Refused
+from kvguard.format.clashes import clashes
 from kvguard.format.messages import Held, Holding, IdsFrame, PlanOrder, Rebuild, Report
 from kvguard.store.replica import Replica
 from kvguard.store.store import ReplicaStore
@@ -228,6 +229,15 @@ def order_failed(effect: effects.OrderRestore, why: str) -> Events:
 
 
 def claim(shell: NodeShell, effect: effects.Claim) -> Events:
+    """What can't be pulled into one pool is found before a standby is spent on it."""
+    plan, rebuild = effect.plan, effect.rebuild
+    streams = [source.stream for at, source in enumerate(rebuild.sources) if source.kind == "replica" and at in rebuild.source]
+    found = clashes(plan, rebuild, {stream: shell.store.replica(stream).pages() for stream in streams}) if len(streams) > 1 else ()
+    if found:
+        shell.counters["clashes"] += len(found)
+        why = f"replicas of two lives of it have other sequences in the same blocks: {found[0].sequence!r} and {len(found) - 1} copies more"
+        stream = StreamId(plan.instance, rebuild.rank, 0)
+        return (events.EngineRestored(plan.instance, rebuild.rank, plan.epoch, stream, "", why, clashes=found),)
     shell.engines.claim(effect.plan, effect.rebuild)
     return ()
 

@@ -21,6 +21,7 @@ import numpy as np
 from kvguard.engine.pull import pull_pages, token_counts
 from kvguard.errors import BadFrame, DeviceLost, Refused, Stale, TimedOut
 from kvguard.format import local
+from kvguard.format.clashes import clashes
 from kvguard.format.lineage import birth_of, is_other
 from kvguard.format.messages import PlanOrder
 from kvguard.format.pages import PageReader
@@ -138,7 +139,9 @@ class Restored:
         pulls = [_Pull(self._guard.pool, pages, fd, remap) for pages, fd in zip(claim.order.replicas, claim.arenas, strict=True)]
         try:
             self.sequences = tuple(self._stage_one(n, name, pulls) for n, name in enumerate(self._plan.sequences) if self._is_sourced(n))
-            _refuse_two_in_one_block(pulls)
+            found = clashes(self._plan, claim.order.rebuild, {pull.pages.stream: pull.pages for pull in pulls})
+            if found:  # the daemon looks before it claims: this is the last line
+                raise Refused(f"{len(found)} copies, of {found[0].sequence!r} among others, claim blocks that copies of another life have otherwise")
             due = time.monotonic() + timeout_s
             for pull in pulls:
                 pull.carry(due)
@@ -206,7 +209,6 @@ class _Pull:
         self._reader = PageReader(descriptor, pages.shape)
         self._columns = {name: column for column, name in enumerate(pages.sequences)}
         self._wanted: dict[int, tuple[int, int]] = {}  # replica's block -> generation, tokens
-        self.users: dict[int, tuple[int, int]] = {}  # block here -> column of a sequence that has it, position behind it there
 
     def close(self) -> None:
         self._reader.close()
@@ -225,10 +227,8 @@ class _Pull:
         blocks, generations = self.pages.blocks[column][:needed], self.pages.generations[column][:needed]
         if len(blocks) < needed or len(self.pages.ids[column]) < 4 * position:
             raise Refused(f"sequence {name!r}: the replica names {len(blocks)} blocks and {len(self.pages.ids[column]) // 4} ids for {position} positions")
-        added = end = 0
+        added = 0
         for block, generation, count in zip(blocks, generations, token_counts(position, tokens), strict=True):
-            end += count
-            self.users.setdefault(self._remap(block), (column, end))
             had = self._wanted.get(block)
             if had is not None and had[0] != generation:
                 raise Refused(f"sequence {name!r}: the replica of {self.pages.stream} names block {block} in two generations")
@@ -242,29 +242,3 @@ class _Pull:
         blocks = sorted(self._wanted)
         generations, counts = ([self._wanted[block][part] for block in blocks] for part in (0, 1))
         pull_pages(self.pool, self._reader, blocks, generations, counts, [self._remap(block) for block in blocks], due)
-
-
-def _refuse_two_in_one_block(pulls: list[_Pull]) -> None:
-    """Replicas of two lives of a rank may name a block that one sequence had in the first and another has in the second: only a prefix can be shared."""
-    if len(pulls) < 2:
-        return
-    tokens = pulls[0].pages.shape.block_tokens
-    had: dict[int, tuple[_Pull, int, int]] = {}
-    agreed: dict[tuple[str, str], int] = {}  # ids that two sequences have in common at their beginnings, by (former, later)
-    for pull in pulls:
-        for block, (column, end) in pull.users.items():
-            former, its_column, its_end = had.setdefault(block, (pull, column, end))
-            if former is pull:
-                continue
-            other, name = former.pages.sequences[its_column], pull.pages.sequences[column]
-            if (other, name) not in agreed:
-                agreed[other, name] = _ids_alike(former.pages.ids[its_column], pull.pages.ids[column])
-            if (end - 1) // tokens != (its_end - 1) // tokens or agreed[other, name] < min(end, its_end):
-                raise Refused(f"sequence {name!r}: block {block} is also in the replica of another life, where sequence {other!r} has it")
-
-
-def _ids_alike(one: bytes, other: bytes) -> int:
-    """How many ids two sequences begin with alike."""
-    count = min(len(one), len(other)) // 4
-    differ = np.flatnonzero(np.frombuffer(one, "<u4", count) != np.frombuffer(other, "<u4", count))
-    return int(differ[0]) if len(differ) else count

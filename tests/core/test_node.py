@@ -10,7 +10,7 @@ from kvguard.core.effects import (
 from kvguard.core.node import Node, NodeSettings
 from kvguard.core.promises import decode_epoch
 from kvguard.format import messages as ms
-from kvguard.types import NO_EPOCH, Epoch, Fork, Life, Rank, StreamId
+from kvguard.types import NO_EPOCH, Clash, Epoch, Fork, Life, Rank, StreamId
 
 R0, R1 = Rank(0, 0, 0), Rank(0, 1, 0)
 LOCAL, OTHER = StreamId("i", R0, 7), StreamId("i", R1, 8)
@@ -311,6 +311,23 @@ def test_rebuild_claims_a_standby_once_and_answers_again() -> None:
     (done,) = world.step(ev.EngineRestored("i", R1, E1, OTHER, "tcp://spare"))
     assert (done.message.part, done.message.error, done.message.stream) == ("rank 0.1.0", "", OTHER)
     assert world.say(ms.RebuildOrder("i", E1, other)) == (done,)
+
+
+def test_a_standby_that_was_told_of_nothing_is_there_again() -> None:
+    for dies in (False, True):
+        world = World()
+        world.coordinator()
+        world.step(ev.StandbyAttached("i", 44, "tcp://spare", {}))
+        world.say(fence())
+        rebuild = ms.Rebuild(R1, "a", 44, (), ())
+        world.say(plan(rebuilds=[rebuild]))
+        world.say(ms.RebuildOrder("i", E1, rebuild))
+        if dies:
+            world.step(ev.ProcessDied(44, None, "killed", False))
+        clashes = (Clash(OTHER, "s", 4), Clash(LOCAL, "t", 0))
+        (done,) = world.step(ev.EngineRestored("i", R1, E1, OTHER, "", "two lives", clashes=clashes))
+        assert (done.message.error, done.message.clashes) == ("two lives", clashes)
+        assert [standby.standby for standby in world.beat().standbys] == ([] if dies else [44])
 
 
 def test_a_newer_fence_forgets_the_older_plan() -> None:

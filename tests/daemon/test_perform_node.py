@@ -10,9 +10,10 @@ from kvguard.daemon.perform_node import NodeShell, node_performer
 from kvguard.format import wire
 from kvguard.format.layout import Layout
 from kvguard.format.lineage import birth_of
-from kvguard.format.messages import PIECE_TOKENS, Hello, Holding, IdsFrame, KvFrame, OpenOp, PlanOrder, Rebuild
+from kvguard.format.messages import PIECE_TOKENS, CutOp, Hello, Holding, IdsFrame, KvFrame, OpenOp, PlanOrder, Rebuild, Source
 from kvguard.store.store import ReplicaStore
-from kvguard.types import Epoch, Fork, Rank, StreamId
+from kvguard.types import Clash, Epoch, Fork, Rank, StreamId
+from tests.store.streams import Sent
 
 ID = StreamId("llama", Rank(0, 1, 0), 7)
 EPOCH = Epoch(1, "c")
@@ -158,6 +159,25 @@ def test_what_a_plan_says_is_another_sequence_goes_and_is_noted(world, life):
     [carried] = world.perform(effects.CarryPlan(order, "c"))
     assert carried.known == () and world.store.holdings("llama")[0].sequences == ()
     assert world.shell.counters["note_other_life"] == 1 and world.store.counters["other_lives_dropped"] == 1
+
+
+def test_two_lives_that_cannot_stand_in_one_pool_cost_no_standby(world):
+    """The claim is refused before the engines are asked (World.claim fails), with what the next plan has to leave out."""
+    lives = [StreamId("llama", Rank(0, 0, 0), life) for life in (1, 2)]
+    for session, (stream, name) in enumerate(zip(lives, ("a", "b"), strict=True), 1):
+        sent = Sent(world.store, stream=stream, session=session)
+        sent.open(1, name, 8)
+        sent.ids(CutOp(1, 4, 2, LINEAGE), extend=((1, 4, (70 + session, 7, 7, 7)),))
+        assert sent.fill(1, name, [3, 4], 8) == ((), "")
+
+    def claimed(position):
+        rebuild = Rebuild(lives[0].rank, "b", 5, (Source("replica", "b", lives[0]), Source("replica", "b", lives[1])), (0, 1))
+        columns = ("replica", "replica"), (LINEAGE, LINEAGE), (8, 8), ("b", "b"), tuple(lives)
+        [restored] = world.perform(effects.Claim(PlanOrder("llama", EPOCH, ("a", "b"), (8, position), *columns, (rebuild,), (), ("", "")), rebuild))
+        return restored
+
+    assert claimed(8).clashes == (Clash(lives[0], "a", 4), Clash(lives[1], "b", 4)) and "other sequences in the same blocks" in claimed(8).error
+    assert claimed(4).clashes == () and claimed(4).error == "OSError: no descriptors left", "what they share is one prefix"
 
 
 def test_failed_deeds_answer(world):

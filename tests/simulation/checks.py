@@ -52,8 +52,12 @@ class Checks:
                     for name, known in zip(holding.sequences, holding.ids, strict=True):
                         if known:
                             self._reported.setdefault(message.epoch.counter, {})[name] = True
-            elif type(message) is messages.Done and message.part.startswith("transfer"):
-                self.world.count("transfers_done")
+            elif type(message) is messages.Done:
+                self.world.count("transfers_done", message.part.startswith("transfer"))
+                self.world.count("clashes", len(message.clashes))
+        elif kind is effects.Claim:
+            taken = {source.stream for at, source in enumerate(effect.rebuild.sources) if at in effect.rebuild.source}
+            self.world.count("claims_of_two_lives", len(taken) > 1)
         elif kind is effects.CarryPlan:
             places = dict(zip(effect.plan.sequences, effect.plan.positions, strict=True))
             for replica in life.shell.store._replicas.values():
@@ -66,12 +70,20 @@ class Checks:
                 assert effect.message.epoch == promise, f"I3: a frame of {effect.message.epoch} is applied after the promise of {promise}"
 
     def _nothing_left_out(self, life, order) -> None:
-        """I2: whatever was reported and its client hasn't had yet is planned, or somebody says why. Not what a rank alone has that was given up and lives."""
+        """I2: whatever was reported and its client hasn't had yet is planned, or somebody says why. Not what a rank alone has that was given up: one that
+        lives, or a former life, in its pool, of a rank that goes on without it (seed 431)."""
         current = life.core.known.rounds[order.instance]
         named = dict.fromkeys((*order.sequences, *(name for name, _ in current.record.lost_sequences)))
+        for clash in current.record.clashes:
+            for rebuild in order.rebuilds:
+                sources = [rebuild.sources[at].stream for name, at in zip(order.sequences, rebuild.source, strict=True) if at >= 0 and name == clash.sequence]
+                position = dict(zip(order.sequences, order.positions, strict=True)).get(clash.sequence, 0)
+                assert clash.stream not in sources or position <= clash.position, f"I7: {clash} is planned with again"
         for report in current.reports.values() if order.instance == self.world.instance else ():
             for holding in report.holdings:
-                if holding.alive and holding.kind == "pool" and holding.stream.rank in current.record.lost:
+                rank, lost = holding.stream.rank, holding.stream.rank in current.record.lost
+                member = current.record.members.get(str(rank))
+                if holding.kind == "pool" and (holding.alive if lost else member is not None and member.stream != holding.stream):
                     continue
                 for name, known, birth in zip(holding.sequences, holding.ids, holding.births, strict=True):
                     number = self.world.births[birth]

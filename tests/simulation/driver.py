@@ -141,6 +141,7 @@ class Driver:
         resume = self.resume
         if resume is not None and resume.epoch.counter > self.adopted.counter and resume.epoch.counter >= self.announced.counter:
             if resume.error:
+                assert "two lives" not in resume.error, f"I7: an instance fails for what some of its sequences had: {resume.error}"
                 if self.failed != f"{resume.epoch.counter}":
                     self.failed = f"{resume.epoch.counter}"
                     self.world.count("failed_recoveries")

@@ -253,7 +253,7 @@ class NodeLife(Life):
             self.shell.store.delivered(event.message.instance, event.message.lives())
             self.world.checks.delivered(self)
             return True
-        return False
+        return event.link == COORDINATOR and not self.world.two_lives.hears(event.message)
 
     def _in_a_while(self, _delay_ns: int, ready) -> None:
         """What isn't captured at once ends at any time: after fences, detaches and deaths, too."""

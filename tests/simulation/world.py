@@ -20,6 +20,7 @@ from simulation.moving import Moving
 from simulation.operator import Operator
 from simulation.redialling import Redialling
 from simulation.shelf import Shelf
+from simulation.two_lives import TwoLives
 
 from kvguard.core.events import Looked
 from kvguard.core.known import Settings
@@ -88,6 +89,7 @@ class World:
         self.faults = Faults(self)
         self.operator = Operator(self)
         self.redialling = Redialling(self)
+        self.two_lives = TwoLives(self)
         count = max(2, self.stages) if random.random() < 0.7 else 3
         keeps = Random(f"shelves {seed}").random() < 0.5  # replicas outlive their daemons in every other world
         self.nodes = {f"n{number}": Host(f"n{number}", Disk(self), Shelf(keeps)) for number in range(count)}
@@ -252,6 +254,7 @@ class World:
             self.faults.plan()
             self.operator.plan(self.faults.end_ns)
             self.redialling.plan(self.faults.end_ns)
+            self.two_lives.plan(self.faults.end_ns)
             while self.advance(self.faults.end_ns):
                 pass
             self.faults.calm()
