@@ -50,6 +50,7 @@ def packed_request(request: Any, samples_by_position: bool) -> bytes:
     """
     said = {"prompt_tokens": request.num_prompt_tokens, "refused": refusal_of_request(request, samples_by_position), "born": secrets.token_hex(8)}
     sampling = parameters_of(request.sampling_params) if request.sampling_params is not None else {}
+    sampling.pop("extra_args", None)  # the server's own, a moved request's whole token among them
     packed = msgspec.json.encode({**said, "sampling": sampling}, enc_hook=str)
     return packed if len(packed) <= REQUEST_BYTES_MAX else msgspec.json.encode({**said, "refused": said["refused"] or "its parameters are too long to keep"})
 

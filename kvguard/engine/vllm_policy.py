@@ -1,13 +1,12 @@
 """Which requests may go on in another vLLM as "prompt + what was generated", and which may not, because vLLM would then mean something else by them.
 
 Knows: names of sampling parameters, as vLLM and its OpenAI-compatible server spell them. Must not know: vLLM, HTTP, who resubmits.
-Invariants: whatever counts, matches or constrains generated tokens is refused unless the resumed request means the same; what isn't known here by name and
-isn't at its default is refused too. Pure functions; the gateway and the connector ask the same ones.
+Invariants: whatever counts, matches or constrains generated tokens is refused unless the resumed request means the same; of an engine's own request a
+parameter that isn't known here by name, and is set, is refused too. Pure functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 _UNSET = (None, "", [], {}, (), 0, 0.0, False)
@@ -42,8 +41,10 @@ REFUSED = {
 UNCHANGED = frozenset(
     """repetition_penalty temperature top_p top_k min_p stop stop_token_ids ignore_eos max_tokens max_completion_tokens min_tokens logprobs top_logprobs
     logprob_token_ids logit_bias allowed_token_ids detokenize skip_special_tokens spaces_between_special_tokens include_stop_str_in_output output_kind
-    stream_interval flat_logprobs skip_reading_prefix_cache""".split()
+    stream_interval flat_logprobs skip_reading_prefix_cache output_text_buffer_length skip_clone""".split()
 )
+_ELSEWHERE = frozenset(("n", "seed", "extra_args"))  # looked at by themselves
+_OF_THE_SERVER = frozenset(("kv_transfer_params",))  # what vLLM's server itself puts into extra_args
 
 
 def refusal_of_parameters(parameters: dict[str, Any], samples_by_position: bool = False) -> str:
@@ -77,13 +78,20 @@ def refusal_of_request(request: Any, samples_by_position: bool = False) -> str:
         return "prompt_embeds: the prompt isn't known by ids"
     if request.resumable:
         return "a session of streamed inputs: its ids are rewritten between inputs"
-    return refusal_of_parameters(parameters_of(request.sampling_params), samples_by_position)
+    parameters = parameters_of(request.sampling_params)
+    extra = sorted(set(parameters.get("extra_args") or ()) - _OF_THE_SERVER)
+    if extra:
+        return f"extra_args: {', '.join(extra)} may be read by a logits processor that looks at the generated tokens"
+    unknown = sorted(set(parameters) - set(REFUSED) - UNCHANGED - _ELSEWHERE)
+    if unknown:
+        return f"{unknown[0]}: not known here, so nobody says that it means the same in a resumed request"
+    return refusal_of_parameters(parameters, samples_by_position)
 
 
-def parameters_of(sampling: Any, keep: Callable[[str], bool] = lambda name: name in REFUSED or name in UNCHANGED or name in ("n", "seed")) -> dict[str, Any]:
-    """A SamplingParams' fields that aren't unset, by name."""
+def parameters_of(sampling: Any) -> dict[str, Any]:
+    """A SamplingParams' public fields that aren't unset, by name."""
     fields = getattr(sampling, "__struct_fields__", None) or vars(sampling)
-    return {name: value for name in fields if keep(name) and not _is_unset(value := getattr(sampling, name))}
+    return {name: value for name in fields if not name.startswith("_") and not _is_unset(value := getattr(sampling, name))}
 
 
 def _is_unset(value: Any) -> bool:

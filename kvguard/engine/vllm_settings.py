@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from kvguard.errors import BadConfig
 
 VERSIONS_TESTED = ("0.32", "0.33")
 _SAMPLE_BYTES = 64 * 1024
+_OF_SEVERAL = re.compile(r"_dp\d+$")  # what vLLM adds to the engine_id of one of several data-parallel engines
 _REFUSED_PARALLELISM = {
     "data_parallel_size": "engines of one server that choose among themselves who resumes what. Try: a server, and an instance, of its own for each",
     "decode_context_parallel_size": "ranks would hold different positions of one sequence, and its position would not be theirs",
@@ -75,6 +77,10 @@ def faults_of(vllm_config: Any, kv_cache_config: Any, device: str) -> list[str]:
     for name, reason in _REFUSED_PARALLELISM.items():
         if (getattr(parallel, name, 1) or 1) != 1:
             faults.append(f"{name}={getattr(parallel, name)}: {reason}")
+    # vLLM tells an engine of a dense model that it is alone; what it was made of stands in its index, and in the name it has for transfers.
+    index = getattr(parallel, "data_parallel_index", 0) or 0
+    if not faults and (index or _OF_SEVERAL.search(str(getattr(vllm_config.kv_transfer_config, "engine_id", "")))):
+        faults.append(f"data_parallel_size, engine {index} of several: {_REFUSED_PARALLELISM['data_parallel_size']}")
     if getattr(model, "is_encoder_decoder", False):
         faults.append("an encoder-decoder model: cross-attention KV isn't a function of the ids")
     if getattr(model, "runner_type", "generate") != "generate":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvguard import engine
+from kvguard.engine import vllm_loads
 from kvguard.engine.fetch import Fetched
 from kvguard.engine.vllm_facts import Begun, Grown, Load, LoadEnd, StepFacts
 from kvguard.engine.vllm_ids import IdRows
@@ -16,7 +17,7 @@ from kvguard.engine.vllm_ledger import Ledger, sequence_name
 from kvguard.engine.vllm_loads import AT_ONCE_MAX, Loads
 from kvguard.engine.vllm_moves import Moves
 from kvguard.engine.vllm_place import heads_of, place_of
-from kvguard.engine.vllm_policy import refusal_of_parameters
+from kvguard.engine.vllm_policy import refusal_of_parameters, refusal_of_request
 from kvguard.engine.vllm_rows import Rows
 from kvguard.engine.vllm_settings import Settings, faults_of, version_warning
 from kvguard.errors import BadConfig, Refused
@@ -60,6 +61,16 @@ def test_an_engine_that_draws_by_position_may_go_on_with_a_seed():
     assert refusal_of_parameters({"seed": 7, "temperature": 0.5}, samples_by_position=True) == ""
 
 
+@pytest.mark.parametrize(
+    ("sampling", "refused"),
+    [({}, ""), ({"novelty": 0.5}, "novelty: not known"), ({"extra_args": {"kv_transfer_params": {}}}, ""), ({"extra_args": {"own": 1}}, "extra_args: own")],
+)
+def test_a_parameter_that_is_not_known_is_refused(sampling, refused):
+    request = request_of("a", [1, 2, 3])
+    vars(request.sampling_params).update(sampling, novelty=sampling.get("novelty", 0.0))
+    assert refusal_of_request(request).startswith(refused) and bool(refusal_of_request(request)) == bool(refused)
+
+
 def test_names():
     assert sequence_name("cmpl-gw-17-0-0a1b2c3d") == "gw-17"
     assert sequence_name("cmpl-gw-17-1-0a1b2c3d") == "gw-17-1"
@@ -92,7 +103,8 @@ class MLAAttentionSpec(SimpleNamespace):
 
 def configured(spec, groups: int = 1, engine_id: str = "a1b2", **parallel):
     vllm = SimpleNamespace(
-        kv_transfer_config=SimpleNamespace(engine_id=engine_id), parallel_config=SimpleNamespace(**parallel), speculative_config=None, cache_config=SimpleNamespace(block_size=32),
+        kv_transfer_config=SimpleNamespace(engine_id=engine_id), parallel_config=SimpleNamespace(**parallel), speculative_config=None,
+        cache_config=SimpleNamespace(block_size=32),
         model_config=SimpleNamespace(is_encoder_decoder=False, runner_type="generate", use_mla=isinstance(spec, MLAAttentionSpec)),
     )  # fmt: skip
     return vllm, SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)] * groups)
@@ -386,25 +398,24 @@ def all_ends(loads: Loads, count: int) -> dict:
     raise AssertionError(f"{len(ends)} of {count} loads ended")
 
 
-def test_every_load_ends_and_none_after_its_deadline_begins():
-    gate, begun = threading.Event(), []
+def test_every_load_ends_and_none_after_its_deadline_begins(monkeypatch):
+    gate, begun, now = threading.Event(), threading.Semaphore(0), [100.0]
+    monkeypatch.setattr(vllm_loads, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def fetch(moved, blocks, timeout_s):
-        begun.append(timeout_s)
-        assert gate.wait(20)
+        begun.release()
+        assert timeout_s == 5.0 and gate.wait(20)
         return Fetched(6, 100, 1.0)
 
-    loads = Loads(fetch, 0.05)
+    loads = Loads(fetch, 5.0)
     for n in range(AT_ONCE_MAX + 1):
         loads.begin(Load(f"r{n}", TOKEN, [1, 2], 6))
-    for _ in range(100):
-        if len(begun) == AT_ONCE_MAX:
-            break
-        gate.wait(0.02)
-    gate.wait(0.1)  # past the deadline of the one that waits
+    assert all(begun.acquire(timeout=20) for _ in range(AT_ONCE_MAX))
+    now[0] += 5.0  # the deadline of the one that waits
     gate.set()
     ends = all_ends(loads, AT_ONCE_MAX + 1)
-    assert [ends[f"r{n}"].error for n in range(AT_ONCE_MAX)] == [""] * AT_ONCE_MAX and "its turn came after" in ends[f"r{AT_ONCE_MAX}"].error
+    late = [name for name, end in ends.items() if end.error]
+    assert late == [f"r{AT_ONCE_MAX}"] and "its turn came after" in ends[late[0]].error and not begun.acquire(blocking=False)
     loads.close()
 
 
