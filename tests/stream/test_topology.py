@@ -118,7 +118,52 @@ def test_damaged_or_foreign_frames_change_nothing(moving):
     stranger = topology.StreamIn(stream_in._transfer._replace(number=78), 0, pool, BLOCKS)
     with pytest.raises(BadFrame, match="not a frame of transfer 78"):
         stranger.receive(frames[0].head, frames[0].payload)
+    source = filled(stream_in._transfer.old[0])
+    *_, beyond = topology.stream_out(stream_in._transfer._replace(span=Span(SPAN.start, SPAN.end + 1)), 0, source, BLOCKS)
+    source.close()
+    with pytest.raises(BadFrame, match=r"positions \[\d+, 31\)"):
+        stream_in.receive(beyond.head, beyond.payload)
     assert stream_in.position == SPAN.start and not any(pool.memory)
+
+
+def test_what_is_another_ranks_is_refused_though_it_would_fit():
+    halves = topology.Transfer(77, Epoch(1, "c"), ranks(1, 1, "layer,kv,block,slot,head,dim"), ranks(1, 2, "layer,kv,block,slot,head,dim"), SPAN)
+    source, target = filled(halves.old[0]), open_device("host").allocate(halves.new[0])
+    stream_in = topology.StreamIn(halves, 0, target, BLOCKS)
+    others = [frame for frame in topology.stream_out(halves, 0, source, BLOCKS) if frame.target == 1]
+    with pytest.raises(BadFrame, match="isn't for rank 0"):
+        stream_in.receive(others[0].head, others[0].payload)
+    assert stream_in.position == SPAN.start and not any(target.memory)
+    source.close()
+    target.close()
+
+
+def test_what_was_taken_already_is_not_written_again(moving):
+    frames, stream_in, pool = moving
+    for frame in frames:
+        stream_in.receive(frame.head, frame.payload)
+    np.frombuffer(pool.memory, np.uint8)[:] = 7  # the new rank goes on
+    for frame in frames:
+        stream_in.receive(frame.head, frame.payload)
+    assert stream_in.complete and set(pool.memory) == {7}
+
+
+def test_a_link_that_takes_nothing_for_now_loses_nothing(moving):
+    frames, _, _ = moving
+    taken, calls = [], []
+
+    class Busy:
+        def send(self, link: str, head: bytes, payload: memoryview) -> bool:
+            calls.append(link)
+            if len(calls) % 3 == 0:
+                taken.append((link, head, payload))
+            return len(calls) % 3 == 0
+
+    sending = topology.Sending(Busy(), ["peer:new"], iter(frames))
+    pumps = 1
+    while not sending.pump():
+        pumps += 1
+    assert taken == [("peer:new", frame.head, frame.payload) for frame in frames] and pumps > len(frames)
 
 
 def test_flush_reads_what_fetch_wrote():
