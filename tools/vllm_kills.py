@@ -3,7 +3,9 @@
     PYTHONPATH=. $(tools/setup_vllm.sh) tools/vllm_kills.py [--kills 50] [--streams 8] [--servers 3] [--seed 0] [-o FILE]
 
 Each round: `--streams` streaming clients, SIGKILL to all processes of one of the servers once a number of ids that the seed drew has reached them, every
-answer to its end; the dead server is started again beside the next rounds. A kill counts when its processes ended by it and at least one answer lost its server.
+answer to its end; the dead server is started again after it, beside the next rounds. A kill counts when its processes ended by it and at least one answer lost
+its server. What a server does that is starting (importing torch takes 100 s of both cores) is held back from a kill until every stream has gone on: all its
+processes are stopped meanwhile, since a server elsewhere would start on a machine of its own. What is measured runs beside the other servers' answers alone.
 The servers compute in fp32: in bf16 vLLM's greedy answers depend on who else is in the batch, in fp32 a difference is one. Where one stands, the two best
 logits of an undisturbed server at that place tell a tie of arithmetic (counted apart, and the rest compared with the answer that goes on from there)
 from an id that was lost, doubled or changed.
@@ -30,6 +32,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +54,8 @@ TIE = 1e-3  # of the two best logits, in fp32: further apart no order of additio
 PULLED = re.compile(r"kvguard: \S*?(kvg-[0-9a-f]{24})-\d+\S* goes on from position \d+: \d+ bytes in ([\d.]+) ms")
 STALLED = re.compile(r"(kvg-[0-9a-f]{24}): \S+ goes on after [\d.]+ ms: (.+)$", re.MULTILINE)
 KVGUARDS_MS = 200
+HELD_S = 60.0  # a server that starts is held back for so long at most: one that had just been given an answer would keep it waiting
+ON_ITS_WAY_S = 0.25  # what a dead server had sent has arrived by then
 FP32 = ("--dtype", "float32")
 TEXTS = (
     "The lighthouse stood on a rock far from the shore, and every evening ", "To bake bread you need flour, water, salt and time. First ",
@@ -107,6 +113,10 @@ class Answer:
             self._ends += choice.get("finish_reason") is not None
         return document.get("usage")
 
+    def has_gone_on(self, at: float) -> bool:
+        """Since the moment `at`: with an id that was not merely on its way then, or to its end."""
+        return not self.thread.is_alive() or (bool(self.times) and self.times[-1] > at + ON_ITS_WAY_S)
+
     def gap_ms(self, at: float) -> float | None:
         """The pause that holds the moment `at`; None where it was over, or had not begun."""
         before, after = [one for one in self.times if one <= at], [one for one in self.times if one > at]
@@ -144,10 +154,12 @@ class Kills:
         wanted = self.drawn.randrange(int(0.85 * sum(answer.case.tokens for answer in answers)))
         self.world.until("the point of the kill", lambda: sum(len(answer.ids) for answer in answers) >= wanted, WHOLE_S, 0.002)
         victim = self._victim()
-        at = time.monotonic()
-        self.world.servers[victim].kill()
-        if self.world.servers[victim].popen.returncode != -signal.SIGKILL:
-            raise RuntimeError(f"{victim} ended with {self.world.servers[victim].popen.returncode}, not by the kill")
+        with self._without_starts():
+            at = time.monotonic()
+            self.world.servers[victim].kill()
+            if self.world.servers[victim].popen.returncode != -signal.SIGKILL:
+                raise RuntimeError(f"{victim} ended with {self.world.servers[victim].popen.returncode}, not by the kill")
+            self.world.until("every stream to go on", lambda: _since(at, HELD_S) or all(answer.has_gone_on(at) for answer in answers), WHOLE_S, 0.01)
         for answer in answers:
             answer.thread.join(WHOLE_S)
         fired = self.gateway.metric("kvguard_gateway_lost_total") > lost
@@ -161,6 +173,16 @@ class Kills:
         self.world.start_server(victim.removeprefix("smol-"), *FP32, wait=False)
 
     # ---- inside ----
+
+    @contextmanager
+    def _without_starts(self) -> Iterator[None]:
+        """Servers that are starting stand still. Nobody judges them: their daemons are patient (World), and most haven't attached yet."""
+        groups = [self.world.servers[name].popen.pid for name in self._starting]
+        try:
+            _signal(groups, signal.SIGSTOP)
+            yield
+        finally:
+            _signal(groups, signal.SIGCONT)
 
     def _ready(self) -> None:
         """Two servers at least are active and protected; those that were started again are counted."""
@@ -222,6 +244,16 @@ class Kills:
             left = len(wanted) - at - 1
             wanted = answer.ids[: at + 1] + (server.complete(known + [answer.ids[at]], left, "rest")["choices"][0]["token_ids"] if left else [])
         self.ties, self.equal = self.ties + tied, self.equal + (not tied)
+
+
+def _since(at: float, seconds: float) -> bool:
+    return time.monotonic() - at > seconds
+
+
+def _signal(groups: list[int], number: signal.Signals) -> None:
+    for group in groups:
+        with suppress(ProcessLookupError):  # it has ended by itself, which is told where its start is waited for
+            os.killpg(group, number)
 
 
 def percentiles(values: list[float]) -> dict:

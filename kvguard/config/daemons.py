@@ -84,6 +84,8 @@ class CoordinatorConfig:
     exclude_ms: int = setting(2000, "int", "how long a fence waits for a node's report before the node is excluded", 100, 600_000)
     seal_ms: int = setting(10_000, "int", "how long a fence waits for proof that nothing of the old epoch can be acknowledged any more", 100, 600_000)
     standby_ms: int = setting(60_000, "int", "how long a lost rank waits for a standby or a restarted process", 100, 3_600_000)
+    pool_ms: int = setting(50, "int", "how long a plan waits for the memory of a process that is being torn down where replicas do as well", 0, 60_000)
+    pool_lag_tokens: int = setting(64, "int", "where replicas have so many tokens less of a sequence, it is waited for up to standby_ms", 0, 1_000_000)
     restore_ms: int = setting(60_000, "int", "a planned recovery that takes longer begins again, or fails, explicitly", 1000, 86_400_000)
     move_after_ms: int = setting(0, "int", "how long a standby is waited for where the emitter can go on in another instance", 0, 3_600_000)
     moved_retention_s: int = setting(600, "int", "how long what goes on in another instance stays to be fetched if nobody says that it is delivered", 1, 86_400)

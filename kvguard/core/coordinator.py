@@ -236,6 +236,8 @@ class Coordinator:
         """A rank under another stream or on another node than the one known. True: it is the rank from now on; nobody worked with the former one."""
         known, instance, rank = self.known, rank_beat.stream.instance, rank_beat.stream.rank
         member = known.membership.members[instance][rank]
+        if rank_beat.state == "lost" and not member.lost and rank_beat.epoch == known.epoch(instance) and not known.phase(instance):
+            known.tell_node(node, resuming.word(known, instance, ended=(rank_beat.stream,)))  # it began and ended in this epoch, and nobody had heard of it
         if member.lost or rank_beat.state == "lost":
             return False  # a recovery has it: its replacement counts when Done says so
         if rank_beat.epoch.counter < known.epoch(instance).counter:
@@ -324,7 +326,7 @@ class Coordinator:
         due = [at for at in (known.membership.next_deadline(known.fair_ns),) if at is not None]
         for current in known.rounds.values():
             if current.record.phase == FENCING:
-                due += [current.since_ns + wait for wait in (settings.exclude_ns, settings.seal_ns, settings.standby_ns)]
+                due += [current.since_ns + wait for wait in (settings.exclude_ns, settings.seal_ns, settings.standby_ns, settings.pool_ns)]
                 due += [rounds.answer_due(known, current, node) for node in current.asked_ns]
                 due += [current.not_before_ns, current.since_ns + settings.move_ns]
             elif current.record.phase == PLANNED:

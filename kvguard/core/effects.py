@@ -149,11 +149,12 @@ class SetEpoch(Effect, frozen=True):
 
 
 class SendReport(Effect, frozen=True):
-    """Gather all holdings of the instance (live pools, dead pools still mapped, replicas) and send messages.Report."""
+    """Gather all holdings of the instance (live pools, dead pools still mapped, replicas) and send messages.Report. `pending`: as there."""
 
     link: str
     instance: str
     epoch: Epoch
+    pending: tuple[StreamId, ...] = ()
 
 
 class CarryPlan(Effect, frozen=True):

@@ -1,8 +1,8 @@
 """Faults of local ranks, from the first sign until the coordinator has fenced.
 
 Knows: what was said of which life, when it struck, in which epoch. Must not know: how a fault was found, what follows from it.
-Invariants: a fault is said again until its epoch is over; one that is only suspected until it is a death, because the round that it began waits for this node's
-report, and the report for the death; a clean end is said once.
+Invariants: a fault is said again until its epoch is over; one that is only suspected until it is a death, because the round that it began may need the pool,
+and waits for it as long as it hears of it; a clean end is said once.
 """
 
 from __future__ import annotations

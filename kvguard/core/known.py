@@ -45,6 +45,8 @@ class Settings(NamedTuple):
     moved_ns: int = 600_000 * MS  # what moved stays so long where it is, undelivered
     handoff_ns: int = 60_000 * MS  # so long a handoff's target may take to get everything
     redrain_ns: int = 10_000 * MS  # before a handoff that failed is tried again for a drained node
+    pool_ns: int = 50 * MS  # so long after the fence a plan waits for a dying process's pool that would spare copies or a few tokens
+    pool_lag_tokens: int = 64  # one without which a sequence would fall behind by more is waited for up to standby_ns
 
 
 class Failure(NamedTuple):

@@ -58,6 +58,16 @@ class LocalStream:
         self.epoch, self.fenced = epoch, False
         return tuple(effect for sender in self.senders.values() for effect in sender.adopt(now, epoch))
 
+    @property
+    def dying(self) -> bool:
+        """It was told to die, and isn't known to be dead."""
+        return self.alive and self.condemned is not None
+
+    @property
+    def watched(self) -> bool:
+        """Its process shall live, as far as is known here."""
+        return self.alive and self.condemned is None
+
     def condemn(self, kind: str, reason: str, since_ns: int) -> Effect:
         """Its process is told to die. The first verdict is what its death will be called."""
         self.condemned = self.condemned or (kind, reason, since_ns)

@@ -2,7 +2,8 @@
 
 Knows: local ranks, their faults, promises, the coordinator's link and orders. Must not know: sockets, tables, pages, clocks.
 Invariants: a promise is durable before anything follows from it, and only rises (I3); the same order of an (instance, epoch) repeats the answer, not the deed;
-every buffer that comes in goes out again; a dead rank's pool stays until the recovery that may need it is over.
+every buffer that comes in goes out again; a dead rank's pool stays until the recovery that may need it is over; a fence is answered at once, and a pool whose
+process was told to die is called pending until the death is seen.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kvguard.core.seen import Seen
 from kvguard.core.sender import SenderSettings
 from kvguard.format import messages
 from kvguard.limits import WINDOW_BYTES_DEFAULT
-from kvguard.types import Epoch, NodeId, Rank, StreamId, is_scheduler
+from kvguard.types import Epoch, NodeId, StreamId, is_scheduler
 
 COORDINATOR = "coordinator"
 FROM_COORDINATOR = (messages.NodeWelcome, messages.Assign, messages.Fence, messages.PlanOrder, messages.RebuildOrder, messages.Resumed)
@@ -85,7 +86,7 @@ class Node:
 
     def next_deadline(self) -> int | None:
         due = [self._beat_ns, self.outbound.next_deadline()]
-        due += [local.progress.next_deadline() for local in self.outbound.streams.values() if local.alive] if self.settings.hang_min_ns else []
+        due += [local.progress.next_deadline() for local in self.outbound.streams.values() if local.watched] if self.settings.hang_min_ns else []
         return min((at for at in due if at is not None), default=None)
 
     def check(self) -> None:
@@ -154,11 +155,11 @@ class Node:
     def _tick(self, now: int, event: events.Tick) -> Effects:
         out = self.outbound.tick(now, event)
         for local in self.outbound.streams.values():
-            if local.alive and self.settings.hang_min_ns:
+            if local.watched and self.settings.hang_min_ns:
                 local.progress.step(now, event)
                 verdict = local.progress.verdict(now)
                 if verdict is not None:
-                    out += Note("hung", str(local.stream), verdict.reason), local.condemn("hung", verdict.reason, verdict.since_ns)
+                    out += (Note("hung", str(local.stream), verdict.reason), *self._doomed(now, local, "hung", verdict.reason, verdict.since_ns))
         if self._beat_ns is not None and now >= self._beat_ns:
             self._beat_ns = now + self.settings.heartbeat_ns
             out += (*schedulers.succeeded(self.outbound), self._beat(now), *self._faults.again(now))
@@ -227,11 +228,15 @@ class Node:
         return out + self._fault(now, local, "detached", "the engine closed its rank", False, now) + self._report_again(event.stream.instance)
 
     def _suspected(self, now: int, event: events.DeathSuspected) -> Effects:
-        """Said at once, and made true: what the coordinator plans waits for this node's report, and the report for the death."""
         local = self.outbound.streams.get(event.stream)
         if local is None or not local.alive or local.incarnation != event.incarnation or local.condemned is not None:
             return ()
-        return (*self._introduced(now, local), local.condemn("died", event.reason, now), *self._fault(now, local, "suspected", event.reason, False, now))
+        return self._doomed(now, local, "died", event.reason, now)
+
+    def _doomed(self, now: int, local: LocalStream, kind: str, reason: str, since_ns: int) -> Effects:
+        """It is told to die, and that is said at once: a round begins before its memory is torn down, which takes seconds on a busy machine."""
+        said = reason if kind == "died" else f"{kind}: {reason}"
+        return (*self._introduced(now, local), local.condemn(kind, reason, since_ns), *self._fault(now, local, "suspected", said, False, since_ns))
 
     def _died(self, now: int, event: events.ProcessDied) -> Effects:
         if event.stream is None:
@@ -252,14 +257,12 @@ class Node:
         return out + self._report_again(instance)
 
     def _report_again(self, instance: str) -> Effects:
-        """A report that no plan has followed yet said less than is known now: a rank was not back from its daemon's restart, or still lived.
-
-        None while a process lives that was told to die for it: its pool may be salvaged once it is dead, and the coordinator doesn't wait for ever.
-        """
+        """A report that no plan has followed yet said less than is known now: a rank was not back from its daemon's restart, or its pool was pending."""
         fence = self._fences.get(instance)
-        if fence is None or any(local.alive and local.condemned and local.stream.rank in fence.lost for local in self.outbound.of(instance)):
-            return ()
-        return (SendReport(COORDINATOR, instance, fence.epoch),)
+        return (self._report(instance, fence.epoch),) if fence is not None else ()
+
+    def _report(self, instance: str, epoch: Epoch) -> SendReport:
+        return SendReport(COORDINATOR, instance, epoch, tuple(local.stream for local in self.outbound.of(instance) if local.dying))
 
     def _introduced(self, now: int, local: LocalStream) -> Effects:
         """Of a life that no heartbeat has told of: first that it attached, then that it ended. Nobody recovers a rank that he doesn't know."""
@@ -308,14 +311,8 @@ class Node:
             out += (Note("fenced", fence.instance, fence.reason, (("epoch", fence.epoch.counter),)),)
         if fence.instance not in self.orders:
             self._fences[fence.instance] = fence
-        out += self._doomed(now, fence.instance, fence.lost, fence.reason)
-        if fence.instance in self._fences:
-            return out + self._report_again(fence.instance)
-        return (*out, SendReport(COORDINATOR, fence.instance, fence.epoch))
-
-    def _doomed(self, now: int, instance: str, lost: tuple[Rank, ...], reason: str) -> Effects:
-        """Processes that live here as a rank which is given to another: two must never both be that rank, and only a dead one leaves its seat."""
-        return _given_away(now, [local for local in self.outbound.of(instance) if local.alive and local.fenced and local.stream.rank in lost], reason)
+        lost = [local for local in self.outbound.of(fence.instance) if local.alive and local.fenced and local.stream.rank in fence.lost]
+        return (*out, *_given_away(now, lost, fence.reason), self._report(fence.instance, fence.epoch))
 
     def _plan(self, now: int, event: events.Arrived) -> Effects:
         plan = event.message
@@ -383,9 +380,10 @@ class Node:
         if resumed.instance in self.orders:
             self.orders[resumed.instance].finished = True
         mine = self.outbound.of(resumed.instance)
-        out += _given_away(now, [local for local in mine if local.alive and local.fenced and local.stream in resumed.ended], "a former life")
+        out += _given_away(now, [local for local in mine if local.watched and local.fenced and local.stream in resumed.ended], "a former life")
         for local in mine:
-            if not local.alive and local.epoch != resumed.epoch and not (resumed.pinned and self._kept(local)):
+            over = local.epoch != resumed.epoch or local.stream in resumed.ended
+            if not local.alive and over and not (resumed.pinned and self._kept(local)):
                 out += self.outbound.forget(local, self.outbound.streams)
         out += self.outbound.end_pushes(resumed.instance)
         why = f"unpinned in epoch {resumed.epoch.counter}"

@@ -72,7 +72,7 @@ class Outbound:
 
     def assign(self, now: int, assign: Assign) -> Effects:
         self._wanted[assign.instance, assign.rank] = assign
-        locals_ = [local for local in self.of(assign.instance) if local.stream.rank in (assign.rank, scheduler_of(assign.rank.dp)) and local.alive]
+        locals_ = [local for local in self.of(assign.instance) if local.stream.rank in (assign.rank, scheduler_of(assign.rank.dp)) and local.watched]
         return tuple(effect for local in locals_ for effect in self.place(now, local))
 
     def place(self, now: int, local: LocalStream) -> Effects:
@@ -232,4 +232,4 @@ class Outbound:
 
     def releasable(self, instance: str, rank: Rank, life: Life) -> int | None:
         """How many ids of it every holder of a local rank has acknowledged: what `ack = "strict"` may let out. None where the rank doesn't live here."""
-        return next((local.releasable(life) for local in self.of(instance) if local.stream.rank == rank and local.alive), None)
+        return next((local.releasable(life) for local in self.of(instance) if local.stream.rank == rank and local.watched), None)

@@ -3,18 +3,19 @@
 Knows: one round's record and reports, plan(). Must not know: how a plan is carried out (resuming.py).
 Invariants (I3, I7): the round is durable before its Fence leaves; a round waits for every node that isn't dead, up to a deadline, then excludes it durably;
 nothing is planned before each lost rank's old writer is known to be unable to be acknowledged; a further loss means a new epoch and a new round; rounds and
-failovers are bounded, and past the bound the failure is explicit.
+failovers are bounded, and past the bound the failure is explicit. The memory of a process that is being torn down is waited for only as far as it is needed
+(dying.py).
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from kvguard.core import hosting, resuming, sessions
+from kvguard.core import dying, hosting, resuming, sessions
 from kvguard.core.known import Failure, Known, Round, member_record
 from kvguard.core.ladder import Wishes
 from kvguard.core.membership import DEAD, MS
-from kvguard.core.recovery import Situation, Unplannable, plan
+from kvguard.core.recovery import Plan, Situation, Unplannable, plan
 from kvguard.format import ledger, moves
 from kvguard.format.ledger import FENCING, PLANNED, RecoveryRecord
 from kvguard.format.messages import Fence, Fenced, Report
@@ -131,7 +132,7 @@ def on_report(known: Known, node: NodeId, report: Report) -> None:
 
 def on_death(current: Round, node: NodeId, rank: Rank, seen: bool, fair_ns: int) -> None:
     """More of the death that this round is about. Seen: an old writer less; it is kept with the next record, and without it the round only waits for more.
-    Still suspected: the node lives, and its report waits for that death, so that it isn't excluded for it."""
+    Still suspected: the node lives and waits for that death, so that it isn't excluded for it, and its pool may be waited for."""
     if seen:
         current.record = msgspec.structs.replace(current.record, dead_writers=tuple(sorted(dict.fromkeys((*current.record.dead_writers, rank)))))
     else:
@@ -192,6 +193,32 @@ def _unsealed(known: Known, current: Round) -> str:
     return ""
 
 
+def _least_gain(known: Known, current: Round) -> int:
+    """How much a plan must gain from pools of dying processes to be worth waiting for them now; more than there is, where nobody waits any more.
+
+    Their nodes say again that they are dying; one that falls silent about it isn't waited for.
+    """
+    pending = [node for node, report in current.reports.items() if report.pending]
+    age_ns = known.fair_ns - current.since_ns
+    if age_ns >= known.settings.standby_ns or all(known.fair_ns >= answer_due(known, current, node) for node in pending):
+        return dying.MUCH + 1
+    return dying.LITTLE if age_ns < known.settings.pool_ns else dying.MUCH
+
+
+def _without_pending(known: Known, current: Round, situation: Situation, least: int, answer: Plan) -> Plan | None:
+    """`answer`, with what it leaves behind in pools of dying processes; None where these are waited for."""
+    streams = [str(stream) for report in current.reports.values() for stream in report.pending]
+    if not streams:
+        return answer
+    members = known.membership.members[situation.instance]
+    reports = dying.afterwards(tuple(current.reports.values()), tuple(place.stream for place in members.values()))
+    later = plan(situation._replace(reports=reports))
+    if dying.gain(answer, later, known.settings.pool_lag_tokens, situation.emitter_lives, bool(situation.hosts)) >= least:
+        current.waiting = f"waiting for the memory of {', '.join(streams)}: its process is being torn down, and replicas have less"
+        return None
+    return answer if situation.moves else answer._replace(lost=(*answer.lost, *dying.left_behind(answer, later)))
+
+
 def _try_plan(known: Known, instance: str) -> None:
     current = known.rounds[instance]
     record = current.record
@@ -201,7 +228,8 @@ def _try_plan(known: Known, instance: str) -> None:
     )  # fmt: skip
     may_move = known.moves(instance) and known.fair_ns - current.since_ns >= known.settings.move_ns
     hosts = hosting.hosts(known, instance, tuple(current.reports)) if may_move else ()
-    key = (current.heard, standbys, may_move, hosts)
+    least = _least_gain(known, current)
+    key = (current.heard, standbys, may_move, hosts, least)
     if current.tried != key:
         current.tried = key
         members = {rank: place.node for rank, place in sorted(known.membership.members[instance].items())}
@@ -212,13 +240,15 @@ def _try_plan(known: Known, instance: str) -> None:
         for name, birth in record.away_lives():
             over[name] = (*over.get(name, ()), birth)
         situation = Situation(
-            instance, record.epoch, members, record.lost, tuple(current.reports.values()), standbys, known.addresses(), known.forks.get(instance, {}),
-            record.excluded, over, lives, may_move, hosts, Wishes(record.targets, tuple(known.drained)), known.births.get(instance, {}),
-            record.clashes,
+            instance, record.epoch, members, record.lost, dying.without(tuple(current.reports.values())), standbys, known.addresses(),
+            known.forks.get(instance, {}), record.excluded, over, lives, may_move, hosts, Wishes(record.targets, tuple(known.drained)),
+            known.births.get(instance, {}), record.clashes,
         )  # fmt: skip
         answer = plan(situation)
         if not isinstance(answer, Unplannable):
-            _order(known, instance, answer)
+            answer = _without_pending(known, current, situation, least, answer)
+            if answer is not None:
+                _order(known, instance, answer)
             return
         current.waiting = "waiting: " + "; ".join(answer.reasons)
         known.note("unplannable", instance, "; ".join(answer.reasons), epoch=record.epoch.counter)

@@ -158,7 +158,8 @@ def settings_of(config: CoordinatorConfig) -> Settings:
     return Settings(
         patience=patience, exclude_ns=config.exclude_ms * MS, seal_ns=config.seal_ms * MS, standby_ns=config.standby_ms * MS, restore_ns=config.restore_ms * MS,
         failovers_max=config.failovers_per_window, window_ns=config.window_s * 1000 * MS, backoff_ns=config.backoff_ms * MS, replicas=config.replicas,
-        move_ns=config.move_after_ms * MS, moved_ns=config.moved_retention_s * 1000 * MS,
+        move_ns=config.move_after_ms * MS, moved_ns=config.moved_retention_s * 1000 * MS, pool_ns=config.pool_ms * MS,
+        pool_lag_tokens=config.pool_lag_tokens,
     )  # fmt: skip
 
 

@@ -197,7 +197,7 @@ def send_report(shell: NodeShell, effect: effects.SendReport, waited: bool = Fal
         seen += shell.engines.look(stream)
         holdings.append(shell.engines.holding(stream))
     holdings += shell.store.holdings(effect.instance)
-    report = Report(effect.instance, effect.epoch, shell.node, tuple(holdings))
+    report = Report(effect.instance, effect.epoch, shell.node, tuple(holdings), effect.pending)
     return (*seen, *SHARED[effects.Send](shell, effects.Send(effect.link, report)))
 
 

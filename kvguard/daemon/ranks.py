@@ -138,10 +138,15 @@ class Ranks:
         return told
 
     def _refuse_second(self, message: local.Attach) -> None:
-        """Two live processes as one rank would both write its sequences."""
+        """Two live processes as one rank would both write its sequences. One that was killed and is still dying is fenced: it keeps its own memory, not the
+        rank."""
         for stream, rank in self.ranks.items():
             same = (stream.instance, stream.rank) == (message.instance, message.stream.rank)
-            if same and rank.stream.alive and rank.stream.incarnation != message.incarnation and not readable(rank.pidfd):
+            if not same or not rank.stream.alive or rank.stream.incarnation == message.incarnation or readable(rank.pidfd):
+                continue
+            if rank.killed and stream == message.stream:
+                raise NotYet(f"the process that was {stream} was killed, and is still dying. Try: again in a moment")
+            if not rank.killed:
                 raise Refused(f"rank {stream.rank} of {stream.instance!r} is held by a process that lives. Try: end it first, or attach as another rank")
 
     def _attach_again(self, known: LocalRank, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
@@ -159,7 +164,7 @@ class Ranks:
             self._unwatch(known)
             os.close(known.pidfd)
             os.close(known.bell)
-            known.pidfd, known.bell = descriptors[PIDFD], descriptors[BELL]
+            known.pidfd, known.bell, known.killed = descriptors[PIDFD], descriptors[BELL], ""
             taken += [known.pidfd, known.bell]
         known.connection = connection
         known.stream.incarnation, known.stream.endpoint, known.stream.alive = message.incarnation, message.endpoint, True

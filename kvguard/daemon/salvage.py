@@ -3,7 +3,7 @@
 Knows: a rank's facts, its table, a pool that can be salvaged, the threads that read GPUs. Must not know: drivers, who restores it, plans.
 Invariants: what a report says of a dead pool is what was brought out whole, and nothing else of it is captured; the mapping is closed whatever happens, so
 that a restarted engine finds its memory free; it takes no longer than it may, beside the loop; after a fault of the GPU nothing is read. The death is suspected
-at once and told when it is known what is left, so that a fencing round begins meanwhile and its report waits.
+at once and told when it is known what is left, so that a fencing round begins meanwhile, and waits for that only as far as it needs it.
 """
 
 from __future__ import annotations

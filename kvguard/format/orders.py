@@ -103,7 +103,7 @@ class Beat(Message, frozen=True):
 class Fault(Message, frozen=True):
     """A rank is gone, seen by its daemon. `kind`: died | hung | detached | suspected. `salvageable`: its pool is still mapped here.
 
-    suspected: it is being killed, and its death awaited: this node reports after it, and says this again meanwhile.
+    suspected: it was told to die, its death is awaited: this node's report calls its pool pending, and this is said again meanwhile.
 
     `since_ms`: fault to this message, where known.
     """
@@ -136,12 +136,17 @@ class Fence(Message, frozen=True):
 
 
 class Report(Message, frozen=True):
-    """All that a node has of an instance, after its promise is durable."""
+    """All that a node has of an instance, after its promise is durable.
+
+    `pending`: streams whose processes here were told to die and aren't known to be dead. They are fenced: nothing more of them can be acknowledged. What
+    `holdings` say of them is of the last look; it can be planned with once it is reported without this, which the node does when the death comes.
+    """
 
     instance: str
     epoch: Epoch
     node: NodeId
     holdings: tuple[Holding, ...]
+    pending: tuple[StreamId, ...] = ()
 
 
 class Source(msgspec.Struct, frozen=True, array_like=True):

@@ -1,12 +1,12 @@
-"""Deaths that are suspected first: said at once, made true, and reported when they are seen."""
+"""Deaths that are suspected first: said at once, made true, and reported at once; the pool can be planned with when they are seen."""
 
 from __future__ import annotations
 
 from kvguard.core import events as ev
-from kvguard.core.effects import KillProcess, Note, Send, SendReport
+from kvguard.core.effects import ForgetStream, KillProcess, Note, Persist, Send, SendReport
 from kvguard.core.node import Node, NodeSettings
 from kvguard.format import messages as ms
-from kvguard.types import NO_EPOCH, Epoch, Rank, StreamId
+from kvguard.types import NO_EPOCH, Epoch, Life, Rank, StreamId
 
 R0, R1 = Rank(0, 0, 0), Rank(0, 1, 0)
 LOCAL, OTHER = StreamId("i", R0, 7), StreamId("i", R1, 8)
@@ -16,6 +16,7 @@ MS = 1_000_000
 SUSPECTED = ev.DeathSuspected(3, LOCAL, "marked")
 DIED = ev.ProcessDied(3, LOCAL, "killed", True)
 REPORT = SendReport("coordinator", "i", E1)
+PENDING = SendReport("coordinator", "i", E1, (LOCAL,))
 
 
 class World:
@@ -55,13 +56,14 @@ def test_a_suspect_is_killed_and_told_of_at_once() -> None:
     assert world.step(SUSPECTED) == (), "once"
 
 
-def test_the_report_waits_for_the_death() -> None:
+def test_the_report_is_given_at_once_and_the_pool_is_pending_until_the_death() -> None:
     world = World()
     world.step(SUSPECTED)
     out = world.fence()
-    assert REPORT not in out and KillProcess(3, LOCAL, "its rank is given away: why") in out
-    assert REPORT not in world.step(ev.LinkDown("coordinator", "x"))
-    assert REPORT not in world.step(ev.LinkUp("coordinator")), "a new link is no death"
+    assert out[-1] == PENDING and KillProcess(3, LOCAL, "its rank is given away: why") in out
+    assert type(out[0]) is Persist and world.node.outbound.streams[LOCAL].fenced, "nothing more of it can be acknowledged when that is said"
+    world.step(ev.LinkDown("coordinator", "x"))
+    assert world.step(ev.LinkUp("coordinator"))[-1] == PENDING, "a new link is no death"
     world.now += 40 * MS
     out = world.step(DIED)
     assert faults(out) == [("died", 40.0)] and out[-1] == REPORT
@@ -92,17 +94,88 @@ def test_the_other_ranks_of_the_node_report_with_it() -> None:
     world.step(ev.StreamAttached(OTHER, SHAPE, 4, NO_EPOCH, ""))
     world.step(SUSPECTED)
     world.fence()
-    assert REPORT not in world.step(ev.ProcessDied(4, OTHER, "killed", True))
+    assert world.step(ev.ProcessDied(4, OTHER, "killed", True))[-1] == PENDING
     assert world.step(DIED)[-1] == REPORT
 
 
 def test_a_round_for_another_rank_is_answered_at_once() -> None:
-    """This one doesn't know of the suspect yet; the next will."""
+    """Its coordinator doesn't know of the suspect yet, and must not take it for a survivor; the next will."""
     world = World()
     world.step(SUSPECTED)
-    assert world.fence(lost=(R1,))[-1] == REPORT
-    assert SendReport("coordinator", "i", E2) not in world.fence(E2, (R0, R1))
+    assert world.fence(lost=(R1,))[-1] == PENDING
+    assert world.fence(E2, (R0, R1))[-1] == SendReport("coordinator", "i", E2, (LOCAL,))
     assert world.step(DIED)[-1] == SendReport("coordinator", "i", E2)
+
+
+def test_what_is_killed_for_a_fence_is_pending_too() -> None:
+    world = World()
+    out = world.fence()
+    assert out[-1] == PENDING and [type(effect) for effect in out if type(effect) is KillProcess] == [KillProcess]
+
+
+def plan(rank: Rank = R0) -> ms.PlanOrder:
+    rebuild = ms.Rebuild(rank, "a", 5, (), ())
+    return ms.PlanOrder("i", E1, (), (), (), (), (), (), (), (rebuild,), (), ())
+
+
+def test_a_death_after_the_plan_lets_the_pool_go_and_nothing_else() -> None:
+    for resumed_first in (False, True):
+        world = World()
+        world.step(SUSPECTED)
+        world.fence()
+        world.step(ev.Arrived("coordinator", plan()))
+        steps = [ev.Arrived("coordinator", ms.Resumed("i", E1, ())), DIED]
+        first, second = steps if resumed_first else steps[::-1]
+        out = world.step(first)
+        assert ForgetStream(LOCAL) not in out
+        out += world.step(second)
+        assert ForgetStream(LOCAL) in out and not world.node.outbound.streams
+        assert not [effect for effect in out if type(effect) is SendReport] and faults(out) == [("died", 0.0)]
+        assert world.fence()[-1] == REPORT
+
+
+def test_another_life_of_the_rank_is_served_while_the_former_is_dying() -> None:
+    """An engine that was started again at once, or a standby that pulled a replica: on the node of the process that is torn down."""
+    world, new = World(), StreamId("i", R0, 9)
+    world.step(SUSPECTED)
+    world.fence()
+    world.step(ev.Arrived("coordinator", plan()))
+    world.step(ev.StreamAttached(new, SHAPE, 5, E1, "tcp://again"))
+    world.step(ev.Arrived("coordinator", ms.Resumed("i", E1, ())))
+    out = world.step(ev.Arrived("coordinator", ms.Assign("i", R0, (("b", "tcp://b"),), "")))
+    out += world.step(ev.LinkUp("peer:b", "b"))
+    assert [effect.message.stream for effect in out if type(effect) is Send and type(effect.message) is ms.Hello] == [new]
+    assert not world.node.outbound.streams[LOCAL].senders
+    assert world.node.outbound.releasable("i", R0, Life("s")) == 0, "the living one's word"
+    assert world.fence(E2, ())[-1] == SendReport("coordinator", "i", E2, (LOCAL,))
+    assert ForgetStream(LOCAL) not in world.step(DIED)
+
+
+def test_a_life_that_began_and_ended_in_one_epoch_goes_when_it_is_called_ended() -> None:
+    world = World()
+    world.step(DIED)
+    assert ForgetStream(LOCAL) not in world.step(ev.Arrived("coordinator", ms.Resumed("i", NO_EPOCH, ())))
+    assert ForgetStream(LOCAL) in world.step(ev.Arrived("coordinator", ms.Resumed("i", NO_EPOCH, (), (LOCAL,))))
+
+
+def test_a_hung_rank_is_told_of_when_it_is_killed() -> None:
+    """A process in the kernel may never die."""
+    world = World()
+    world.step(ev.StepsSeen(LOCAL, 0, 0, 1, 0))
+    for number in range(1, 9):
+        world.step(ev.StepsSeen(LOCAL, number, number - 1, 1, 0))
+        world.now += 10 * MS
+        world.step(ev.StepsSeen(LOCAL, number, number, 1, 0))
+    world.step(ev.StepsSeen(LOCAL, 9, 8, 1, 0))
+    world.now += 2100 * MS
+    out = world.step(ev.Tick())
+    assert [type(effect) for effect in out if type(effect) is KillProcess] == [KillProcess]
+    fault = next(effect.message for effect in out if type(effect) is Send and type(effect.message) is ms.Fault)
+    assert (fault.kind, fault.since_ms) == ("suspected", 2100.0) and fault.reason.startswith("hung: inside step 9")
+    assert world.fence()[-1] == PENDING
+    world.now += 9000 * MS
+    assert not [effect for effect in world.step(ev.Tick()) if type(effect) is KillProcess], "it is judged once"
+    assert (out := world.step(DIED))[-1] == REPORT and faults(out) == [("hung", 11100.0)]
 
 
 def test_who_is_not_linked_says_it_later() -> None:

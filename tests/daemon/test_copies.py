@@ -277,7 +277,7 @@ def test_what_comes_after_a_detach_is_thrown_away_and_the_memory_given_back(worl
     assert world.a.shell.counters["captures_late"] == 1 and not len(world.a.shell.buffers) and len(world.gpu._mapped) == mapped - 2  # its pool, its ring
 
 
-def test_salvage_runs_beside_the_loop_and_a_report_waits_for_it(world):
+def test_salvage_runs_beside_the_loop_and_the_pool_is_pending_until_it_is_over(world):
     world.gpu.gate.clear()
     world.slow.kill()
     world.until(world.gpu.waits.is_set)
@@ -287,14 +287,14 @@ def test_salvage_runs_beside_the_loop_and_a_report_waits_for_it(world):
     world.a.hear(ms.Fence("llama", E1, (SLOW.rank,), "suspected"))
     world.until(lambda: E1 in world.a.shell.epochs.values())
     world.quick.commit(1)
-    assert not world.a.saw(ms.Report)
+    assert [report.pending for report in world.a.saw(ms.Report)] == [(SLOW,)]
     again = Engine(SLOW, "GPU-1")
     again.writer.close()
     again.writer = world.slow.writer
     assert world.attach(3, again) == [] and "still being read" in world.a.told[-1].reason and not world.a.told[-1].final
     world.gpu.gate.set()
-    world.until(lambda: world.a.saw(ms.Report))
-    [holding] = [holding for holding in world.a.saw(ms.Report)[0].holdings if holding.stream == SLOW]
+    world.until(lambda: not world.a.saw(ms.Report)[-1].pending)
+    [holding] = [holding for holding in world.a.saw(ms.Report)[-1].holdings if holding.stream == SLOW]
     assert (holding.alive, holding.sequences, holding.positions) == (False, ("one",), (2,))
     assert world.a.saw(ms.Fault)[-1].salvageable and not world.a.ranks.ranks[SLOW].stream.leaving
     again.writer = TableWriter.create(Geometry(4, 8, 8, 64, 4))

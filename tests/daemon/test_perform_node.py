@@ -122,10 +122,11 @@ def test_report_looks_once_more(world, life):
     opened(world, life)
     own = StreamId("llama", Rank(0, 0, 0), 9)
     world.shell.local[own] = world.shell.streams[own] = life.stream
-    seen = tuple(world.perform(effects.SendReport("coordinator", "llama", EPOCH)))
+    seen = tuple(world.perform(effects.SendReport("coordinator", "llama", EPOCH, (own,))))
     assert seen == (events.StepsSeen(own, 1, 1, 1, 0),)
     report = world.sent[-1][1]
     assert [(holding.kind, holding.stream) for holding in report.holdings] == [("pool", own), ("replica", ID)]
+    assert report.pending == (own,)
     world.perform(effects.SetEpoch("llama", Epoch(2, "c")))
     world.perform(effects.KillProcess(4, own, "hung"))
     world.perform(effects.ForgetStream(own))

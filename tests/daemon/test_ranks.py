@@ -224,6 +224,27 @@ def test_death_is_told_after_a_last_look_and_a_second_life_adopts(desk):
     desk.ranks.forget(ID)
 
 
+def test_a_process_that_was_killed_and_is_still_dying_keeps_its_memory_and_not_its_rank(desk, monkeypatch):
+    """Tearing a large memory down takes seconds; whoever takes the rank with a memory of its own doesn't wait for that."""
+    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    life, other = Life(child.pid), Life()
+    attach(desk, life)
+    monkeypatch.setattr(attaching.signal, "pidfd_send_signal", lambda *_: None)
+    desk.ranks.kill(desk.ranks.ranks[ID].stream.incarnation)
+    new = ID._replace(pool=8)
+    told = attach(desk, other, message(incarnation=2, stream=new))
+    assert told[0].stream == new and desk.ranks.ranks[new].stream.alive and desk.ranks.ranks[ID].stream.alive
+    life.pid = os.getpid()
+    assert attach(desk, life, message(incarnation=3)) == []
+    assert "still dying" in desk.told[-1][1].reason and not desk.told[-1][1].final
+    child.kill()
+    child.communicate()
+    desk.ranks.forget(new)
+    again = attach(desk, life, message(incarnation=3))
+    assert again[-1].incarnation == 3 and type(again[0]) is events.ProcessDied and not desk.ranks.ranks[ID].killed
+    desk.ranks.forget(ID)
+
+
 def test_a_stream_with_another_table_is_refused(desk):
     life, other = Life(), Life()
     attach(desk, life)

@@ -92,6 +92,12 @@ def test_who_lets_a_stranger_in_violates_authentication(strangers, state) -> Non
     assert verdict.invariants["I10"].state == state and verdict.passed == (state != VIOLATED)
 
 
+def test_a_live_clusters_pool_is_waited_for_no_longer_than_its_coordinator_was_told_to() -> None:
+    for target, passed in (("bench", False), ("cluster", True)):
+        run = spoil(evidence("kill-rank") | {"target": target}, "recovery/sequences", [{"rung": "replica"}])
+        assert judge(SCENARIOS["kill-rank"], run).passed == passed
+
+
 def test_what_a_live_cluster_cannot_show_is_not_called_held() -> None:
     run = evidence("kill-rank") | {"target": "cluster", "identical": None, "logits_identical": None, "kv_identical": None}
     verdict = judge(SCENARIOS["kill-rank"], run)

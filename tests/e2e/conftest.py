@@ -67,8 +67,8 @@ class Cluster:
             self._write(config.NodeConfig, name, {**values, "metrics": self.metrics[name], "arena_bytes": 64 << 20})
 
     def configure_coordinator(self, **values) -> None:
-        """What else the coordinator's file says; before it is started."""
-        own = {"listen": self.coordinator_address, "state_dir": str(self.directory / "coordinator"), "metrics": self.metrics["coordinator"]}
+        """What else the coordinator's file says; before it is started. Pools are waited for on a busy machine, too: tests say which rung they are about."""
+        own = {"pool_ms": 10_000, "listen": self.coordinator_address, "state_dir": str(self.directory / "coordinator"), "metrics": self.metrics["coordinator"]}
         self._write(config.CoordinatorConfig, "coordinator", {**own, **values})
 
     def _write(self, cls, name: str, values: dict) -> None:

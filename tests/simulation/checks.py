@@ -47,10 +47,12 @@ class Checks:
                 key, packed = (message.instance, message.epoch), messages.pack(message)
                 assert self._plans.setdefault(key, packed) == packed, f"I3: two plans in epoch {key}"
                 self._nothing_left_out(life, message)
+                self._of_the_dead_alone(message)
             elif type(message) is messages.Report and message.instance == self.world.instance:
                 for holding in message.holdings:
+                    pending = holding.kind == "pool" and holding.stream in message.pending
                     for name, known in zip(holding.sequences, holding.ids, strict=True):
-                        if known:
+                        if known and not pending:
                             self._reported.setdefault(message.epoch.counter, {})[name] = True
             elif type(message) is messages.Done:
                 self.world.count("transfers_done", message.part.startswith("transfer"))
@@ -89,6 +91,36 @@ class Checks:
                     number = self.world.births[birth]
                     if known and number not in self.world.finished:
                         assert name in named, f"I2: life {number} of {name} was reported by {report.node}, isn't planned, and nobody says why"
+
+    def _of_the_dead_alone(self, order) -> None:
+        """I1: nobody is given the memory of a process that may still write it."""
+        dying = [process.guard for process in self.world.processes.values() if process.dying and process.guard is not None]
+        adopted = [source.stream for rebuild in order.rebuilds for source in rebuild.sources if source.kind == "pool"]
+        assert not any(guard.stream in adopted for guard in dying), f"I1: the plan of {order.epoch} adopts memory that is being torn down"
+        ranks = (*order.moved, *(rebuild.rank for rebuild in order.rebuilds))
+        self.world.count("planned_before_the_death", any(guard.instance == order.instance and guard.rank in ranks for guard in dying))
+
+    def coordinator_turn(self, life) -> None:
+        """I7: a process that is being torn down is waited for only where it has what no replica has."""
+        known = life.core.known
+        for instance, current in known.rounds.items():
+            waits = current.waiting.startswith("waiting for the memory") and known.fair_ns - current.since_ns >= known.settings.pool_ns
+            if not waits or not known.emitter_lives(instance) or known.moves(instance):
+                continue
+            self.world.count("waited_for_a_death")
+            held = [holding for report in current.reports.values() for holding in report.holdings]
+            pending = [stream for report in current.reports.values() for stream in report.pending]
+            had: dict[tuple, int] = {}
+            for holding in (one for one in held if one.kind == "replica"):
+                for name, position in zip(holding.sequences, holding.positions, strict=True):
+                    had[holding.stream, name] = max(had.get((holding.stream, name), 0), position)
+            lag_tokens = known.settings.pool_lag_tokens
+            needed = [
+                name for holding in held if holding.kind == "pool" and holding.stream in pending
+                for name, position in zip(holding.sequences, holding.positions, strict=True)
+                if (holding.stream, name) not in had or position - had[holding.stream, name] > lag_tokens or position > had[holding.stream, name] == 0
+            ]  # fmt: skip
+            assert needed, f"I7: {instance} waits for {pending}, and replicas have everything of them"
 
     def delivered(self, life) -> None:
         """I2: ids that may go are of answers that clients have."""

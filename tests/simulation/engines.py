@@ -95,7 +95,7 @@ class Process:
     def __init__(self, world, node: str, name: str) -> None:
         self.world, self.node, self.name = world, node, name
         self.incarnation = world.random.getrandbits(62) | 1
-        self.alive, self.paused = True, False
+        self.alive, self.dying, self.paused = True, False, False
         self.death = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.backlog: deque = deque()
         self.line = Line(self)
@@ -118,23 +118,35 @@ class Process:
             self.backlog.popleft()()
 
     def kill(self, reason: str) -> None:
-        """At once, or with a sign of it before its memory is gone and its pidfd fires."""
+        """At once, or with a sign of it before its memory is gone and its pidfd fires; with a large memory on a busy machine that takes seconds."""
         if not self.alive:
             return
-        self.alive = False
+        self.alive, self.dying = False, True
         self.world.note(f"process {self.name} dies: {reason}")
         self.settle()
         self.line.connection = 0
+        tears_down_ns = self._tears_down_ns()
         if self.world.random_deaths.random() < 0.5 and self.suspected():
-            self.world.after(self.world.random_deaths.randrange(1, 120) * MS, self._gone)
+            self.world.after(self.world.random_deaths.randrange(1, 120) * MS + tears_down_ns, self._gone)
+        elif tears_down_ns:
+            self.world.after(tears_down_ns, self._gone)
         else:
             self._gone()
+
+    def _tears_down_ns(self) -> int:
+        """0.1 to 8 s of a drawn share of all deaths, long ones seldom; 0 of the others."""
+        random = self.world.random_slow
+        if random.random() >= self.world.slow_deaths:
+            return 0
+        self.world.count("deaths_seen_late")
+        return int(100 * MS * 80 ** random.random())
 
     def suspected(self) -> bool:
         """The node's daemon, where there is one, sees the lifeline's mark. A spare has none."""
         return False
 
     def _gone(self) -> None:
+        self.dying = False
         os.eventfd_write(self.death, 1)
         self.world.wake(self.node)
         self.world.process_died(self)

@@ -352,6 +352,10 @@ class CoordinatorLife(Life):
         disk.values.setdefault("secret", ledger.pack(b"the secret of this simulated one"))
         self.loop.feed(events.Loaded(dict(disk.values)))
 
+    def turn(self) -> None:
+        super().turn()
+        self.world.checks.coordinator_turn(self)
+
     def due(self) -> int | None:
         return self.world.now if self.loop._queue else super().due()
 

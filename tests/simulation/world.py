@@ -58,6 +58,9 @@ class World:
         self.random = random = Random(seed)
         self.random_checks = Random(seed)  # apart, so that looking more often changes nothing
         self.random_deaths = Random(f"deaths {seed}")  # apart, so that worlds without deaths stay what they were
+        self.random_slow = Random(f"slow {seed}")  # likewise
+        self.slow_deaths = self.random_slow.choice((0.0, 0.3, 0.7))
+        self.settings = SETTINGS._replace(pool_lag_tokens=self.random_slow.choice((0, 3)))
         self.now = 0
         self.network = Network(random, silence_ns=200 * MS)
         self.counts: Counter[str] = Counter()
@@ -120,7 +123,7 @@ class World:
             return
         self.note(f"{host.name} starts")
         if host.name == COORDINATOR:
-            host.life = CoordinatorLife(self, host.name, host.disk, SETTINGS)
+            host.life = CoordinatorLife(self, host.name, host.disk, self.settings)
         elif host.name == DRIVER:
             host.life = Driver(self)
         else:

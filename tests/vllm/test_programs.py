@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -210,6 +211,36 @@ def test_who_lives_in_a_group():
         os.killpg(leader.pid, signal.SIGKILL)
         leader.wait()
     until("all to end", lambda: not living(leader.pid))
+
+
+def test_servers_that_start_stand_still_while_a_kill_is_measured():
+    sys.path.insert(0, str(ROOT / "tools"))
+    import vllm_kills
+
+    def state(pid: int) -> str:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+
+    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, start_new_session=True)
+    world = SimpleNamespace(servers={"smol-a": None, "smol-b": SimpleNamespace(popen=child)})
+    try:
+        with vllm_kills.Kills._without_starts(SimpleNamespace(world=world, _starting={"smol-b": 0.0})):
+            until("it to stop", lambda: state(child.pid) == "T")
+        until("it to go on", lambda: state(child.pid) != "T")
+    finally:
+        child.kill()
+        child.communicate()
+    with vllm_kills.Kills._without_starts(SimpleNamespace(world=world, _starting={"smol-b": 0.0})):
+        assert child.poll() is not None, "that one has ended is told elsewhere"
+
+
+def test_a_stream_has_gone_on_with_an_id_that_was_not_on_its_way():
+    sys.path.insert(0, str(ROOT / "tools"))
+    import vllm_kills
+
+    def gone_on(times: list[float], alive: bool = True) -> bool:
+        return vllm_kills.Answer.has_gone_on(SimpleNamespace(times=times, thread=SimpleNamespace(is_alive=lambda: alive)), 10.0)
+
+    assert not gone_on([]) and not gone_on([9.0, 10.1]) and gone_on([9.0, 10.5]) and gone_on([9.0], alive=False)
 
 
 def test_stalls_are_read_from_logs():
