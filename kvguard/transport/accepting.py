@@ -18,6 +18,7 @@ from kvguard.transport import bulk, greeting, watching
 from kvguard.transport.keys import KEY_PROPERTY, Desk
 from kvguard.transport.links import DOWN, GREETING, MESSAGES_PER_TURN, UP, Link, take_rest
 from kvguard.transport.shared import Shared
+from kvguard.transport.unfinished import Unfinished
 
 LINKS_MAX = 4096
 NIXL_LINKS_MAX = 128  # each has memory that its peer may write
@@ -36,6 +37,8 @@ class Accepted(Link):
     dialled_as = ("", "")  # node, its name for the link
     is_ready = wants_bulk = offered_nixl = False
     trial_from_ns = 0
+    messages = 0  # whole ones that came
+    unfinished: Unfinished
 
 
 class Caller:
@@ -148,6 +151,9 @@ class Acceptor:
             self._cut(first[0])
         if self._unbound:
             self._bind_again()
+        looks = [link.unfinished.due_ns() for link in self._by_fd.values()]
+        if looks and min(looks) <= now_ns:
+            self._cut_endless(now_ns)
         times = [link.deadline_ns for link in self.links.values() if link.deadline_ns]
         if self._unbound:
             times.append(now_ns + BIND_RETRY_NS)
@@ -155,6 +161,7 @@ class Acceptor:
             times.append(self._port.deadline_ns())
         if self._nobody:
             times.append(next(iter(self._nobody.values())))
+        times += [link.unfinished.due_ns() for link in self._by_fd.values()]
         return min(times, default=0)
 
     def _cut_later(self, fd: int) -> None:
@@ -166,6 +173,18 @@ class Acceptor:
         del self._nobody[fd]
         if fd in self._callers and watching.cut(fd, self._callers[fd].address):
             self._shared.count("cut")
+
+    def _cut_endless(self, now_ns: int) -> None:
+        """Of all links at once: what whole messages brought must not be taken for a part of one, so there may be none waiting."""
+        if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            self._shared.wakeup.again(self._on_messages)
+            return
+        for fd, link in list(self._by_fd.items()):
+            if link.unfinished.is_endless(now_ns, link.messages):
+                caller = self._callers[fd]
+                self._shared.broken(link.name, "endless", f"{caller}: a message that has no end")
+                self._end(link, "a message without an end")
+                watching.cut(fd, caller.address)
 
     # ---- what woke us ----
 
@@ -201,6 +220,7 @@ class Acceptor:
             if link is None:
                 self._on_unknown(routing)
                 continue
+            link.messages += 1
             head = self._socket.recv(zmq.NOBLOCK)
             payload, reason = take_rest(self._socket, head)
             if greeting.is_control(head) and payload is None:
@@ -247,6 +267,7 @@ class Acceptor:
             self._end(former, "replaced by a newer link of the same node")
         link = Accepted(self._shared, f"in:{routing.decode(errors='replace')}", self._socket, routing, self._on_messages, self._end)
         link.routing, link.fd, link.node, link.key, link.dialled_as = routing, fd, node, key, (node, greet.link)
+        link.unfinished = Unfinished(fd, self._callers[fd].address, time.monotonic_ns())
         self.links[link.name] = self._by_routing[routing] = self._by_fd[fd] = link
         self._callers[fd].has_greeted = True
         self._nobody.pop(fd, None)

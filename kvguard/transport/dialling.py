@@ -20,6 +20,7 @@ from kvguard.transport import bulk, greeting, watching
 from kvguard.transport.links import DOWN, GREETING, MESSAGES_PER_TURN, UP, Link, take_rest
 from kvguard.transport.returning import Returning
 from kvguard.transport.shared import Shared
+from kvguard.transport.unfinished import Unfinished
 from kvguard.transport.wakeup import OUT
 
 NIXL_LINKS = "peer:"  # between nodes: others have no payloads
@@ -48,6 +49,8 @@ class Dialled:
         self._due_ns = 0
         self._closed = False
         self._server_key = b""  # the one that this attempt expects
+        self._messages = 0  # whole ones that came
+        self._unfinished: Unfinished | None = None
         self._attempts = 0  # that failed: a peer whose key is being rotated has several, one of them in use
         self._start()
 
@@ -81,10 +84,21 @@ class Dialled:
             self._without_bulk()
         if self.link is not None and 0 < self.link.deadline_ns <= now_ns:
             self._fail(self.link, f"{self.address} didn't finish the greeting in time")
+        if self._unfinished is not None and self._unfinished.due_ns() <= now_ns:
+            self._fail_endless(now_ns)
         if self._socket is None:
             return self._due_ns
-        times = [self.link.deadline_ns, self._bulk_deadline_ns if self._bulk is not None else 0, self._try_again_ns(now_ns)]
+        looks_ns = self._unfinished.due_ns() if self._unfinished is not None else 0
+        times = [self.link.deadline_ns, self._bulk_deadline_ns if self._bulk is not None else 0, self._try_again_ns(now_ns), looks_ns]
         return min((at for at in times if at), default=0)
+
+    def _fail_endless(self, now_ns: int) -> None:
+        """Where no whole message waits: what it brought must not be taken for a part of one."""
+        if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            self._shared.wakeup.again(self._on_messages)
+        elif self._unfinished.is_endless(now_ns, self._messages):
+            self._shared.broken(self.name, "endless", f"{self.address}: a message that has no end")
+            self._fail(self.link, "a message without an end")
 
     def _start(self) -> None:
         """One attempt."""
@@ -143,7 +157,7 @@ class Dialled:
         self._shared.wakeup.forget(self._socket.fileno())
         self._watch.close()
         self._socket.close()
-        self._socket = self._watch = None
+        self._socket = self._watch = self._unfinished = None
 
     # ---- what woke us ----
 
@@ -152,7 +166,8 @@ class Dialled:
             return
         for event, value in self._watch.events():
             if event == zmq.EVENT_CONNECTED:
-                self._host = watching.peer_address(value)[0]
+                address = watching.peer_address(value)
+                self._host, self._unfinished = address[0], Unfinished(value, address, time.monotonic_ns())
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._greet()
             elif event in watching.HANDSHAKE_FAILED:
@@ -181,6 +196,7 @@ class Dialled:
                 head = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 break
+            self._messages += 1
             payload, reason = take_rest(self._socket, head)
             if greeting.is_control(head) and payload is None:
                 self._on_control(head)

@@ -25,6 +25,7 @@ HANDSHAKE_FAILED = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "handshake failed: key not listed",
 }
 TOLD = struct.Struct("=Hi")  # zmq_socket_monitor(3): event and value; an address follows in a part of its own. zmq.utils.monitor would import asyncio
+BYTES_RECEIVED, BYTES_RECEIVED_AT = struct.Struct("=Q"), 128  # of struct tcp_info (linux/tcp.h), since Linux 4.1
 _numbers = count()
 
 
@@ -68,6 +69,18 @@ def cut(fd: int, address: tuple[str, int]) -> bool:
         with contextlib.suppress(OSError):  # it has hung up this moment
             connection.shutdown(sockets.SHUT_RDWR)
         return True
+
+
+def received_bytes(fd: int, address: tuple[str, int]) -> int | None:
+    """What the kernel has ever received on one of ZeroMQ's own connections; None where it isn't TCP, or `address` isn't at the other end (any more)."""
+    with _borrowed(fd) as connection:
+        if connection is None or _name_of(connection) != address:
+            return None
+        try:
+            told = connection.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, BYTES_RECEIVED_AT + BYTES_RECEIVED.size)
+            return BYTES_RECEIVED.unpack_from(told, BYTES_RECEIVED_AT)[0]
+        except (OSError, struct.error):
+            return None
 
 
 @contextlib.contextmanager
