@@ -49,8 +49,6 @@ def receiver():
 
 
 TOO_MUCH = b'{"way": "raw", "frames": 1, "bytes": %d}\n' % (PAYLOAD_BYTES_MAX + 1)
-
-
 HALF = b'{"way": "bulk", "frames": 1.5, "bytes": 1}\n'
 
 
