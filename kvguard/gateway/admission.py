@@ -42,7 +42,7 @@ class Admission:
         counters.bodies_bytes.set_function(lambda: self.arrivals.bytes)
 
     def check(self) -> None:
-        """Raises NotAdmitted unless a request would be served now: asked before its body is read, in which case none of it need be sent, and when it is whole."""
+        """Raises NotAdmitted unless a request would be served now. Asked before its body is read, which need not be sent then, and when it is whole."""
         if self._ending():
             self._refuse("ending", "The gateway is ending. Try: again")
         if self._in_flight >= self._around.settings.in_flight_max:

@@ -27,8 +27,10 @@ from kvguard.gateway.journey import Journey, Surroundings, Unbounded
 from kvguard.gateway.policy import BadRequest, Followed
 from kvguard.gateway.relay import Relay
 from kvguard.gateway.replies import Reply
+from kvguard.limits import KIB
 
 RETRY_AFTER_S = 1
+PIECE_BYTES = 64 * KIB
 NOT_ADMITTED = {  # by reason: status, type, code
     "ending": (503, "server_error", "ending"), "in_flight": (429, "rate_limit_error", "overloaded"), "no_instance": (503, "server_error", "no_instance"),
     "slow": (408, "invalid_request_error", None), "too_large": (413, "invalid_request_error", None),
@@ -130,7 +132,9 @@ class Answering(Response):
         if status == 408:  # the rest of the body is not waited for
             headers.append((b"connection", b"close"))
         await self._send(send, {"type": "http.response.start", "status": status, "headers": headers})
-        await self._send(send, {"type": "http.response.body", "body": content})
+        for at in range(0, max(1, len(content)), PIECE_BYTES):  # one by one: what a client doesn't read waits here, within its bounds, not in its connection
+            end = at + PIECE_BYTES
+            await self._send(send, {"type": "http.response.body", "body": content[at:end], "more_body": end < len(content)})
 
     async def _events(self, send, source: AsyncIterator[bytes]) -> None:
         """The status with the first event: until then an error still has one of its own."""

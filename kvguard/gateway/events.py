@@ -12,7 +12,7 @@ from kvguard.errors import KvguardError
 from kvguard.gateway.continuation import Chunk
 from kvguard.limits import MIB
 
-EVENT_BYTES_MAX = 4 * MIB  # the first event of a long prompt brings all its ids
+EVENT_BYTES_MAX = 16 * MIB  # the first event of a prompt brings all its ids: two million of them
 DONE = b"[DONE]"
 
 
@@ -44,8 +44,9 @@ class Events:
     def feed(self, some: bytes) -> list[bytes]:
         """Raises Lost for an event without an end."""
         self._rest += some
-        *lines, rest = self._rest.split(b"\n")
-        self._rest = bytearray(rest)
+        lines: list[bytearray] = []
+        if b"\n" in some:  # a long line is looked through once, not again with each of its parts
+            *lines, self._rest = self._rest.split(b"\n")
         if len(self._rest) > EVENT_BYTES_MAX:
             raise Lost("garbage", f"an event of more than {EVENT_BYTES_MAX} bytes")
         return [bytes(line[5:]).strip() for line in lines if line.startswith(b"data:")]

@@ -26,6 +26,7 @@ PASSED = (
     "include_stop_str_in_output", "user", "priority", "session_id",
 )  # fmt: skip
 UNDERSTOOD = ("model", "stream", "stream_options", "max_tokens", "min_tokens", "stop", "skip_special_tokens", "return_token_ids", "seed", "request_id")
+COUNTS = ("include_usage", "continuous_usage_stats")  # of stream_options
 PROMPT = ("prompt", "add_special_tokens")
 TEMPLATE = (
     "messages", "max_completion_tokens", "add_generation_prompt", "continue_final_message", "add_special_tokens", "chat_template", "chat_template_kwargs",
@@ -124,7 +125,7 @@ def _of_another_type(body: dict) -> str:
         "model": not isinstance(body.get("model"), str | None),
         "stop": not (strings is None or isinstance(strings, str) or (isinstance(strings, list) and all(isinstance(one, str) for one in strings)))
         or not _are_stops([strings] if isinstance(strings, str) else strings or []),
-        "stream_options": not isinstance(body.get("stream_options"), dict | None),
+        "stream_options": not _are_options(body.get("stream_options"), body.get("stream")),
         **{name: not _is_count(body.get(name), 1) for name in ("max_tokens", "max_completion_tokens")},
         "min_tokens": not _is_count(body.get("min_tokens"), 0),
         **{name: type(body.get(name)) not in (bool, type(None)) for name in ("skip_special_tokens", "return_token_ids", "add_special_tokens")},
@@ -136,6 +137,13 @@ def _of_another_type(body: dict) -> str:
 def _are_stops(strings: list) -> bool:
     """Not empty, and no more than can be looked for with every id: 100 000 of them held up everybody's answers for 0.2 s an id."""
     return len(strings) <= STOPS_MAX and all(isinstance(one, str) and 0 < len(one) <= STOP_CHARS_MAX for one in strings)
+
+
+def _are_options(options, stream: bool | None) -> bool:
+    """Of streams alone, as the backend has it; counts are asked for, or not."""
+    if options is None or options == {}:
+        return True
+    return bool(stream) and isinstance(options, dict) and all(type(options.get(name)) in (bool, type(None)) for name in COUNTS)
 
 
 def _is_count(value, low: int) -> bool:

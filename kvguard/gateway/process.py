@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import threading
@@ -18,13 +19,13 @@ from urllib.parse import urlsplit
 
 import httpx
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kvguard.config import GatewayConfig
 from kvguard.emitter import Emitter, connect
 from kvguard.errors import BadConfig
 from kvguard.gateway import text
 from kvguard.gateway.app import Paths, build
+from kvguard.gateway.connections import HEAD_BYTES_MAX, IDLE_CLIENT_S, Bounded
 from kvguard.gateway.counters import Counters
 from kvguard.gateway.fleet import Fleet, Member
 from kvguard.gateway.journey import Surroundings
@@ -36,7 +37,6 @@ from kvguard.transport import keys
 
 log = logging.getLogger(__name__)
 CONNECTIONS_SPARE = 16  # for looks and models beside the answers
-IDLE_CLIENT_S = 30  # how long a client's connection may be without a request
 KEEPALIVE_S = 2.0  # less than the 5 s after which vLLM's server closes a connection that nobody uses
 
 Dial = Callable[[str], Emitter]  # an instance's name -> its emitter
@@ -62,8 +62,9 @@ async def surroundings(settings: GatewayConfig, dial: Dial) -> AsyncIterator[Sur
     limits = httpx.Limits(
         max_connections=settings.in_flight_max + CONNECTIONS_SPARE, max_keepalive_connections=settings.in_flight_max, keepalive_expiry=KEEPALIVE_S
     )
-    # trust_env: no proxy of the environment stands between gateway and engines.
-    async with httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, follow_redirects=False) as client:
+    # trust_env: no proxy of the environment stands between gateway and engines. identity: a few compressed bytes may be more than all bounds.
+    plain = {"accept-encoding": "identity"}
+    async with httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, follow_redirects=False, headers=plain) as client:
         members, emitters, news = [], [], News()
         for line in settings.instances:
             instance = Instance(*line.split())
@@ -104,28 +105,6 @@ def keys_read_again(settings: GatewayConfig, emitters: list[Emitter]) -> Iterato
         loop.remove_signal_handler(signal.SIGHUP)
 
 
-class Bounded(H11Protocol):
-    """A client's connection that ends IDLE_CLIENT_S after it was made, or its last answer was whole, unless a request is under way. uvicorn's own bound
-    holds between two requests alone, and begins anew with every byte: half a head, or a body that nobody reads any more, kept a connection for ever."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
-        self._bound = self.loop.call_later(IDLE_CLIENT_S, self._end_idle)
-
-    def on_response_complete(self) -> None:
-        self._bound.cancel()
-        self._bound = self.loop.call_later(IDLE_CLIENT_S, self._end_idle)
-        super().on_response_complete()  # which may begin a request that waited behind this one
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._bound.cancel()
-        super().connection_lost(error)
-
-    def _end_idle(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
-
-
 def server(settings: GatewayConfig, dial: Dial | None = None) -> uvicorn.Server:
     """A server that is not yet running. Raises BadConfig."""
     text.load(settings.tokenizer)  # a mistake is told before anything listens
@@ -133,8 +112,8 @@ def server(settings: GatewayConfig, dial: Dial | None = None) -> uvicorn.Server:
     made = dial or dialler(settings)
     app = build(paths, lambda: surroundings(settings, made))
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=IDLE_CLIENT_S, lifespan="on", http=Bounded,
-        timeout_graceful_shutdown=max(1, settings.drain_ms // 1000), h11_max_incomplete_event_size=64 * 1024,
+        app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=IDLE_CLIENT_S, lifespan="on", http=Bounded, ws="none",
+        timeout_graceful_shutdown=max(1, settings.drain_ms // 1000), h11_max_incomplete_event_size=HEAD_BYTES_MAX,
     )  # fmt: skip
     serving = uvicorn.Server(config)
     paths.ending = lambda: serving.should_exit
@@ -156,6 +135,8 @@ def run(settings: GatewayConfig) -> None:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     serving = server(settings)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a descriptor, and the usual 1024 are fewer than all bounds together
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn puts its own in place, and raises the signal again at its end: which was in order
     with listening(settings) as bound:

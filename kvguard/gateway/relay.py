@@ -1,6 +1,6 @@
 """One relayed request: passed to an instance as it came, and its answer passed back as it comes. Not resumable, and it says so.
 
-Knows: fleet, bytes. Must not know: what the bytes mean.
+Knows: fleet, bytes. Must not know: what the bytes mean, beyond JSON and the form of server-sent events: nonsense is an instance's, and lost, not a client's.
 Invariant: as long as no byte has reached the client another instance is asked; after that a loss ends the answer in an error, never in a second beginning.
 """
 
@@ -15,6 +15,7 @@ from kvguard.gateway.journey import Surroundings
 from kvguard.gateway.watching import key_of
 
 END = b"\n\n"  # of an event, as vLLM writes it
+FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")  # what its lines begin with
 
 
 class Relay:
@@ -43,17 +44,22 @@ class Relay:
         """The answer, in whole events. Raises NoInstance, Declined, Lost: once events were given out, Lost is for good."""
         given = False
         while True:
-            rest = ended = b""
+            rest, ended = bytearray(), b""
             member, key = self._begin()
             try:
                 async with aclosing(self._parts(member, key, bounded=False)) as parts:
                     async for some in parts:
                         member.watch.heard()
-                        *whole, rest = (rest + some).split(END)
+                        rest += some
+                        whole: list[bytearray] = []
+                        if b"\n" in some:
+                            *whole, rest = rest.split(END)
                         if len(rest) > EVENT_BYTES_MAX:
                             raise Lost("garbage", f"an event of more than {EVENT_BYTES_MAX} bytes")
+                        if not all(one.lstrip().startswith(FIELDS) for one in whole):
+                            raise Lost("garbage", "what is no server-sent event")
                         if whole:
-                            given, ended = True, whole[-1]
+                            given, ended = True, bytes(whole[-1])
                             yield END.join(whole) + END
                 if rest or not ended.endswith(DONE):
                     raise Lost("ended", "the stream ended without [DONE]")

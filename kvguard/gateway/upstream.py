@@ -7,6 +7,7 @@ is how vLLM learns that nobody waits any more. Only the headers named here cross
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ import msgspec
 from kvguard.gateway import events, replies
 from kvguard.gateway.continuation import IDS_END, Chunk
 from kvguard.gateway.events import DONE, Declined, Events, Lost, json_object
-from kvguard.limits import MIB
+from kvguard.limits import KIB, MIB
 
 ANSWER_BYTES_MAX = 64 * MIB  # whole answers (relayed, tokenized): bounded, whatever the instance says
 PASSED_HEADERS = ("authorization", "traceparent", "tracestate")
+HEALTH_BYTES_MAX = 64 * KIB
 RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 
 
@@ -53,11 +55,8 @@ class Upstream:
     @contextlib.asynccontextmanager
     async def opened(self, path: str, body: dict, request_id: str, headers: Mapping[str, str]) -> AsyncIterator[httpx.Response]:
         """The response to a POST, its body still to be read, once the status says that there is one. Raises Lost, Declined."""
-        passed = {name: value for name, value in headers.items() if name.lower() in PASSED_HEADERS}
-        content = msgspec.json.encode(body)
-        request = self._client.build_request(
-            "POST", self._url + path, content=content, headers={**passed, "x-request-id": request_id, "content-type": "application/json"}
-        )
+        own = {"x-request-id": request_id.encode(), "content-type": b"application/json"}
+        request = self._client.build_request("POST", self._url + path, content=msgspec.json.encode(body), headers={**_passed(headers), **own})
         response = await self._sent(request)
         try:
             if response.status_code != 200:
@@ -107,25 +106,34 @@ class Upstream:
 
     async def models(self, headers: Mapping[str, str], timeout_s: float) -> dict:
         """The instance's /v1/models. Raises Lost, Declined."""
-        passed = {name: value for name, value in headers.items() if name.lower() in PASSED_HEADERS}
-        response = await self._sent(self._client.build_request("GET", f"{self._url}/v1/models", headers=passed, timeout=timeout_s))
+        request = self._client.build_request("GET", f"{self._url}/v1/models", headers=_passed(headers), timeout=timeout_s)
         try:
-            said = await self.whole(response)
-            if response.status_code in (401, 403):
-                raise Declined(response.status_code, said)
-            if response.status_code != 200:
-                raise Lost("status", f"the instance answered {response.status_code}")
-        finally:
-            await response.aclose()
+            async with asyncio.timeout(timeout_s):
+                response = await self._sent(request)
+                try:
+                    said = await self.whole(response)
+                finally:
+                    await response.aclose()
+        except TimeoutError as error:
+            raise Lost("idle", f"no whole answer within {timeout_s:g} s") from error
+        if response.status_code in (401, 403):
+            raise Declined(response.status_code, said)
+        if response.status_code != 200:
+            raise Lost("status", f"the instance answered {response.status_code}")
         return json_object(said)
 
     async def healthy(self, timeout_s: float) -> bool:
         """Whether the engine behind the server says that it lives."""
+        taken = 0
         try:
-            response = await self._client.get(f"{self._url}/health", timeout=timeout_s)
-        except (httpx.HTTPError, httpx.StreamError):
+            async with asyncio.timeout(timeout_s), self._client.stream("GET", f"{self._url}/health", timeout=timeout_s) as response:
+                async for some in response.aiter_raw():  # whole, so that the connection can be used again, but no more than belongs there
+                    taken += len(some)
+                    if taken > HEALTH_BYTES_MAX:
+                        break
+                return response.status_code == 200
+        except (httpx.HTTPError, httpx.StreamError, TimeoutError):
             return False
-        return response.status_code == 200
 
     async def _sent(self, request: httpx.Request) -> httpx.Response:
         try:
@@ -136,6 +144,11 @@ class Upstream:
             raise Lost("unreached", f"{type(error).__name__}: {error}") from error
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise Lost("connection", f"{type(error).__name__}: {error}") from error
+
+
+def _passed(headers: Mapping[str, str]) -> dict[str, bytes]:
+    """Of a client's headers those that cross the gateway, as the bytes that came: they need not be ASCII."""
+    return {name: value.encode("latin-1") for name, value in headers.items() if name.lower() in PASSED_HEADERS}
 
 
 def _is_object(said: bytes) -> bool:

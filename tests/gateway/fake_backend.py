@@ -1,9 +1,9 @@
 """A server that behaves like vLLM's, as far as the gateway can see, around the toy model. `python fake_backend.py PORT_FD [INSTANCE SOCKET]`: serves on that
 descriptor, and keeps its KV beside the kvguard node at SOCKET.
 
-POST /control changes it: delay_ms a token, garbage (how its answers are wrong), stall (after so many ids nothing comes), garbage_after (it says [DONE] instead),
+POST /control changes it: delay_ms a token, garbage (how its answers are wrong), stall (after so many ids nothing comes), garbage_after ([DONE] instead),
 chunk (ids at once), healthy, restores (whether KV comes where it is asked for), tells (usage says how much of the prompt wasn't computed, as vLLM with
---enable-prompt-tokens-details); reset.
+--enable-prompt-tokens-details), chat_bytes (of an answer that isn't streamed), html (instead of a chat's stream); reset.
 GET /control: the bodies and headers that came, how many streams were broken off, how often somebody looked at its health.
 """
 
@@ -24,7 +24,8 @@ from tests.gateway import toy_model
 from tests.gateway.toy_model import CONTEXT_TOKENS, EOS
 
 MODEL = "toy"
-DEFAULTS = {"delay_ms": 1, "garbage": "", "stall": -1, "garbage_after": -1, "chunk": 1, "healthy": True, "status": 200, "restores": True, "tells": True}
+DEFAULTS = {"delay_ms": 1, "garbage": "", "stall": -1, "garbage_after": -1, "chunk": 1, "healthy": True, "status": 200, "restores": True, "tells": True,
+            "chat_bytes": 0, "html": False}
 settings = dict(DEFAULTS)
 kept = None  # tests/gateway/kept.py's, where there is a node
 seen: dict = {"requests": [], "broken_off": 0, "open": 0, "looks": 0}
@@ -56,7 +57,7 @@ GARBAGE = {
     "huge": event({"choices": [{"index": 0, "text": "x", "token_ids": [1 << 40], "finish_reason": None}]}),
     "choices": event({"choices": [{"index": 1, "text": "x", "token_ids": [1]}]}),
     "error": event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}}),
-    "endless": "data: " + "x" * (5 << 20),
+    "endless": "data: " + "x" * (17 << 20),
     "done": "data: [DONE]\n\n",
     "abort": event({"choices": [{"index": 0, "text": "", "token_ids": [97], "finish_reason": "abort"}]}),
     "too_many": event({"choices": [{"index": 0, "text": "", "token_ids": [97] * 5000, "finish_reason": None}]}),
@@ -141,10 +142,13 @@ async def chat(request: Request) -> Response:
     body = await request.json()
     seen["requests"].append({"path": request.url.path, "body": body, "headers": dict(request.headers)})
     if not body.get("stream"):
-        choice = {"index": 0, "message": {"role": "assistant", "content": "one two three"}, "finish_reason": "stop"}
+        choice = {"index": 0, "message": {"role": "assistant", "content": "one two three" + "." * settings["chat_bytes"]}, "finish_reason": "stop"}
         return JSONResponse({"id": "chatcmpl-x", "object": "chat.completion", "created": 1, "model": MODEL, "choices": [choice]})
 
     async def stream():
+        if settings["html"]:
+            yield "<html>\n\n<body>502</body>\n\ndata: [DONE]\n\n"
+            return
         for word in ("one ", "two ", "three"):
             await asyncio.sleep(settings["delay_ms"] / 1000)
             if word != "one " and settings["stall"] >= 0:

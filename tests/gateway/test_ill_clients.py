@@ -8,7 +8,7 @@ import socket
 import httpx
 import pytest
 
-from kvguard.gateway import process
+from kvguard.gateway import connections
 from tests.gateway.conftest import until
 from tests.gateway.test_streams import PROMPT, expected
 
@@ -116,7 +116,7 @@ def test_requests_in_a_row_on_one_connection(world):
 
 @pytest.mark.parametrize("begun", [b"", b"POST /v1/comp", HEAD, HEAD + b"x-one: " + b"y" * 2000, b"\r\n" * 5])
 def test_half_a_head_keeps_no_connection(world, monkeypatch, begun):
-    monkeypatch.setattr(process, "IDLE_CLIENT_S", 0.3)
+    monkeypatch.setattr(connections, "IDLE_CLIENT_S", 0.3)
     world.start("a")
     with dialled(world) as raw:
         if begun:
@@ -126,7 +126,7 @@ def test_half_a_head_keeps_no_connection(world, monkeypatch, begun):
 
 def test_a_head_that_comes_byte_by_byte(world, monkeypatch):
     """Each byte is a sign of life, and none of a request."""
-    monkeypatch.setattr(process, "IDLE_CLIENT_S", 0.3)
+    monkeypatch.setattr(connections, "IDLE_CLIENT_S", 0.3)
     world.start("a")
     with dialled(world) as raw:
         raw.settimeout(0.02)
@@ -155,7 +155,7 @@ def test_a_body_that_does_not_come(world):
 
 def test_a_body_without_end_is_not_read_for_ever(world, monkeypatch):
     """It is refused as soon as it is too long; what comes after that is dropped for a while, then the connection."""
-    monkeypatch.setattr(process, "IDLE_CLIENT_S", 0.3)
+    monkeypatch.setattr(connections, "IDLE_CLIENT_S", 0.3)
     world.start("a", body_bytes_max=65536)
     with dialled(world) as raw:
         raw.sendall(HEAD + b"transfer-encoding: chunked\r\n\r\n")

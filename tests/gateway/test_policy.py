@@ -17,7 +17,7 @@ TEXT = {"model": "m", "prompt": "hi"}
         {}, {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1}, {"repetition_penalty": 1.2}, {"logit_bias": {"5": 1}}, {"stop": "x"},
         {"stop": ["x", "y"], "include_stop_str_in_output": True}, {"seed": 3, "temperature": 0}, {"n": 1, "presence_penalty": 0.0}, {"user": "u"},
         {"stream": True, "stream_options": {"include_usage": True}}, {"response_format": {"type": "text"}}, {"tools": [], "tool_choice": "none"},
-        {"max_tokens": 5, "min_tokens": 2, "ignore_eos": True}, {"logprobs": None, "best_of": None, "anything": None},
+        {"max_tokens": 5, "min_tokens": 2, "ignore_eos": True}, {"logprobs": None, "best_of": None, "anything": None}, {"stream_options": {}},
     ],
 )  # fmt: skip
 def test_followed(fields):
@@ -37,7 +37,8 @@ def test_followed(fields):
         ({"repetition_detection": {}}, "repetition_detection"), ({"vllm_xargs": {"a": 1}}, "vllm_xargs"), ({"something_new": 1}, "something_new"),
         ({"max_tokens": "5"}, "max_tokens"), ({"max_tokens": 0}, "max_tokens"), ({"stop": [1]}, "stop"), ({"stop": ""}, "stop"), ({"stop": ["x", ""]}, "stop"), ({"stop": ["x"] * 65}, "stop"), ({"stop": "x" * 4097}, "stop"),
         ({"min_tokens": -1}, "min_tokens"), ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"), ({"stream_options": 3}, "stream_options"),
-        ({"model": 7}, "model"),
+        ({"model": 7}, "model"), ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options"),
     ],
 )  # fmt: skip
 def test_relayed(fields, reason):
