@@ -280,3 +280,15 @@ def test_an_emitter_that_was_heard_idle_since_has_nothing_to_hear():
     a.host(R0, {}, life=2)
     cast.run(1000)
     assert cast.epoch() == 0 and len(cast.noted("attached")) == 2
+
+
+def test_what_began_and_ended_in_this_epoch_beside_the_rank_may_go():
+    """Both attached while the coordinator was away, one after the other: nobody recovers the first, and its node would keep it mapped (seed 3991875266)."""
+    cast, a = lone()
+    a.host(R0, {}, life=2)
+    cast.run(200)
+    said = a.beat()
+    first = msgspec.structs.replace(said.ranks[0], stream=said.ranks[0].stream._replace(pool=1), incarnation=7, state="lost", reason="died: signal 9")
+    cast.say(a, msgspec.structs.replace(said, ranks=(first, *said.ranks)))
+    cast.drain()
+    assert [resumed.ended for resumed in cast.sent(m.Resumed)][-1:] == [(first.stream,)] and cast.epoch() == 0
