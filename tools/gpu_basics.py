@@ -1,8 +1,8 @@
-"""The first minute on a GPU: every kind of call that the CUDA device makes, alone, in an order from the simple to the daring, so that one run says all that fails.
+"""The first minute on a GPU: every kind of call that the CUDA device makes, alone, the simple before the daring, so that one run says all that fails.
 
 Knows: drivers, a small pool, another process. Must not know: rates, reports.
-Invariants: one that fails never keeps the next from being tried; the name of each is said before it is tried, so that one that hangs is known; what a machine may
-lack without fault (torch, read-only registration) is told as missing, not as a failure.
+Invariants: one that fails never keeps the next from being tried; the name of each is said before it is tried, so that one that hangs is known; what a machine
+may lack without fault (torch, read-only registration) is told as missing, not as a failure.
 """
 
 from __future__ import annotations

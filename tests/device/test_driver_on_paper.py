@@ -1,4 +1,4 @@
-"""What reaches the CUDA driver through cuda-bindings, byte by byte: a libcuda.so.1 that writes down its arguments (driver_on_paper.c). No GPU is needed, no cupy.
+"""What reaches the CUDA driver through cuda-bindings, byte by byte: a libcuda.so.1 that writes its arguments down (driver_on_paper.c). No GPU, no cupy.
 
 A structure whose field doesn't arrive, a descriptor that is taken for an address, a number that is cut: the libraries' signatures say nothing of these.
 Skipped where cuda-bindings or a C compiler isn't installed. What the driver does with it only a GPU can tell.
