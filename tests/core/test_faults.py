@@ -158,26 +158,6 @@ def test_a_life_that_began_and_ended_in_one_epoch_goes_when_it_is_called_ended()
     assert ForgetStream(LOCAL) in world.step(ev.Arrived("coordinator", ms.Resumed("i", NO_EPOCH, (), (LOCAL,))))
 
 
-def test_a_hung_rank_is_told_of_when_it_is_killed() -> None:
-    """A process in the kernel may never die."""
-    world = World()
-    world.step(ev.StepsSeen(LOCAL, 0, 0, 1, 0))
-    for number in range(1, 9):
-        world.step(ev.StepsSeen(LOCAL, number, number - 1, 1, 0))
-        world.now += 10 * MS
-        world.step(ev.StepsSeen(LOCAL, number, number, 1, 0))
-    world.step(ev.StepsSeen(LOCAL, 9, 8, 1, 0))
-    world.now += 2100 * MS
-    out = world.step(ev.Tick())
-    assert [type(effect) for effect in out if type(effect) is KillProcess] == [KillProcess]
-    fault = next(effect.message for effect in out if type(effect) is Send and type(effect.message) is ms.Fault)
-    assert (fault.kind, fault.since_ms) == ("suspected", 2100.0) and fault.reason.startswith("hung: inside step 9")
-    assert world.fence()[-1] == PENDING
-    world.now += 9000 * MS
-    assert not [effect for effect in world.step(ev.Tick()) if type(effect) is KillProcess], "it is judged once"
-    assert (out := world.step(DIED))[-1] == REPORT and faults(out) == [("hung", 11100.0)]
-
-
 def test_who_is_not_linked_says_it_later() -> None:
     world = World(linked=False)
     assert [type(effect) for effect in world.step(SUSPECTED)] == [KillProcess, Note]

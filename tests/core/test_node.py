@@ -201,10 +201,15 @@ def test_a_hung_rank_is_killed_and_called_hung() -> None:
         world.step(ev.StepsSeen(LOCAL, number, number, 1, 0))
     world.step(ev.StepsSeen(LOCAL, 9, 8, 1, 0))
     world.now += 500 * MS
-    (kill,) = [effect for effect in world.step(ev.Tick()) if type(effect) is KillProcess]
+    out = world.step(ev.Tick())
+    (kill,) = [effect for effect in out if type(effect) is KillProcess]
     assert (kill.incarnation, kill.stream) == (3, LOCAL)
+    fault = next(effect.message for effect in out if type(effect) is Send and type(effect.message) is ms.Fault)
+    assert (fault.kind, fault.since_ms) == ("suspected", 500.0) and fault.reason.startswith("hung: inside step 9"), "one in the kernel may never die"
+    world.now += 9000 * MS
+    assert not [effect for effect in world.step(ev.Tick()) if type(effect) is KillProcess], "it is judged once"
     fault, _ = world.step(ev.ProcessDied(3, LOCAL, "killed", True))
-    assert (fault.message.kind, fault.message.since_ms) == ("hung", 500.0) and "inside step 9" in fault.message.reason
+    assert (fault.message.kind, fault.message.since_ms) == ("hung", 9500.0) and "inside step 9" in fault.message.reason
 
 
 def test_fence_is_durable_before_it_is_answered_and_silences_everything_older() -> None:
