@@ -68,6 +68,20 @@ def test_relations_and_bounds(tmp_path, text, line, key):
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "where", "attempt"),
+    [
+        ('transport = "nixl"\n', "3: transport: needs nixl_devices", "nixl_devices = "),
+        ("nixl_quarantine_s = 1\nnixl_stuck_ms = 5500\n", "3: nixl_quarantine_s: is less than nixl_stuck_ms", "nixl_quarantine_s = 6, or 0"),
+    ],
+)
+def test_relations_of_a_node(tmp_path, text, where, attempt):
+    with pytest.raises(BadConfig) as caught:
+        config.load(config.NodeConfig, write(tmp_path / "node.toml", f'[node]\nname = "a"\n{text}'), {}, {})
+    (fault,) = str(caught.value).splitlines()
+    assert where in fault and f"Try: {attempt}" in fault
+
+
 def test_three_hosts_need_keys_or_a_written_word(tmp_path):
     text = '[node]\nname = "a"\nlisten = "tcp://0.0.0.0:7420"\nadvertise = "tcp://10.0.0.1:7420"\ncoordinator = "tcp://10.0.0.9:7400"\n'
     with pytest.raises(BadConfig) as caught:
