@@ -169,6 +169,15 @@ def test_an_older_resumption_is_refused(coordinator, client):
     assert client.epoch == Epoch(2, "c")
 
 
+def test_an_older_resumption_that_comes_late_takes_no_newer_ones_place(coordinator, client):
+    client.welcome(DEADLINE_S)
+    for counter in (3, 2):
+        coordinator.say(resume_of(Epoch(counter, "c")))
+    coordinator.say(messages.Welcome("llama", Epoch(3, "c"), (), False, 7))
+    within(lambda: client.welcome(DEADLINE_S).sequences == 7, "everything is read")
+    assert client.resume(DEADLINE_S).epoch == Epoch(3, "c")
+
+
 def test_a_recovery_that_failed_is_said(coordinator, client):
     client.welcome(DEADLINE_S)
     coordinator.say(resume_of(EPOCH, error="no replica and no ids"))
