@@ -43,6 +43,14 @@ def test_what_was_persisted_survives_a_kill(tmp_path):
     journal.close()
 
 
+def test_every_fact_is_synced(tmp_path):
+    """A kill can't tell: what a dead process wrote is still the kernel's to write. A machine that loses power can."""
+    journal = Journal(tmp_path / "journal.db")
+    settings = [journal._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
+    assert settings == ["wal", 2], "in a write-ahead log each commit is synced with FULL alone"
+    journal.close()
+
+
 def test_one_process_at_a_time(tmp_path):
     journal = Journal(tmp_path / "journal.db")
     with pytest.raises(BadConfig, match="belongs to a process that runs.*Try:"):
