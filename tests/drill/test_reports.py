@@ -82,6 +82,7 @@ def test_the_difference_shows_what_got_worse() -> None:
     assert changed["failed"] == [0, 1] and changed["comparisons"] == {"identical": [True, False]} and changed["invariants"] == {"I9": ["held", "violated"]}
     assert changed["ms"] == {"detect": [2.0, 9.0]} and changed["rolled_back"] == [0, 2]
     assert difference(document(), document(minute=1))["invariants"] == {}
+    assert difference(document(), document(minute=1, kv_identical=None))["comparisons"] == {"kv_identical": [True, None]}, "not compared is not equal"
 
 
 def test_where_reports_are_kept(monkeypatch, tmp_path) -> None:
