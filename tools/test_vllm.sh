@@ -4,7 +4,8 @@
 # KVGUARD_VLLM=0.33: with 0.33's own Python over 0.32's kernels (tools/setup_vllm_next.sh).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# First what is quick to fail (a Python that is too old). The weights are converted with the default environment's transformers, once, into the cache that the default suite uses too.
+# First what is quick to fail (a Python that is too old). The weights are converted with the default environment's transformers, once, into the cache that
+# the default suite uses too.
 if [ -z "${KVGUARD_VLLM_MODEL:-}" ]; then
     bash tools/setup.sh test
     KVGUARD_VLLM_MODEL="$(.venv/bin/python -m kvguard.pipeline.smollm2)"

@@ -42,6 +42,22 @@ def layout_of(caches: list[torch.Tensor], slab: Slab, attention: Attention, mode
     return vllm_layouts.layout_of(caches, slab.tensor.data_ptr(), slab.size, attention, model, SHARD)
 
 
+def rowed(tokens: int, backend: str = "FLASH_ATTN", kv_dtype: str = "auto", scale: float = 1.0, mangled: bool = False) -> Attention:
+    """As FLASH_ATTN, FLASHINFER and TRITON_ATTN write in vLLM 0.32: kv_cache.transpose(1, 2).split(head_size, dim=-1), then [block, slot]."""
+
+    def write(layer, cache, rows, slots):
+        keys, values = cache.transpose(1, 2).split(DIM, dim=-1)
+        kernel_tokens = cache.shape[2]
+        for slot in slots.tolist():
+            block, place = divmod(slot, kernel_tokens)
+            row = rows[0].to(cache.dtype) if cache.dtype != torch.uint8 else quantised(rows[0])
+            keys[block, place], values[block, place] = row.split(DIM, dim=-1)
+            if mangled:
+                keys[block, (place + 1) % kernel_tokens] = keys[block, place]
+
+    return Attention(backend, "", kv_dtype, 2 * DIM, torch.bfloat16, ((scale, scale),) * LAYERS, tokens, write)
+
+
 @pytest.fixture
 def caches():
     slabs = []
@@ -74,6 +90,14 @@ def test_scales_of_quantised_kv_are_part_of_the_fingerprint(caches, kv_dtype):
     made, slab = caches(32, torch.uint8)
     first, second = (proved_pool(made, slab, attention(32, torch.bfloat16, kv_dtype, scale), "m", SHARD).layout for scale in (1.0, 0.5))
     assert not first.addressable and first.fingerprint != second.fingerprint
+
+
+@pytest.mark.parametrize("made_by", [functools.partial(attention, dtype=torch.bfloat16, isa="vec"), rowed], ids=["cpu", "gpu"])
+def test_quantised_pools_with_other_scales_have_another_fingerprint(caches, made_by):
+    """Also where this machine's processor has no quantised KV."""
+    made, slab = caches(32, torch.uint8)
+    kinds = [(kv_dtype, scale) for kv_dtype in ("fp8_e4m3", "fp8_e5m2") for scale in (1.0, 0.5)]
+    assert len({layout_of(made, slab, made_by(32, kv_dtype=kv_dtype, scale=scale), "m").fingerprint for kv_dtype, scale in kinds}) == 4
 
 
 def test_what_decides_how_bytes_lie_is_in_the_fingerprint(caches):
@@ -151,22 +175,6 @@ def test_layers_that_share_kv_or_differ_are_refused():
 
 
 # ---- layouts of GPUs' backends, rehearsed: the write is vLLM's own choice of places, carried out by torch on a CPU ------------------------------------------
-
-
-def rowed(tokens: int, backend: str = "FLASH_ATTN", kv_dtype: str = "auto", scale: float = 1.0, mangled: bool = False) -> Attention:
-    """As FLASH_ATTN, FLASHINFER and TRITON_ATTN write in vLLM 0.32: kv_cache.transpose(1, 2).split(head_size, dim=-1), then [block, slot]."""
-
-    def write(layer, cache, rows, slots):
-        keys, values = cache.transpose(1, 2).split(DIM, dim=-1)
-        kernel_tokens = cache.shape[2]
-        for slot in slots.tolist():
-            block, place = divmod(slot, kernel_tokens)
-            row = rows[0].to(cache.dtype) if cache.dtype != torch.uint8 else quantised(rows[0])
-            keys[block, place], values[block, place] = row.split(DIM, dim=-1)
-            if mangled:
-                keys[block, (place + 1) % kernel_tokens] = keys[block, place]
-
-    return Attention(backend, "", kv_dtype, 2 * DIM, torch.bfloat16, ((scale, scale),) * LAYERS, tokens, write)
 
 
 def quantised(values: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.engine.tiny_daemon import TinyDaemon
+
 from kvguard import engine
 from kvguard.engine import vllm_loads
 from kvguard.engine.fetch import Fetched
@@ -299,6 +301,23 @@ def test_a_fenced_engine_serves_on_and_joins_the_new_epoch(rows, daemon):
     assert held(rows) == {"one": (8, list(range(1, 9)), [7, 8]), "two": (4, [9, 9, 10, 11], [9])}
     daemon.until(lambda: daemon.messages)
     assert daemon.messages[0].epoch == Epoch(5, "c")
+
+
+def test_an_engine_without_a_daemon_serves_and_says_so_once(rows, path, caplog):
+    caplog.set_level("INFO", "kvguard.engine")
+    begin(rows)
+    for length in (6, 7):
+        run(rows, StepFacts(size=1, nos=[1], lengths=[length], ids=[length]))
+    said = [record.getMessage() for record in caplog.records if "UNPROTECTED" in record.getMessage()]
+    assert len(said) == 1 and f"no daemon at {path}" in said[0] and "Try: kvguard node" in said[0]
+    assert held(rows)["one"][0] == 7, "what was committed meanwhile is there for the daemon that comes"
+    late = TinyDaemon(path)
+    try:
+        late.until(lambda: late.committed and 7 in next(iter(late.committed.values())).values() and rows.guard.connected)
+        run(rows, StepFacts(size=1, nos=[1], lengths=[8], ids=[8]))
+        assert "is attached to the daemon" in caplog.records[-1].getMessage()
+    finally:
+        late.close()
 
 
 def test_the_schedulers_ids_are_those_that_it_accepted(path, daemon):
