@@ -4,7 +4,7 @@ Knows: agents, zones, framing (format/wire.py), the control messages that belong
 Invariants: a frame becomes visible only behind its note, in order of its number, if its pages were free and its header has the sum that the note says (the
 header has its tokens' sums, and with them whoever applies the payload proves it: a chain from the note to the last byte, no link of it made twice); one agent
 and one zone are one life of one link: they end with it, at once, whatever the peer does, and the zone's addresses are quarantined; what nobody acknowledges
-in `stuck_ms` ends the link; nothing blocks, nothing runs but in the link's calls.
+in `stuck_ms`, or a note that is missing for so long, ends the link; nothing blocks, nothing runs but in the link's calls.
 
 The writer places frames in the reader's zone (Extents), copies each to the same place of a zone of its own, which is registered (a payload that was made in
 lent memory stays where it is), and writes it there: payload first, header behind it. NIXL tells the note behind the last byte. A frame goes at once while
@@ -90,7 +90,7 @@ class NixlChannel:
         self._gone_ns = 0  # since when there are some
         self._started = self._heard = self._reached = False
         now_ns = time.monotonic_ns()
-        self._moved_ns = self._heard_ns = self._spoke_ns = self._sent_ns = self._looked_ns = self._returned_ns = now_ns
+        self._moved_ns = self._heard_ns = self._spoke_ns = self._sent_ns = self._looked_ns = self._returned_ns = self._landed_ns = now_ns
         self._hot_until_ns = 0
         self._carrier = ""
         self._rings: dict[int, int] = {bell: 0 for bell in self._agent.bells}
@@ -261,8 +261,7 @@ class NixlChannel:
         moved = self._look()
         if moved:
             self._moved_ns = self._looked_ns
-            for bell in self._rings:
-                self._unmute(bell)
+            self._unmute()
         elif not self._rings and self._is_busy() and self._looked_ns - self._moved_ns < SPIN_NS:
             self._wakeup.again(self._call)
         if not self._started:
@@ -324,15 +323,14 @@ class NixlChannel:
             elif frame.number < self._expected or frame.number in self._early or len(self._early) >= self._landing.pages:
                 raise BadFrame(f"frame {frame.number} where {self._expected} was expected")
             else:
+                self._landed_ns = self._landed_ns if self._early else self._looked_ns
                 self._early[frame.number] = frame
         while self._expected in self._early:
-            frame = self._early.pop(self._expected)
-            self._expected += 1
-            if self._land(frame):
-                self._gone.append(frame.number)
+            self._land(self._early.pop(self._expected))
+            self._expected, self._landed_ns = self._expected + 1, self._looked_ns
 
-    def _land(self, frame: Landed) -> bool:
-        """Make the frame visible. True when its pages are free again."""
+    def _land(self, frame: Landed) -> None:
+        """Make the frame visible: where it lies, or copied, and then its pages are free again."""
         number, payload_bytes = frame.number, frame.payload_bytes
         self._landing.claim(number, frame.first, frame.pages, payload_bytes + frame.head_bytes)
         head = self._head_of(frame)
@@ -341,13 +339,13 @@ class NixlChannel:
         payload = None
         if payload_bytes >= HANDED_BYTES_MIN and self._landing.in_front(number):
             self._frames.append((head, self._landing.view_of(number, 0, payload_bytes)))
-            return False
+            return
         if payload_bytes:
             payload = self._memory.take(payload_bytes)
             payload[:] = memoryview(self._landing.bytes_of(number, 0, payload_bytes))
         self._frames.append((head, payload))
         self._landing.free(number)
-        return True
+        self._gone.append(number)
 
     def _head_of(self, frame: Landed) -> bytes:
         head = self._landing.bytes_of(frame.number, frame.payload_bytes, frame.payload_bytes + frame.head_bytes).tobytes()
@@ -365,6 +363,8 @@ class NixlChannel:
         stuck_ns, beat_ns = self._settings.stuck_ms * 1_000_000, self._settings.beat_ms * 1_000_000
         if self._writes and now_ns - max(self._moved_ns, self._writes[0][1]) > stuck_ns:
             raise ChannelLost(f"the peer took nothing for {self._settings.stuck_ms} ms", silent=True)
+        if self._early and now_ns - self._landed_ns > stuck_ns:
+            raise ChannelLost(f"the note of frame {self._expected} has been missing for {self._settings.stuck_ms} ms", silent=True)
         if self._started and now_ns - self._heard_ns > stuck_ns + beat_ns:
             raise ChannelLost(f"nothing heard over nixl for {(now_ns - self._heard_ns) // 1_000_000} ms", silent=True)
         if self._started and now_ns - self._spoke_ns > beat_ns:
@@ -376,8 +376,7 @@ class NixlChannel:
         due_ns = self._looked_ns + self._interval_ns(now_ns)
         if due_ns <= now_ns or 0 < returns_ns <= now_ns:
             self._looked_ns = now_ns
-            for bell in self._rings:
-                self._unmute(bell)
+            self._unmute()
             self._wakeup.again(self._call)
             due_ns = now_ns + self._interval_ns(now_ns)
         crowded_ns = self._returned_ns + CROWDED_NS if self._queue else 0
@@ -394,7 +393,8 @@ class NixlChannel:
             self._wakeup.change(bell, 0)
         self._call(IN)
 
-    def _unmute(self, bell: int) -> None:
-        if self._rings[bell] > RINGS_MAX:
-            self._wakeup.change(bell, IN)
-        self._rings[bell] = 0
+    def _unmute(self) -> None:
+        for bell, rings in self._rings.items():
+            if rings > RINGS_MAX:
+                self._wakeup.change(bell, IN)
+            self._rings[bell] = 0

@@ -5,6 +5,7 @@ Knows: the channel's writes and notes. Must not know: what frames mean.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 
 import numpy as np
@@ -157,9 +158,9 @@ def test_of_frames_whose_note_is_lost_none_is_seen_and_none_behind_them(pair):
     reader = channel_of(pair, pair.accepted)
     pair.until(lambda: list(reader._early) == [last + 1], "the one behind them waits for them")
     assert seen(pair) == [1, 2]
-    zone = reader._landing.zone.address
-    pair.a.hang_up(pair.accepted)
+    zone, reader._settings = reader._landing.zone.address, dataclasses.replace(reader._settings, stuck_ms=300)
     pair.until(lambda: len(pair.of(pair.b, Up)) == 2 and len(pair.of(pair.a, Up)) == 2, "up again")
+    assert "the note of frame 3 has been missing for 300 ms" in pair.of(pair.a, Down)[0].reason
     assert seen(pair) == [1, 2] and zone in [address for address, _ in quarantined()]
     send(pair, [9], 100 * KIB)
     pair.until(lambda: seen(pair) == [1, 2, 9], "the next life begins with what is sent in it")
