@@ -28,6 +28,8 @@ EXPLAINED: dict[str, tuple[bool, str, str]] = {
     "InvalidValue": (False, "a stale handle or descriptor, or memory that can't be shared so", "memory of cudaMalloc, exported while its process lives"),
     "NotPermitted": (False, "the driver doesn't permit it to this process", "the device nodes of the GPU in this container, or device = host"),
     "OperatingSystem": (False, "the operating system refused: descriptors or locked memory, mostly", "a higher LimitNOFILE and LimitMEMLOCK"),
+    "libnvrtc": (False, "the kernels' compiler isn't there", "pip install nvidia-cuda-nvrtc (nvidia-cuda-nvrtc-cu12 for CUDA 12)"),
+    "HostMemoryAlreadyRegistered": (False, "that host memory is registered already", "one registration of a page in a process"),
     "ContextIsDestroyed": (True, "the GPU's context is gone", "restart this process"),
     "ECCUncorrectable": (True, "an uncorrectable memory fault (Xid 48 and its like)", "nvidia-smi -q -d ECC; drain the node"),
     "Unknown": (True, "the GPU fell off, or its driver failed (dmesg: Xid)", "dmesg | grep -i xid; drain the node"),

@@ -52,7 +52,7 @@ class Rehearsal:
         self.ends: list[bool] = []  # of each event, whether it was reached
         self.launched: list[str] = []
         self.virtual = RehearsedVirtual(self._refuse_lost)
-        self.held_pages: set[int] = set()  # host memory that is registered, by address
+        self.held_pages: dict[int, range] = {}  # of host memory that is registered, by its address
 
     def lose(self, why: str) -> None:
         self._lost = why
@@ -136,14 +136,16 @@ class Rehearsal:
         return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
     def registered(self, memory: memoryview) -> int:
+        self._refuse_lost()
         address = np.frombuffer(memory, np.uint8).ctypes.data
-        if address in self.held_pages:
+        pages = range(address // mmap.PAGESIZE, -(-(address + memory.nbytes) // mmap.PAGESIZE))
+        if any(one.start < pages.stop and pages.start < one.stop for one in self.held_pages.values()):  # whole pages are pinned
             raise Refused("that host memory is registered already. Try: unregister it first")
-        self.held_pages.add(address)
+        self.held_pages[address] = pages
         return address
 
     def unregistered(self, memory: memoryview) -> None:
-        self.held_pages.remove(np.frombuffer(memory, np.uint8).ctypes.data)
+        del self.held_pages[np.frombuffer(memory, np.uint8).ctypes.data]
 
     # ---- order --------------------------------------------------------------------------------------------------------------------
 

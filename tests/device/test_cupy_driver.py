@@ -87,6 +87,8 @@ def installed(monkeypatch, runtime: FakeRuntime, writes_words: int = 1, **more) 
         ("cudaErrorNotSupported: operation not supported", Refused, "MIG"),
         ("cuMemExportToShareableHandle: CUDA_ERROR_OPERATING_SYSTEM", Refused, "LimitNOFILE"),
         ("cuMemCreate: CUDA_ERROR_NOT_PERMITTED", Refused, "container"),
+        ('Failure finding "libnvrtc.so.13 or libnvrtc.so.12": No such file', Refused, "nvidia-cuda-nvrtc"),
+        ("cudaErrorHostMemoryAlreadyRegistered: part or all of the requested memory range is already mapped", Refused, "one registration"),
         ("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered", DeviceLost, "xid"),
         ("cudaErrorECCUncorrectable: uncorrectable ECC error encountered", DeviceLost, "drain"),
         ("cudaErrorUnknown: unknown error", DeviceLost, "dmesg"),

@@ -75,3 +75,17 @@ def test_places_outside_the_pages_are_refused():
         with pytest.raises(Refused, match="Try:"):
             LayeredRestore(arena.pool, arena.memory, np.array(places), np.array([0]), 1.0)
     arena.pool.close()
+
+
+def test_memory_that_shares_a_page_with_registered_memory_is_refused_as_cuda_does():
+    arena = Arena(LAYOUTS["usual"])
+    first = LayeredRestore(arena.pool, arena.memory[:-8], arena.places, arena.slots, 5.0)
+    kept = len(arena.driver._mapped)
+    with pytest.raises(Refused, match="registered already"):
+        LayeredRestore(arena.pool, arena.memory[64:], arena.places - 64, arena.slots, 5.0)
+    assert len(arena.driver._mapped) == kept  # nothing of the second is left
+    first.close()
+    with LayeredRestore(arena.pool, arena.memory, arena.places, arena.slots, 5.0) as restore:
+        restore.finish()
+    assert arena.now() == arena.wanted
+    arena.pool.close()
