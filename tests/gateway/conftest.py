@@ -210,7 +210,17 @@ class World:
         lines = tuple(f"{name} {backend.url} {'' if sockets else 'node-'}{name.removeprefix('toy-')}" for name, backend in self.backends.items())
         values = {"listen": "http://127.0.0.1:0", "probe_ms": 50, "fence_ms": 1000, "resume_ms": 20_000, "idle_ms": 20_000, "drain_ms": 5000, **settings}
         self.settings = GatewayConfig(instances=lines, tokenizer=str(self.directory), **values)
-        self._serving = process.server(self.settings, dial or self._dial)
+        self._serve(dial or self._dial, send_buffer)
+        self.until_active(len(names))
+        return self
+
+    def start_gateway_again(self, dial) -> None:
+        """Another gateway, when the former one has ended; its port may be another one. Returns before any instance is active."""
+        self._end_gateway()
+        self._serve(dial)
+
+    def _serve(self, dial, send_buffer: int = 0) -> None:
+        self._serving = process.server(self.settings, dial)
         bound = process.listening(self.settings)
         if send_buffer:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # its connections inherit it
@@ -223,8 +233,11 @@ class World:
         self._thread = threading.Thread(target=serve, daemon=True)
         self._thread.start()
         until("the gateway", lambda: self._serving.started or not self._thread.is_alive())
-        self.until_active(len(names))
-        return self
+
+    def _end_gateway(self) -> None:
+        self._serving.should_exit = True
+        self._thread.join(20)
+        assert not self._thread.is_alive(), "the gateway doesn't end"
 
     def _dial(self, instance: str) -> FakeEmitter:
         return self.emitters.setdefault(instance, FakeEmitter(instance))
@@ -264,9 +277,7 @@ class World:
 
     def stop(self) -> None:
         if self._serving is not None:
-            self._serving.should_exit = True
-            self._thread.join(20)
-            assert not self._thread.is_alive(), "the gateway doesn't end"
+            self._end_gateway()
         for backend in self.backends.values():
             if self._own:
                 if backend.popen.poll() is None:

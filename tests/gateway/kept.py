@@ -21,6 +21,7 @@ class Kept:
     def __init__(self, instance: str, socket: str) -> None:
         self._pool = allocate(Layout.paged("toy 0.0.0", "float32", 1, BLOCKS, TOKENS, 1, 4))
         self._guard = attach(instance, Rank(0, 0, 0), self._pool, socket=socket)
+        self._guard.on_order = lambda: self._guard.restore(0.0).done()  # an idle engine has no step in which it could join a new epoch
         self._blocks: dict[str, list[int]] = {}
         self._written: dict[str, int] = {}
         self._known: dict[str, int] = {}  # ids said

@@ -25,12 +25,15 @@ def cluster(tmp_path):
         made.stop()
 
 
+def dial_of(cluster) -> process.Dial:
+    return process.dialler(GatewayConfig(instances=(), tokenizer="", coordinator=cluster.coordinator_address))
+
+
 def begin(world, cluster, **settings) -> None:
     """A backend beside each node, the gateway in front, every rank with a holder."""
     sockets = {f"toy-{name}": str(cluster.directory / name / "kvguard.sock") for name in cluster.addresses}
     cluster.until("nodes", lambda: len([one for one in cluster.ask("coordinator", "status")["nodes"] if one["state"] == "alive"]) == len(sockets))
-    dial = process.dialler(GatewayConfig(instances=(), tokenizer="", coordinator=cluster.coordinator_address))
-    world.start(*sockets, sockets=sockets, dial=dial, coordinator=cluster.coordinator_address, **settings)
+    world.start(*sockets, sockets=sockets, dial=dial_of(cluster), coordinator=cluster.coordinator_address, **settings)
 
     def protected() -> bool:
         return [one["state"] for one in cluster.ask("coordinator", "status")["ranks"]] == ["protected"] * len(sockets)
@@ -100,3 +103,16 @@ def test_an_engine_started_again_goes_on_with_its_own_pool(world, cluster):
 
 def _rank_state(cluster, instance: str) -> str:
     return next((one["state"] for one in cluster.ask("coordinator", "status")["ranks"] if one["instance"] == instance), "gone")
+
+
+def test_a_gateway_that_is_started_again_takes_idle_engines_over(world, cluster):
+    """A new emitter is a new epoch, which engines without a request must join, too: those that don't are ended after a minute."""
+    begin(world, cluster)
+    text = expected("x", 30, False)
+    asked = {"prompt": "x", "max_tokens": 30, "ignore_eos": True}
+    assert world.post("/v1/completions", asked).json()["choices"][0]["text"] == text
+    world.start_gateway_again(dial_of(cluster))
+    until("the new epoch", lambda: all(one["epoch"] for one in cluster.ask("coordinator", "status")["instances"]))
+    until("both instances", lambda: world.get("/ready").json()["active_instances"] == 2, 40)
+    assert world.post("/v1/completions", asked).json()["choices"][0]["text"] == text
+    assert all(backend.popen.poll() is None for backend in world.backends.values())
