@@ -129,8 +129,14 @@ def measured_resume(world: World, report: Report, context: int, resumes: int) ->
         threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in got]
         for thread in threads:
             thread.start()
+        def are_there(count: int) -> bool:
+            short = [name for name, thread in zip(got, threads, strict=True) if not thread.is_alive() and len(got[name]) < 20]
+            if short:
+                raise RuntimeError(f"{', '.join(short)} ended before 20 tokens: this machine is too busy for a request's time limit. Try: with nothing beside")
+            return sum(len(ids) >= 20 for ids in got.values()) >= count
+
         for count in range(1, resumes + 1):  # contexts one after another: a prefill of 1,500 tokens takes seconds on a CPU
-            world.until("all contexts", lambda count=count: sum(len(ids) >= 20 for ids in got.values()) >= count, ALIVE_S)
+            world.until("all contexts", lambda count=count: are_there(count), ALIVE_S)
             report.say(f"context {count} of {resumes} is there")
         killed = time.perf_counter()
         a.kill()
