@@ -135,6 +135,39 @@ def test_who_shakes_hands_and_stays_is_cut_off(monkeypatch, greets):
         world.close()
 
 
+@contextlib.contextmanager
+def greeting_callers(address: str, called: list[tuple[str, str]]):
+    """Callers by (what the routing id begins with, what the greeting says)."""
+    context = zmq.Context()
+    callers = [context.socket(zmq.DEALER) for _ in called]  # one that nobody holds closes itself
+    try:
+        for number, (caller, (shown, said)) in enumerate(zip(callers, called, strict=True)):
+            caller.linger, caller.reconnect_ivl = 0, -1
+            caller.routing_id = f"{shown}#{1:016x}.{number}".encode()
+            caller.connect(address)
+            caller.send(greet(said))
+        yield
+    finally:
+        context.destroy(linger=0)
+
+
+@pytest.mark.parametrize("pair", [False], indirect=True, ids=["plain"])
+def test_links_are_bounded_and_those_that_are_there_go_on(pair, monkeypatch):
+    monkeypatch.setattr(accepting, "LINKS_MAX", 4)
+    with greeting_callers(pair.address, [(f"evil{number}", f"evil{number}") for number in range(8)]):
+        pair.until(lambda: sum("more than 4 links" in event.reason for event in pair.of(pair.a, Broken)) == 5, "five are one too many")
+        assert len(pair.a._acceptor.links) == 4
+        still_carries(pair)
+
+
+@pytest.mark.parametrize("pair", [False], indirect=True, ids=["plain"])
+def test_who_greets_by_another_name_than_its_routing_id_shows_gets_no_link(pair):
+    with greeting_callers(pair.address, [("other", "evil")]):
+        pair.until(lambda: any("routing id and greeting differ" in event.reason for event in pair.of(pair.a, Broken)), "it is refused")
+        assert len(pair.a._acceptor.links) == 1
+        still_carries(pair)
+
+
 def greet(node: str) -> bytes:
     from kvguard.transport import greeting
 
