@@ -40,7 +40,8 @@ class Script:
         arguments = [sys.executable, str(SCRIPT), json.dumps(what), str(cluster.directory / node / "kvguard.sock"), cluster.coordinator_address]
         with open(cluster.directory / f"script-{time.monotonic_ns()}.log", "ab") as log:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "bufsize": 0}  # unbuffered: select() sees every line
-            self.popen = subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}  # packages may come by it
+            self.popen = subprocess.Popen(arguments, env=environment, **pipes)
         self.heard: list[dict] = []
 
     def hear(self) -> dict:

@@ -64,6 +64,13 @@ def test_a_step_that_hangs_crashes_or_leaves_something_costs_the_others_nothing(
     assert alive == []
 
 
+def test_packages_from_a_folder_reach_every_process_that_the_steps_start():
+    """They come by PYTHONPATH (KVGUARD_WHEELS): who starts a process of its own adds to it, and never replaces it."""
+    run_there = [*(ROOT / "tests" / "device").glob("*.py"), *(ROOT / "tests" / "e2e").glob("*.py"), ROOT / "tests" / "adapters" / "test_transformers_resume.py"]
+    replacing = '"PYTHONPATH": ' + "str(ROOT)}"
+    assert len(run_there) > 20 and [path.name for path in run_there if replacing in path.read_text()] == []
+
+
 def test_of_the_basics_all_that_fail_are_told_and_the_others_are_tried():
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tools')!r}]; import gpu_basics; from gpu_steps import Bench, NotRun\n"

@@ -90,7 +90,7 @@ class Cluster:
     def engine(self, role: str, node: str, rank: str, instance: str = "llama", model: str = "numpy") -> Engine:
         arguments = [sys.executable, str(ENGINE), role, instance, rank, str(self.directory / node / "kvguard.sock"), model]
         with open(self.directory / f"engine-{len(self.engines)}.log", "ab") as log:
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}  # packages may come by it
             process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment)
         engine = Engine(process)
         self.engines.append(engine)
