@@ -55,7 +55,8 @@ def asked_for(library: Path, code: str) -> tuple[str, list[str]]:
     """(what the code printed, the driver's calls but those for the capture's mode and for attributes) of a process in which this is the driver."""
     paper = library / "calls"
     paper.unlink(missing_ok=True)
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(library), "DRIVER_ON_PAPER": str(paper), "PYTHONPATH": str(ROOT)}
+    found = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(library), "DRIVER_ON_PAPER": str(paper), "PYTHONPATH": found}
     done = subprocess.run([sys.executable, "-c", BEGIN + code], env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip(), [line for line in paper.read_text().splitlines() if not line.startswith(("mode", "cuDeviceGetAttribute", "cuInit"))]
