@@ -73,14 +73,15 @@ class Checks:
 
     def _nothing_left_out(self, life, order) -> None:
         """I2: whatever was reported and its client hasn't had yet is planned, or somebody says why. Not what a rank alone has that was given up: one that
-        lives, or a former life, in its pool, of a rank that goes on without it (seed 431)."""
+        lives, or a former life, in its pool, of a rank that goes on without it."""
         current = life.core.known.rounds[order.instance]
         named = dict.fromkeys((*order.sequences, *(name for name, _ in current.record.lost_sequences)))
         for clash in current.record.clashes:
             for rebuild in order.rebuilds:
-                sources = [rebuild.sources[at].stream for name, at in zip(order.sequences, rebuild.source, strict=True) if at >= 0 and name == clash.sequence]
+                sources = [rebuild.sources[at] for name, at in zip(order.sequences, rebuild.source, strict=True) if at >= 0 and name == clash.sequence]
                 position = dict(zip(order.sequences, order.positions, strict=True)).get(clash.sequence, 0)
-                assert clash.stream not in sources or position <= clash.position, f"I7: {clash} is planned with again"
+                again = any(source.stream == clash.stream and source.kind == "replica" for source in sources)  # a pool is adopted alone, and whole
+                assert not again or position <= clash.position, f"I7: {clash} is planned with again"
         for report in current.reports.values() if order.instance == self.world.instance else ():
             for holding in report.holdings:
                 rank, lost = holding.stream.rank, holding.stream.rank in current.record.lost

@@ -25,7 +25,7 @@ class TwoLives:
         self.on = self.random.random() < SHARE
         self.deaf = False
         if self.on:
-            world.preempts, world.width = 0.15, max(world.width, 4)
+            world.preempts, world.width = 0.3, max(world.width, 4)
 
     def plan(self, end_ns: int) -> None:
         if self.on:
@@ -50,7 +50,7 @@ class TwoLives:
         if left_ms <= 0 or world.faults.calmed:
             self.deaf = False
         elif new is not None and new.alive and driver.announced == driver.adopted:
-            world.after(self.random.randrange(10, 300) * MS, lambda: self._second(rank))
+            world.after(self.random.randrange(5, 150) * MS, lambda: self._second(rank))
         else:
             world.after(10 * MS, lambda: self._again(rank, left_ms - 10))
 
