@@ -10,7 +10,7 @@ they were asked for. Decoding, acknowledgements and heartbeats wait for one slic
 Invariants
 - Every Capture is completed once, by a Captured event in the loop's thread; one whose stream, process or epoch is another by then has no byte of it.
 - One whose pool was salvaged meanwhile is taken anew, from where it is now.
-- A pool that was lost is never read again; the core hears of it once, with the reason. A device is said to be unusable until something of it was read again.
+- A pool that was lost is never read again; the core hears of it once, with the reason.
 """
 
 from __future__ import annotations
@@ -48,17 +48,16 @@ class Copies:
     def __init__(
         self, workers: Workers | None = None, after: Callable[[int, Callable[[], Events]], None] | None = None, large_bytes: int = LARGE_BYTES,
     ) -> None:  # fmt: skip
-        self._workers, self._after, self._large_bytes = workers, after, large_bytes
+        self.workers = workers or Workers()
+        self._after, self._large_bytes = after, large_bytes
         self._large: deque[tuple[NodeShell, Begun]] = deque()
-        self.faults: dict[str, str] = {}  # by device, why it can't be used
 
     def take(self, shell: NodeShell, effect: effects.Capture) -> Events:
         """What completes `effect`, now or in a later turn."""
         stream = shell.streams.get(effect.stream)
         if stream is None or stream.lost:
             return all_stale(effect)
-        gpu = gpu_of(stream.pool)
-        if gpu and self._workers is not None:
+        if gpu := gpu_of(stream.pool):
             return self._put(shell, gpu, stream, effect)
         order = capturing.begun(stream, effect, shell.lend)
         if self._after is None or len(order.out) < self._large_bytes:
@@ -94,20 +93,15 @@ class Copies:
 
     def _put(self, shell: NodeShell, gpu: str, stream: Stream, effect: effects.Capture) -> Events:
         if stream.leaving:  # once it is known what was salvaged
-            job = Job(lambda: None, lambda outcome: self._again(shell, effect))
-        else:
-            order = capturing.begun(stream, effect, shell.lend)
-            pool = stream.pool
-            job = Job(lambda: capturing.copied(order), lambda outcome: self._ended(shell, order, outcome), lambda: pool.copied_bytes)
-        try:
-            self._workers.put(gpu, job)
-        except DeviceLost as error:
-            return (*all_stale(effect), *self._lose(stream, str(error)))
-        except OverflowError as error:
-            shell.counters["captures_refused"] += 1
-            log.warning("%s: %s", stream.id, error)
-            return all_stale(effect)
-        return ()
+
+            def found(outcome: Outcome) -> Events:
+                return self._again(shell, effect) if outcome.error is None else self._refused(shell, stream, effect, outcome.error)
+
+            return self.workers.put(gpu, Job(lambda: None, found))
+        order = capturing.begun(stream, effect, shell.lend)
+        pool = stream.pool
+        job = Job(lambda: capturing.copied(order), lambda outcome: self._ended(shell, order, outcome), lambda: pool.copied_bytes, proves=True)
+        return self.workers.put(gpu, job)
 
     def _ended(self, shell: NodeShell, order: Begun, outcome: Outcome) -> Events:
         stream, effect = order.stream, order.effect
@@ -117,15 +111,13 @@ class Copies:
             return all_stale(effect)
         if stream.pool is not order.pool:
             return self._again(shell, effect)
-        if type(outcome.error) is DeviceLost:
-            return (*all_stale(effect), *self._lose(stream, str(outcome.error)))
         if outcome.error is not None:
-            return self._failed(shell, effect, outcome.error)
+            return self._refused(shell, stream, effect, outcome.error)
         data, stale, sums = outcome.value
         shell.counters["captures"] += 1
         shell.counters["pieces_stale"] += len(stale)
         buffer = shell.buffers.keep(data) if len(data) else 0
-        return (events.Captured(effect.id, effect.stream, effect.epoch, buffer, len(data), stale, sums), *self.works(gpu_of(order.pool)))
+        return (events.Captured(effect.id, effect.stream, effect.epoch, buffer, len(data), stale, sums),)
 
     def _again(self, shell: NodeShell, effect: effects.Capture) -> Events:
         """From the memory that the stream has now. Nobody else would catch what goes wrong here."""
@@ -140,30 +132,19 @@ class Copies:
         log.error("a capture of %s failed", effect.stream, exc_info=error)
         return all_stale(effect)
 
-    # ---- devices ----------------------------------------------------------------------------------------------------------------------
-
-    def _lose(self, stream: Stream, reason: str) -> Events:
-        """Nothing of this pool is sent from here on, its positions stay unprotected, and the daemon lives."""
+    def _refused(self, shell: NodeShell, stream: Stream, effect: effects.Capture, error: Exception) -> Events:
+        """No byte of it, and where the device was lost nothing of this pool is sent from here on: its positions stay unprotected, and the daemon lives."""
+        if type(error) is OverflowError:
+            shell.counters["captures_refused"] += 1
+            log.warning("%s: %s", stream.id, error)
+            return all_stale(effect)
+        if type(error) is not DeviceLost:
+            return self._failed(shell, effect, error)
         if stream.lost:
-            return ()
-        log.error("%s can't be replicated any more: %s", stream.id, reason)
-        stream.lost = reason
-        gpu = gpu_of(stream.pool)
-        return (events.PoolLost(stream.id, stream.incarnation, reason), *(self.failed(gpu, reason) if gpu else ()))
-
-    def failed(self, device: str, reason: str) -> Events:
-        """It can't be used."""
-        if self.faults.get(device) == reason:
-            return ()
-        self.faults[device] = reason
-        return (self.devices(),)
-
-    def works(self, device: str) -> Events:
-        """Something of it was read."""
-        return (self.devices(),) if self.faults.pop(device, None) is not None else ()
-
-    def devices(self) -> events.DevicesSeen:
-        return events.DevicesSeen(tuple(sorted(self.faults.items())))
+            return all_stale(effect)
+        log.error("%s can't be replicated any more: %s", stream.id, error)
+        stream.lost = str(error)
+        return (*all_stale(effect), events.PoolLost(stream.id, stream.incarnation, stream.lost))
 
 
 def all_stale(effect: effects.Capture, _why: str = "") -> Events:

@@ -1,12 +1,13 @@
 """What a descriptor that an engine passed really is: asked of the kernel, never believed.
 
-Knows: /proc/self/fdinfo, poll. Must not know: engines, ranks, what the descriptors are for.
+Knows: /proc/self/fdinfo, poll; whose they are where threads share them. Must not know: engines, ranks, what the descriptors are for.
 """
 
 from __future__ import annotations
 
 import os
 import select
+import threading
 
 
 def process_of(pidfd: int) -> int:
@@ -42,3 +43,29 @@ def same_file(a: int, b: int) -> bool:
 def _lines(descriptor: int) -> list[str]:
     with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as info:
         return info.readlines()
+
+
+class Lot:
+    """Descriptors that two threads may reach for: who takes them has them, and nobody else."""
+
+    def __init__(self, descriptors: list[int]) -> None:
+        self._lock = threading.Lock()
+        self._descriptors = descriptors
+
+    def __len__(self) -> int:
+        return len(self._descriptors)
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Those that nobody has taken, to look at."""
+        return tuple(self._descriptors)
+
+    def take(self) -> list[int]:
+        """The caller's from now on; [] for whoever comes second."""
+        with self._lock:
+            taken, self._descriptors = self._descriptors, []
+            return taken
+
+    def close(self) -> None:
+        for descriptor in self.take():
+            os.close(descriptor)

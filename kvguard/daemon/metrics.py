@@ -78,7 +78,7 @@ class NodeFigures:
         captures.add_metric(["late"], counters["captures_late"])
         yield captures
         devices = GaugeMetricFamily("kvguard_device_faults", "1 for each device of this node that can't be used (kvguard status: why)", labels=["device"])
-        for device in sorted(self._shell.copies.faults):
+        for device in sorted(self._shell.copies.workers.faults):
             devices.add_metric([device], 1)
         yield devices
 

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from kvguard import __version__
@@ -20,13 +20,14 @@ from kvguard.config import NodeConfig
 from kvguard.core import events
 from kvguard.core.node import COORDINATOR, Node, NodeSettings
 from kvguard.core.promises import decode_epoch
+from kvguard.daemon.arrivals import NotYet
 from kvguard.daemon.checking import Checking
 from kvguard.daemon.control import ControlServer, LocalIncoming
 from kvguard.daemon.copies import Copies
 from kvguard.daemon.fetching import Fetching
 from kvguard.daemon.journal import Journal
 from kvguard.daemon.keeping import owner_of, shelf_of
-from kvguard.daemon.lending import lend
+from kvguard.daemon.lending import Lending
 from kvguard.daemon.loop import Loop
 from kvguard.daemon.mail import Mail, answering
 from kvguard.daemon.measure import Measures, watched
@@ -55,6 +56,8 @@ _warming = threading.Lock()
 
 EXPIRE_NS = 1_000_000_000
 FIGURES_NS = 500_000_000  # how old the store's figures in a beat may be: waking for each beat costs half of what an idle daemon costs
+PREPARE_S = 30.0  # for a context on every GPU
+SILENT = f"the GPUs' driver has not opened its contexts within {PREPARE_S:g} s. Try: nvidia-smi; dmesg | grep -i xid; restart this daemon"
 MS = 1_000_000
 FIRSTS = {NodeWelcome: "coordinator", Hello: "hello", Held: "held"}  # moments of a start
 
@@ -100,17 +103,17 @@ class NodeDaemon:
             lend=self.transport.lend,
         )  # fmt: skip
         self.loop = Loop(self.core, node_performer(self.shell))
-        self.workers = Workers(self.loop)
+        self.workers = Workers(self)
         self.shell.copies = Copies(self.workers, self.loop.after)
-        device = self.device = LaterDevice(config.device, capture=config.capture, ring_bytes=config.ring_bytes, bytes_per_s=config.capture_bytes_per_s)
+        device = LaterDevice(config.device, capture=config.capture, ring_bytes=config.ring_bytes, bytes_per_s=config.capture_bytes_per_s)
         fault = device.prepare()
-        for event in self.shell.copies.failed(config.device, fault) if fault else ():
+        for event in self.workers.failed(config.device, fault) if fault else ():
             self.loop.feed(event)
         self.ranks = Ranks(
-            device, store, self, self.control.send, self.shell.streams, self.shell.local, self.shell.epochs, config.salvage_ms_max, self.workers,
-            self.shell.copies,
-        )  # fmt: skip
+            device, store, self, self.control.send, self.shell.streams, self.shell.local, self.shell.epochs, config.salvage_ms_max, self.workers
+        )
         self.shell.engines = self.ranks
+        self.lending = Lending(device, self.workers, self.control.send)
         self.fetching = Fetching(self.shell, self.ranks, self.control.send)
         for instance, epoch in promises.items():
             promised(self.shell, instance, epoch)
@@ -171,11 +174,17 @@ class NodeDaemon:
     # ---- sources ------------------------------------------------------------------------------------------------------------------
 
     def watch(self, descriptor: int, ready: Callable[[], Iterable[events.Event]]) -> None:
-        """ranks.Watches: what engines say is measured on its way to the core."""
+        """lifelines.Watches, workers.Turns: what engines say is measured on its way to the core, and whoever is there is looked at from time to time."""
         self.loop.watch(descriptor, lambda: watched(ready(), self.measures))
+        if not self._polling:
+            self._polling = True
+            self.loop.after(self.config.poll_ms * MS, self._poll)
 
     def forget(self, descriptor: int) -> None:
         self.loop.forget(descriptor)
+
+    def after(self, delay_ns: int, ready: Callable[[], Iterable[events.Event]]) -> None:
+        self.loop.after(delay_ns, ready)
 
     def _every(self, period_ns: int, ready: Callable[[], Iterable[events.Event]]) -> None:
         def again() -> Iterable[events.Event]:
@@ -198,9 +207,6 @@ class NodeDaemon:
                 told += watched(self._engine_said(incoming), self.measures)
             else:
                 self.ranks.disconnected(incoming.connection)
-        if not self._polling and self.ranks.any_alive():
-            self._polling = True
-            self.loop.after(self.config.poll_ms * MS, self._poll)
         return told
 
     def _engine_said(self, incoming: LocalIncoming) -> Iterable[events.Event]:
@@ -218,8 +224,7 @@ class NodeDaemon:
             self.fetching.fetch(incoming.connection, message)
             return ()
         if type(message) is local.PoolWanted:
-            lend(self.device, self.control.send, incoming.connection, message, next(iter(self.workers.faults().values()), ""))
-            return ()
+            return self.lending.lend(incoming.connection, message)
         self.shell.counters["local_refused"] += 1
         self.control.drop(incoming.connection)
         self.ranks.disconnected(incoming.connection)
@@ -260,28 +265,55 @@ class NodeDaemon:
 class LaterDevice:
     """A device whose room is entered with the first pool: numpy alone takes as long to import as everything that a start needs.
 
-    A GPU's is entered at the start: its context must be open before an engine asks how much memory is free. One that can't be used refuses engines, no more.
+    A GPU's is entered at the start: its context must be open before an engine asks how much memory is free. One that can't be used, or doesn't answer within
+    PREPARE_S, refuses engines, no more.
     """
 
     def __init__(self, kind: str, **capturing) -> None:
         self.kind = kind
         self._capturing = capturing
         self._device: Device | None = None
+        self._preparing: threading.Thread | None = None
 
-    def prepare(self) -> str:
+    def prepare(self, wait_s: float = PREPARE_S) -> str:
         """Why it can't be used; "" where it can. Never raises."""
-        fault = self._opened().prepare() if self.kind != "host" else ""
+        if self.kind == "host":
+            return ""
+        device, said = self._opened(), [SILENT]
+        self._preparing = threading.Thread(target=lambda: said.append(device.prepare()), name="kvguard-prepare", daemon=True)
+        self._preparing.start()
+        self._preparing.join(wait_s)
+        fault = said[-1]
         if fault:
             log.error("no engine with a pool on a GPU can be protected: %s", fault)
         return fault
+
+    def _refuse_unprepared(self) -> None:
+        if self._preparing is not None and self._preparing.is_alive():
+            raise NotYet(SILENT)
 
     def open(self, layout: Layout, descriptors: list[int], writable: bool = True) -> Pool:
         """See device/base.py."""
         return self._opened().open(layout, descriptors, writable=writable)
 
+    def where(self, descriptors: Sequence[int]) -> str:
+        """See device/base.py."""
+        if self.kind == "host":
+            return ""
+        from kvguard.device import card
+
+        if card.read(descriptors[0]) is not None:
+            self._refuse_unprepared()
+        return self._opened().where(descriptors)
+
     def lend(self, layout: Layout, gpu: str = "") -> list[int]:
         """See device/base.py."""
         return self._opened().lend(layout, gpu)
+
+    def lends_on(self, gpu: str = "") -> str:
+        """See device/base.py."""
+        self._refuse_unprepared()
+        return self._opened().lends_on(gpu)
 
     def _opened(self) -> Device:
         if self._device is None:

@@ -1,8 +1,8 @@
 """The engines of this node: ranks and standbys that attached, their memories as mapped here, their deaths.
 
-Knows: local messages, descriptors, pools, tables, pidfds. Must not know: decisions, the socket itself (control.py), peers.
-Invariants: an engine is answered or refused, never believed: sizes, layout, owner of the pidfd are checked before anything is mapped; of one (instance, rank)
-one process lives at a time; a death is told after a last look, so that facts committed just before it count; what was mapped goes with forget, once.
+Knows: local messages, descriptors, pools, tables, pidfds. Must not know: how an engine comes to its seat (arrivals.py), decisions, the socket, peers.
+Invariants: of one (instance, rank) one process lives at a time; a death is told after a last look, so that facts committed just before it count; what was
+mapped goes with forget, once.
 """
 
 from __future__ import annotations
@@ -11,44 +11,36 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from kvguard.core import events
 from kvguard.daemon import schedulers
+from kvguard.daemon.arrivals import BELL, PIDFD, TABLE, Arrival, Arrivals, NotYet, Tells
 from kvguard.daemon.capture import Stream, as_event
-from kvguard.daemon.descriptors import is_eventfd, process_of, readable, same_file, stopped
-from kvguard.daemon.copies import Copies, gpu_of
+from kvguard.daemon.copies import gpu_of
+from kvguard.daemon.descriptors import readable, same_file, stopped
 from kvguard.daemon.lifelines import Lifelines, Watches
 from kvguard.daemon.salvage import Salvaging, goes_on_in, is_elsewhere
 from kvguard.daemon.seats import LocalRank
 from kvguard.daemon.spares import Spares
 from kvguard.daemon.workers import Workers
 from kvguard.device.base import Device, Pool
-from kvguard.errors import KvguardError, Refused
+from kvguard.errors import Refused
 from kvguard.format import local
 from kvguard.format.layout import Layout
 from kvguard.format.messages import IDS_ONLY, Holding, KnownIds, PlanOrder, Rebuild
-from kvguard.limits import NAME_BYTES_MAX
 from kvguard.store.store import ReplicaStore
-from kvguard.types import NO_EPOCH, Epoch, Rank, StreamId, is_scheduler
+from kvguard.types import NO_EPOCH, Epoch, StreamId
+
+if TYPE_CHECKING:
+    from kvguard.engine.look import TableReader
 
 log = logging.getLogger(__name__)
 
 Events = Iterable[events.Event]
 RANKS_MAX = 256
 SALVAGE_MS_MAX = 300
-PIDFD, BELL, TABLE, POOL = 0, 1, 2, 3  # places of an Attach's descriptors
-
-
-class NotYet(Refused):
-    """An engine may try again in a moment."""
-
-
-class Tells(Protocol):
-    """control.ControlServer.send: descriptors stay the caller's; False where the connection is gone or doesn't read."""
-
-    def __call__(self, connection: int, message: local.Local, descriptors: Sequence[int] = ()) -> bool: ...
 
 
 class Ranks:
@@ -56,86 +48,48 @@ class Ranks:
 
     def __init__(
         self, device: Device, store: ReplicaStore, watches: Watches, tell: Tells, streams: dict[StreamId, Stream], local_streams: dict[StreamId, Stream],
-        epochs: dict[str, Epoch], salvage_ms_max: int = SALVAGE_MS_MAX, workers: Workers | None = None, copies: Copies | None = None,
+        epochs: dict[str, Epoch], salvage_ms_max: int = SALVAGE_MS_MAX, workers: Workers | None = None,
     ) -> None:  # fmt: skip
-        self._device = device
         self._store = store
         self._watches = watches
         self._lifelines = Lifelines(watches)
         self._tell = tell
         self._streams, self._local, self._epochs = streams, local_streams, epochs
-        self._workers = workers
-        self._salvaging = Salvaging(workers, copies, salvage_ms_max, lambda rank: self.ranks.get(rank.stream.id) is rank)
+        self._workers = workers or Workers()
+        self._salvaging = Salvaging(self._workers, salvage_ms_max, lambda rank: self.ranks.get(rank.stream.id) is rank)
         self.ranks: dict[StreamId, LocalRank] = {}
         self._standbys = Spares(watches)
         self.spares = self._standbys.known
+        self._arrivals = Arrivals(device, self._workers, self, self._standbys, tell, epochs)
 
-    # ---- attaching ----------------------------------------------------------------------------------------------------------------
+    # ---- attaching (arrivals.Desk) --------------------------------------------------------------------------------------------------
 
     def attach(self, connection: int, pid: int, message: local.Attach, descriptors: list[int]) -> Events:
-        """Takes ownership of the descriptors. Answers Attached or AttachRefused on the connection. `pid`: as the kernel vouches for it."""
-        taken: list[int] = []
-        try:
-            if not descriptors or process_of(descriptors[PIDFD]) != pid:
-                raise Refused("the first descriptor is not this process's own pidfd. Try: kvguard.engine.attach")
-            told = self._attach(connection, message, descriptors, taken)
-        except Refused as error:
-            log.warning("attach of %s refused: %s", message.stream or message.instance, str(error))
-            self._tell(connection, local.AttachRefused(str(error), type(error) is not NotYet))
-            return ()
-        except OSError as error:  # no descriptor, or no memory, left: the daemon lives on without this engine
-            log.error("attach of %s failed: %s", message.stream or message.instance, str(error))
-            self._tell(connection, local.AttachRefused(f"the daemon can't take it: {error}. Try: a higher LimitNOFILE", False))
-            return ()
-        finally:
-            for descriptor in descriptors:
-                if descriptor not in taken:
-                    os.close(descriptor)
-        self._welcome(connection, self._epochs.get(message.instance, NO_EPOCH))
-        for rank in self.ranks.values():
-            if rank.connection == connection and rank.order is not None:
-                self._tell(connection, local.RestoreOrder(rank.order))
-        return told
+        """See arrivals.py."""
+        return self._arrivals.attach(connection, pid, message, descriptors)
 
-    def _welcome(self, connection: int, epoch: Epoch) -> None:
-        """Attached, with what a pool on a GPU gives its engine: the ring that it packs its steps into."""
-        rings = [rank.pool.welcome for rank in self.ranks.values() if rank.connection == connection and hasattr(rank.pool, "welcome")]
-        descriptors: list[int] = []
-        try:
-            descriptors = rings[0]() if rings else []
-        except KvguardError as error:  # it packs nothing then, and its pool is read
-            log.error("no ring for %s: %s", connection, error)
-        self._tell(connection, local.Attached(epoch), descriptors)
-        for descriptor in descriptors:
-            os.close(descriptor)
+    def wanted(self, arrival: Arrival) -> Layout | None:
+        """See arrivals.Desk."""
+        message = arrival.message
+        known = self._refused(arrival)
+        if known is None:
+            return next(iter(message.layouts.values()), None)  # a scheduler has none, and no pool
+        return known.layout if known.stream.incarnation != message.incarnation and is_elsewhere(known, arrival.pool.descriptors) else None
 
-    def _attach(self, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
-        if message.version != 1:
-            raise Refused(f"protocol version {message.version} of the engine is not 1. Try: the same kvguard version in engine and daemon")
-        if not 0 < len(message.instance.encode()) <= NAME_BYTES_MAX or len(message.endpoint.encode()) > 4 * NAME_BYTES_MAX:
-            raise Refused(f"instance {message.instance!r} or endpoint is empty or too long. Try: at most {NAME_BYTES_MAX} bytes")
-        if message.role == "standby":
-            return (self._standbys.attach(connection, message, descriptors[PIDFD], taken),)
-        if message.role == "scheduler":
-            message = schedulers.described(message, len(descriptors))
-        elif not _is_rank(message) or len(descriptors) <= POOL + message.lifeline:
-            raise Refused(f"{message.role!r} can't be attached as it was described. Try: kvguard.engine.attach, or attach_standby")
-        if not is_eventfd(descriptors[BELL]):
-            raise Refused("the second descriptor is not an eventfd: this daemon could not wait for it. Try: kvguard.engine.attach")
+    def _refused(self, arrival: Arrival) -> LocalRank | None:
+        """What is known here of its stream. Raises Refused, NotYet where it can't be seated."""
+        message = arrival.message
         self._refuse_second(message)
-        lifeline = descriptors[-1] if message.lifeline else None
-        if lifeline is not None:
-            from kvguard.engine.lifeline import refuse_other
-
-            refuse_other(lifeline)
-            descriptors = descriptors[:-1]
         known = self.ranks.get(message.stream)
-        if known is not None:
-            told = self._attach_again(known, connection, message, descriptors, taken)
-        else:
-            told = self._attach_new(connection, message, descriptors, taken)
-        self._lifelines.hold(self.ranks[message.stream].stream, lifeline)
-        return told
+        if known is None:
+            if len(self.ranks) + len(self._arrivals) >= RANKS_MAX:
+                raise Refused(f"{RANKS_MAX} ranks are attached already")
+            return None
+        if not same_file(known.table_descriptor, arrival[TABLE]):
+            raise Refused(f"{message.stream} is known here with another table. Try: a new pool token for a new pool")
+        if known.stream.leaving or known.stream.alive and known.stream.incarnation != message.incarnation and gpu_of(known.pool):
+            raise NotYet(f"what the process left that was {message.stream} is still being read. Try: again in a moment")
+        return known
 
     def _refuse_second(self, message: local.Attach) -> None:
         """Two live processes as one rank would both write its sequences. One that was killed and is still dying is fenced: it keeps its own memory, not the
@@ -149,72 +103,48 @@ class Ranks:
             if not rank.killed:
                 raise Refused(f"rank {stream.rank} of {stream.instance!r} is held by a process that lives. Try: end it first, or attach as another rank")
 
-    def _attach_again(self, known: LocalRank, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
-        """The same process over a new connection, or another one that goes on with a dead one's pool and table."""
-        if not same_file(known.table_descriptor, descriptors[TABLE]):
-            raise Refused(f"{message.stream} is known here with another table. Try: a new pool token for a new pool")
-        if known.stream.leaving or known.stream.alive and known.stream.incarnation != message.incarnation and gpu_of(known.pool):
-            raise NotYet(f"what the process left that was {message.stream} is still being read. Try: again in a moment")
+    def seat(self, arrival: Arrival, pool: Pool | None) -> tuple[LocalRank, Events]:
+        """See arrivals.Desk."""
+        known = self._refused(arrival)
+        told = self._new(arrival, pool) if known is None else self._again(known, arrival, pool)
+        rank = self.ranks[arrival.message.stream]
+        rank.connection = arrival.connection if arrival.is_connected else 0
+        self._watch(rank)
+        self._lifelines.hold(rank.stream, arrival.lifeline)
+        self._standbys.took_rank(arrival.connection)
+        return rank, told
+
+    def _again(self, known: LocalRank, arrival: Arrival, pool: Pool | None) -> Events:
+        """The same process over a new connection, or another one that goes on with a dead one's table, and with its pool or `pool`."""
+        message = arrival.message
         told: list[events.Event] = []
         if known.stream.incarnation != message.incarnation:
-            pool = self._open(known.layout, descriptors, taken) if is_elsewhere(known, descriptors[POOL:]) else None  # first: a refusal tells of no death
             told += self._leave(known, "its process ended") if known.stream.alive else ()
             if pool is not None:
                 self._salvaging.unmap(goes_on_in(known, pool))
             self._unwatch(known)
             os.close(known.pidfd)
             os.close(known.bell)
-            known.pidfd, known.bell, known.killed = descriptors[PIDFD], descriptors[BELL], ""
-            taken += [known.pidfd, known.bell]
-        known.connection = connection
+            known.pidfd, known.bell, known.killed = arrival.take(PIDFD), arrival.take(BELL), ""
         known.stream.incarnation, known.stream.endpoint, known.stream.alive = message.incarnation, message.endpoint, True
         known.stream.kept = None
-        self._watch(known)
-        self._standbys.took_rank(connection)
         told.append(events.StreamAttached(known.stream.id, known.stream.shape, message.incarnation, message.epoch, message.endpoint))
         return [*told, *self.look(known.stream.id)]
 
-    def _attach_new(self, connection: int, message: local.Attach, descriptors: list[int], taken: list[int]) -> Events:
-        from kvguard.engine.look import TableReader
-
-        if len(self.ranks) >= RANKS_MAX:
-            raise Refused(f"{RANKS_MAX} ranks are attached already")
-        layout = next(iter(message.layouts.values()), None)  # a scheduler has none, and no pool
-        pool = self._open(layout, descriptors, taken) if layout is not None else schedulers.NoPool()
-        try:
-            kept = os.dup(descriptors[TABLE])
-            taken.append(descriptors[TABLE])
-            try:
-                reader = TableReader(descriptors[TABLE])
-                if layout is not None and (reader.geometry.blocks, reader.geometry.block_tokens) != (layout.blocks, layout.block_tokens):
-                    raise Refused(f"the table is of {reader.geometry.blocks} blocks of {reader.geometry.block_tokens}, the layout says otherwise")
-            except BaseException:
-                os.close(kept)
-                raise
-        except BaseException:
-            pool.close()
-            raise
-        taken += descriptors[PIDFD : BELL + 1]
-        stream = Stream(message.stream, layout.shape() if layout is not None else IDS_ONLY, pool, reader, message.incarnation, message.endpoint)
-        rank = LocalRank(stream, pool, reader, layout, kept, descriptors[PIDFD], descriptors[BELL], connection)
-        self.ranks[message.stream] = rank
-        self._streams[message.stream] = self._local[message.stream] = stream
-        self._watch(rank)
-        self._standbys.took_rank(connection)
+    def _new(self, arrival: Arrival, pool: Pool | None) -> Events:
+        message, layout = arrival.message, pool.layout if pool is not None else None
+        reader, kept = _table(arrival, layout)
+        shape, pool = layout.shape() if layout is not None else IDS_ONLY, pool or schedulers.NoPool()
+        stream = Stream(message.stream, shape, pool, reader, message.incarnation, message.endpoint)
+        rank = LocalRank(stream, pool, reader, layout, kept, arrival.take(PIDFD), arrival.take(BELL), arrival.connection)
+        self.ranks[stream.id] = rank
+        self._streams[stream.id] = self._local[stream.id] = stream
         epoch, promise = message.epoch, self._epochs.get(message.instance, NO_EPOCH)
         reader.set_epoch(promise.counter)  # before the look: what is published after it was checked against the word
         seen = self.look(stream.id)
         if epoch.counter < promise.counter and not any(type(event) is events.Looked for event in seen):
             epoch = promise  # nothing was committed yet, so nothing has to be restored: it lives in the epoch that it finds
-        return [events.StreamAttached(stream.id, stream.shape, stream.incarnation, epoch, stream.endpoint), *seen]
-
-    def _open(self, layout: Layout, descriptors: list[int], taken: list[int]) -> Pool:
-        """The pool of an Attach. Raises Refused."""
-        stuck = self._workers.faults() if self._workers is not None and self._device.kind != "host" else {}
-        if stuck:  # opening would wait for it, and with it this whole daemon
-            raise NotYet(next(iter(stuck.values())))
-        taken += descriptors[POOL:]
-        return self._device.open(layout, descriptors[POOL:], writable=False)
+        return [events.StreamAttached(stream.id, shape, stream.incarnation, epoch, stream.endpoint), *seen]
 
     # ---- looking ------------------------------------------------------------------------------------------------------------------
 
@@ -275,6 +205,7 @@ class Ranks:
 
     def detach(self, connection: int) -> Events:
         """A clean end of whatever attached over this connection."""
+        self._arrivals.detach(connection)
         told: list[events.Event] = []
         for rank in [rank for rank in self.ranks.values() if rank.connection == connection and rank.stream.alive]:
             told += self.look(rank.stream.id)
@@ -286,10 +217,11 @@ class Ranks:
     @property
     def releasing(self) -> int:
         """Pools of GPUs that nobody needs any more and that are not closed yet."""
-        return self._workers.releasing if self._workers is not None else 0
+        return self._workers.releasing
 
     def disconnected(self, connection: int) -> None:
         """The socket went; the process may live on and come back."""
+        self._arrivals.disconnected(connection)
         for rank in self.ranks.values():
             if rank.connection == connection:
                 rank.connection = 0
@@ -317,11 +249,11 @@ class Ranks:
                 os.close(descriptor)
 
     def close(self) -> None:
+        self._arrivals.close()
         for stream in list(self.ranks):
             self.forget(stream)
         self._standbys.close()
-        if self._workers is not None:
-            self._workers.close()
+        self._workers.close()
 
     # ---- orders (perform_node.Engines) --------------------------------------------------------------------------------------------
 
@@ -403,8 +335,16 @@ class Ranks:
                 signal.pidfd_send_signal(one.pidfd, signal.SIGKILL)
 
 
-def _is_rank(message: local.Attach) -> bool:
-    """Whether it is described as a rank of its instance: in a place that a rank may have."""
-    stream = message.stream
-    named = stream is not None and stream.instance == message.instance and not is_scheduler(stream.rank)
-    return message.role == "rank" and named and len(message.layouts) == 1
+def _table(arrival: Arrival, layout: Layout | None) -> tuple[TableReader, int]:
+    """An engine's commit table, and a descriptor of it for whoever adopts it. Raises Refused where it is not for this layout."""
+    from kvguard.engine.look import TableReader
+
+    kept = os.dup(arrival[TABLE])
+    try:
+        reader = TableReader(arrival.take(TABLE))
+        if layout is not None and (reader.geometry.blocks, reader.geometry.block_tokens) != (layout.blocks, layout.block_tokens):
+            raise Refused(f"the table is of {reader.geometry.blocks} blocks of {reader.geometry.block_tokens}, the layout says otherwise")
+    except BaseException:
+        os.close(kept)
+        raise
+    return reader, kept

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvguard.core import events
-from kvguard.daemon.copies import Copies, gpu_of
+from kvguard.daemon.copies import gpu_of
 from kvguard.daemon.descriptors import same_file
 from kvguard.daemon.seats import LocalRank
 from kvguard.daemon.workers import Job, Outcome, Workers
 from kvguard.device.base import Pool, Salvageable
-from kvguard.errors import DeviceLost, KvguardError, Refused
+from kvguard.errors import Refused
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +49,6 @@ def begun(rank: LocalRank) -> Salvage:
     return Salvage(rank.pool, found)
 
 
-def carried(order: Salvage, salvage_ms_max: int) -> Outcome:
-    """`carry` in this thread."""
-    try:
-        return Outcome(order.carry(salvage_ms_max))
-    except (KvguardError, OSError) as error:
-        return Outcome(None, error)
-
-
 def taken(rank: LocalRank, order: Salvage, outcome: Outcome) -> bool:
     """Whether the dead rank's pool can be planned with: it is a host pool from now on, or is gone with the KV of all its sequences."""
     if outcome.error is not None:
@@ -74,32 +66,27 @@ def taken(rank: LocalRank, order: Salvage, outcome: Outcome) -> bool:
 
 
 class Salvaging:
-    """`workers` None: all of it in the caller's thread. `knows`: whether a rank is still one of this node's."""
+    """`knows`: whether a rank is still one of this node's."""
 
-    def __init__(self, workers: Workers | None, copies: Copies | None, salvage_ms_max: int, knows: Callable[[LocalRank], bool]) -> None:
-        self._workers, self._copies, self._salvage_ms_max, self._knows = workers, copies, salvage_ms_max, knows
+    def __init__(self, workers: Workers, salvage_ms_max: int, knows: Callable[[LocalRank], bool]) -> None:
+        self._workers, self._salvage_ms_max, self._knows = workers, salvage_ms_max, knows
 
     def begin(self, rank: LocalRank, reason: str) -> list[events.Event]:
         """Its process has ended, and was looked at for the last time: what the core hears of that now. A host pool is what it was."""
         if not hasattr(rank.pool, "salvage"):
             return [_died(rank, reason, rank.layout is not None)]
         order = begun(rank)
-        if self._workers is None:
-            return self._ended(rank, order, reason, carried(order, self._salvage_ms_max))
         job = Job(
             lambda: order.carry(self._salvage_ms_max), lambda outcome: self._ended(rank, order, reason, outcome), lambda: order.pool.copied_bytes,
             lambda value: value[0].close(),
         )  # fmt: skip
-        try:
-            self._workers.put(order.pool.gpu, job, first=True)
-        except DeviceLost as error:
-            return self._ended(rank, order, reason, Outcome(None, error))
         rank.stream.leaving = True
-        return [events.DeathSuspected(rank.stream.incarnation, rank.stream.id, reason)]
+        told = list(self._workers.put(gpu_of(order.pool), job, first=True))
+        return [events.DeathSuspected(rank.stream.incarnation, rank.stream.id, reason), *told] if rank.stream.leaving else told
 
     def bring_out(self, rank: LocalRank) -> bool:
         """Whether a dead engine's memory that was kept for a successor is on its way into host memory: its sequences go on in instances that can't open it."""
-        if rank.stream.leaving or self._workers is None or not hasattr(rank.pool, "brought_out"):
+        if rank.stream.leaving or not hasattr(rank.pool, "brought_out"):
             return rank.stream.leaving
         order, began, pool = begun(rank), time.monotonic(), rank.pool
         sequences = [blocks for _, blocks in order.found]
@@ -108,16 +95,15 @@ class Salvaging:
             return *pool.brought_out(sequences, self._salvage_ms_max), 1000 * (time.monotonic() - began)
 
         job = Job(carry, lambda outcome: self._brought(rank, order, outcome), lambda: pool.copied_bytes, lambda value: value[0].close())
-        try:
-            self._workers.put(pool.gpu, job)
-        except (DeviceLost, OverflowError) as error:
-            log.error("%s stays where it is: %s", rank.stream.id, error)
-            return False
         rank.stream.leaving = True
-        return True
+        self._workers.put(pool.gpu, job)
+        return rank.stream.leaving
 
     def _brought(self, rank: LocalRank, order: Salvage, outcome: Outcome) -> list[events.Event]:
         rank.stream.leaving = False
+        if not outcome.begun:
+            log.error("%s stays where it is: %s", rank.stream.id, outcome.error)
+            return []
         self.unmap(order.pool)
         if self._knows(rank):
             taken(rank, order, outcome)
@@ -132,17 +118,11 @@ class Salvaging:
             return []
         if outcome.error is not None:
             self.unmap(order.pool)
-        told: list[events.Event] = [_died(rank, reason, taken(rank, order, outcome))]
-        if type(outcome.error) is DeviceLost and self._copies is not None:
-            told += self._copies.failed(gpu_of(order.pool), str(outcome.error))
-        return told
+        return [_died(rank, reason, taken(rank, order, outcome))]
 
     def unmap(self, pool: Pool) -> None:
         """A GPU's is closed in the thread that reads it, which may be at it."""
-        if gpu_of(pool) and self._workers is not None:
-            self._workers.release(gpu_of(pool), pool.close)
-        else:
-            pool.close()
+        self._workers.release(gpu_of(pool), pool.close)
 
 
 def _died(rank: LocalRank, reason: str, salvageable: bool) -> events.ProcessDied:

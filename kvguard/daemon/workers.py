@@ -1,12 +1,15 @@
-"""One thread for each GPU that does the work which may take a while there: copies, salvage, unmapping. The daemon's loop never waits for any of it.
+"""A GPU's thread: jobs in, results out, a deadline. Whatever may take long on a GPU, or hang there, is such a job; the daemon's loop never waits for any.
 
-Knows: jobs by GPU, an eventfd, when a job last moved. Must not know: what a job does, streams, the core.
+Knows: jobs by GPU, an eventfd, when a job last moved, which devices can't be used. Must not know: what a job does, streams, the core.
 
 Invariants
-- What a job found comes back to the loop's thread, in the order in which a GPU's jobs ended, and exactly once: found, failed, or given up.
-- A queue holds JOBS_MAX jobs; more are refused, not kept. What frees memory goes to its head.
-- A thread that has ended, or whose job has not moved for STALL_NS, is given up: its jobs fail with DeviceLost and a reason, and so does whatever is put there
-  until it moves again. What such a job still finds is thrown away. No fault of a job ends the loop.
+- What a job found comes back to the loop's thread, in the order in which a GPU's jobs ended, and exactly once: found, failed, refused or given up.
+- "" is no GPU: such a job is done at once, in the caller's thread; so is every job where there is no loop.
+- A queue holds JOBS_MAX jobs; more are refused, not kept. What frees memory, or what an engine waits for, goes to its head.
+- A thread that has ended, or whose job has not moved for STALL_NS, is given up, and its GPU is a device that can't be used: its jobs fail with DeviceLost and
+  the reason, and so does whatever is put there until it moves again. What such a job still finds is thrown away where it was found. No fault of a job ends
+  the loop, and nobody waits for a thread that was given up.
+- A device is said to be unusable until a job that proves it has succeeded there.
 - `progressing` is what the watchdog counts: every thread is idle, moves, or was given up and told of.
 - The interpreter's lock is handed over after SWITCH_S, because a loop that has mail to read would wait for it longer than for the mail.
 """
@@ -24,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from kvguard.core import events
-from kvguard.errors import DeviceLost
+from kvguard.errors import DeviceLost, TimedOut
 
 log = logging.getLogger(__name__)
 
@@ -47,26 +50,46 @@ class Turns(Protocol):
 
 
 class Outcome(NamedTuple):
-    """What a job found, or why it found nothing."""
+    """What a job found, or why it found nothing. `begun`: whether anything of it was done."""
 
     value: Any = None
     error: Exception | None = None
+    begun: bool = True
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """`run`: in the GPU's thread. `ended`: in the loop's, with the outcome. `moved`: rises while it runs, any thread. `discard`: a value that nobody takes."""
+    """`run`: in the GPU's thread. `ended`: in the loop's, with the outcome. `moved`: rises while it runs, any thread. `discard`: a value that nobody takes,
+    in the GPU's thread. `proves`: its success shows that the GPU works."""
 
     run: Callable[[], Any]
     ended: Callable[[Outcome], Events]
     moved: Callable[[], int] = int
     discard: Callable[[Any], None] = lambda value: None
+    proves: bool = False
     lasting: bool = False  # it is done also by a thread that was given up, should that come back
-    told: bool = field(default=False)  # `ended` was called
+    told: bool = field(default=False)  # `ended` was called, or is about to be
+
+    def done(self) -> Outcome:
+        try:
+            return Outcome(self.run())
+        except Exception as error:
+            return Outcome(None, error)
+
+    def thrown_away(self, outcome: Outcome) -> Outcome:
+        """What is left of an outcome that nobody waits for any more."""
+        try:
+            if outcome.error is None:
+                self.discard(outcome.value)
+            else:
+                log.error("a job that nobody waits for any more failed: %s", outcome.error)
+        except Exception:
+            log.exception("what nobody waits for any more isn't given back")
+        return Outcome(None, outcome.error)
 
 
 class Worker:
-    """One thread. The loop's thread alone calls anything but `_work`."""
+    """One thread. The loop's thread alone calls anything but `_work` and what that calls."""
 
     def __init__(self, gpu: str, ring: Callable[[], None], clock: Callable[[], int]) -> None:
         """Raises RuntimeError where no thread can be had."""
@@ -95,21 +118,32 @@ class Worker:
             self._ready.notify()
 
     def _work(self) -> None:
-        while True:
-            with self._ready:
-                self._ready.wait_for(lambda: self._jobs or self._stopping)
-                if not self._jobs:
-                    return
-                self._busy = job = self._jobs.popleft()
-            try:
-                outcome = Outcome(job.run())
-            except Exception as error:
-                outcome = Outcome(None, error)
-            self.found.append((job, outcome))
-            with self._ready:
-                self._busy = None
+        while (job := self._next()) is not None:
+            outcome = job.done()
+            if not self._handed(job, outcome):
+                self._handed(job, job.thrown_away(outcome), late=True)
             job = outcome = None  # whatever they hold on to isn't held on to here while nothing is to be done
             self._ring()
+        while self.found:
+            job, outcome = self.found.popleft()
+            if not job.told:
+                job.thrown_away(outcome)
+
+    def _next(self) -> Job | None:
+        """None: it is to end, and nothing waits."""
+        with self._ready:
+            self._ready.wait_for(lambda: self._jobs or self._stopping)
+            self._busy = self._jobs.popleft() if self._jobs else None
+            return self._busy
+
+    def _handed(self, job: Job, outcome: Outcome, late: bool = False) -> bool:
+        """False where the job was given up meanwhile: nothing of it may be handed over but that it has ended, `late`."""
+        with self._ready:
+            if job.told and not late:
+                return False
+            self.found.append((job, outcome))
+            self._busy = None
+            return True
 
     @property
     def is_idle(self) -> bool:
@@ -134,12 +168,15 @@ class Worker:
             return ""
         return f"{self.gpu} has not moved a byte for {(now - self._moved_ns) // 1_000_000} ms. Try: nvidia-smi; dmesg | grep -i xid; restart this daemon"
 
-    def abandoned(self) -> list[Job]:
-        """Everything that has not ended, in order; nothing of it is waited for any more. What runs may still end: then it is thrown away."""
+    def abandoned(self) -> list[tuple[Job, bool]]:
+        """Everything that has not ended, in order, and whether it was begun; nothing of it is waited for any more."""
         with self._ready:
-            found = [*([self._busy] if self._busy is not None else ()), *self._jobs]
+            left = [*([(self._busy, True)] if self._busy is not None else ()), *((job, False) for job in self._jobs)]
+            left = [(job, begun) for job, begun in left if not job.told and not job.lasting]
             self._jobs = deque(job for job in self._jobs if job.lasting)
-        return [job for job in found if not job.told and not job.lasting]
+            for job, _ in left:
+                job.told = True
+            return left
 
     def stop(self, wait_s: float) -> bool:
         """No more jobs than there are; whether the thread has ended."""
@@ -151,26 +188,36 @@ class Worker:
 
 
 class Workers:
-    """All of them, made when the first job for a GPU comes."""
+    """All of them, made when the first job for a GPU comes. `turns` None: every job is done at once."""
 
-    def __init__(self, turns: Turns, clock: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(self, turns: Turns | None = None, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self._turns, self._clock = turns, clock
         self._by_gpu: dict[str, Worker] = {}
         self._bell = -1
         self._looking = False
         self.releasing = 0  # pools that are not closed yet
+        self.faults: dict[str, str] = {}  # by device, why it can't be used
 
-    def put(self, gpu: str, job: Job, first: bool = False) -> None:
-        """Behind what waits there, or `first`: memory is to be given back. Raises DeviceLost, with the reason, where that GPU's thread was given up,
-        OverflowError where too much waits; then nothing of the job is done."""
-        worker = self._worker(gpu)
-        if worker.given_up:
-            raise DeviceLost(worker.given_up)
-        worker.put(job, first)
+    def put(self, gpu: str, job: Job, first: bool = False) -> Events:
+        """Behind what waits there, or `first`. What is to be told at once: where it is refused, because that thread was given up (DeviceLost, with the reason)
+        or too much waits (OverflowError), it has ended already."""
+        if not gpu or self._turns is None:
+            return self._tell(gpu, job, job.done())
+        try:
+            worker = self._worker(gpu)
+            if worker.given_up:
+                raise DeviceLost(worker.given_up)
+            worker.put(job, first)
+        except (DeviceLost, OverflowError) as error:
+            return self._tell(gpu, job, Outcome(None, error, begun=False))
         self._look_soon()
+        return ()
 
     def release(self, gpu: str, close: Callable[[], None]) -> None:
         """Close what lies on that GPU, in its thread, as soon as that can be; also where the thread was given up, should it ever come back."""
+        if not gpu or self._turns is None:
+            close()
+            return
         try:
             self._worker(gpu).put(Job(close, self._released, lasting=True), first=True)
         except DeviceLost as error:
@@ -185,15 +232,12 @@ class Workers:
             log.error("memory isn't given back: %s", outcome.error)
         return ()
 
-    def faults(self) -> dict[str, str]:
-        """By GPU, why nothing of it is read: its thread was given up."""
-        return {gpu: worker.given_up for gpu, worker in self._by_gpu.items() if worker.given_up}
-
     def progressing(self) -> bool:
         """Whether every thread is idle, moves, or was given up: a loop that doesn't find out any more must not go on feeding a watchdog."""
         return all(worker.given_up or not worker.look() for worker in self._by_gpu.values())
 
     def _worker(self, gpu: str) -> Worker:
+        """Raises DeviceLost where no thread can be had."""
         worker = self._by_gpu.get(gpu)
         if worker is None:
             if self._bell < 0:
@@ -207,7 +251,31 @@ class Workers:
                 raise DeviceLost(f"no thread can be had to read {gpu}: {error}. Try: a higher TasksMax in the unit") from error
         return worker
 
+    # ---- devices ------------------------------------------------------------------------------------------------------------------
+
+    def failed(self, device: str, reason: str) -> Events:
+        """It can't be used."""
+        if self.faults.get(device) == reason:
+            return ()
+        self.faults[device] = reason
+        return (self._devices(),)
+
+    def _judged(self, gpu: str, job: Job, error: Exception | None) -> Events:
+        """What an end says of the GPU. A device that refuses an engine because the GPU is lost says so as the cause."""
+        lost = next((one for one in (error, getattr(error, "__cause__", None)) if type(one) in (DeviceLost, TimedOut)), None)
+        if not gpu or lost is not None:
+            return self.failed(gpu, str(lost)) if gpu else ()
+        return (self._devices(),) if job.proves and error is None and self.faults.pop(gpu, None) is not None else ()
+
+    def _devices(self) -> events.DevicesSeen:
+        return events.DevicesSeen(tuple(sorted(self.faults.items())))
+
     # ---- in the loop's thread -----------------------------------------------------------------------------------------------------
+
+    def _tell(self, gpu: str, job: Job, outcome: Outcome) -> Events:
+        waited, job.told = not job.told, True
+        told = job.ended(outcome) if waited else ()
+        return (*told, *self._judged(gpu, job, outcome.error))
 
     def _rung(self) -> Events:
         try:
@@ -224,19 +292,8 @@ class Workers:
                 if worker.given_up:
                     log.warning("%s moves again", worker.gpu)
                     worker.given_up = ""
-                told += self._tell(job, outcome)
+                told += self._tell(worker.gpu, job, outcome)
         return told
-
-    @staticmethod
-    def _tell(job: Job, outcome: Outcome) -> Events:
-        if not job.told:
-            job.told = True
-            return job.ended(outcome)
-        if outcome.error is not None:
-            log.error("a job that nobody waits for any more failed: %s", outcome.error)
-        else:
-            job.discard(outcome.value)
-        return ()
 
     def _look_soon(self) -> None:
         if not self._looking:
@@ -247,29 +304,25 @@ class Workers:
         """From time to time while anything is to be done."""
         self._looking = False
         told = self._ended()
-        for worker in self._by_gpu.values():
+        for worker in list(self._by_gpu.values()):
             reason = worker.look()
-            if reason:
-                worker.given_up = worker.given_up or reason
-                for job in worker.abandoned():
-                    log.error("given up: %s", reason)
-                    job.told = True
-                    told += job.ended(Outcome(None, DeviceLost(reason)))
+            if reason and not worker.given_up:
+                log.error("given up: %s", reason)
+                worker.given_up = reason
+                told += self.failed(worker.gpu, reason)
+            for job, begun in worker.abandoned() if worker.given_up else ():
+                told += job.ended(Outcome(None, DeviceLost(worker.given_up), begun))
         if any(not worker.is_idle for worker in self._by_gpu.values()):
             self._look_soon()
         return told
 
     def close(self) -> None:
-        """What waits is done, or left behind after JOIN_S; nobody hears of it."""
+        """What waits is done, or left behind after JOIN_S; nobody hears of it. Who was given up is not waited for."""
         deadline, all_ended = time.monotonic() + JOIN_S, True
         for gpu, worker in self._by_gpu.items():
-            if not worker.stop(max(0.0, deadline - time.monotonic())):
+            if not worker.stop(0.0 if worker.given_up else max(0.0, deadline - time.monotonic())):
                 all_ended = False
                 log.error("%s is still at work: what is mapped of it goes with this process", gpu)
-            while worker.found:
-                job, outcome = worker.found.popleft()
-                job.told = True
-                self._tell(job, outcome)
         self._by_gpu.clear()
         if self._bell >= 0:
             self._turns.forget(self._bell)

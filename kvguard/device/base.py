@@ -11,6 +11,7 @@ slots is read or written; a descriptor that doesn't fit the layout is refused be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from kvguard.format.layout import Layout
@@ -84,3 +85,9 @@ class Device(Protocol):
 
     def open(self, layout: Layout, descriptors: list[int]) -> Pool:
         """Map another process's pool. Raises Refused where the descriptors don't fit the layout. Takes ownership of the descriptors."""
+
+    def where(self, descriptors: Sequence[int]) -> str:
+        """The UUID of the GPU that their memory is on, "" for host memory: opening it may take long. They stay the caller's. Raises Refused for another's."""
+
+    def lends_on(self, gpu: str = "") -> str:
+        """The UUID of the GPU on which `lend` makes memory, "" for host memory. Raises BadConfig, Refused where it isn't here."""

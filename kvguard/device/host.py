@@ -15,7 +15,7 @@ import fcntl
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,6 +171,14 @@ class HostDevice:
             if isinstance(error, OSError):
                 raise Refused(f"the pool can't be mapped: {error}. Try: descriptors from Pool.export()") from error
             raise
+
+    def where(self, descriptors: Sequence[int]) -> str:
+        """See device/base.py."""
+        return ""
+
+    def lends_on(self, gpu: str = "") -> str:
+        """See device/base.py."""
+        return ""
 
     def _refuse_misfit(self, layout: Layout, descriptors: list[int]) -> None:
         if len(descriptors) != 1:

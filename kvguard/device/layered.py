@@ -2,7 +2,8 @@
 
 Knows: a pool's kernels, host memory that the GPU reads across the link. Must not know: what the pages are worth (who calls has verified them), sequences.
 Invariants: layer n is in the pool once its event is reached, and nothing waits for a later one; the host memory stays registered until every layer is there or
-the restore was given up, or failed half way; a restore that isn't there by its deadline is given up, and says so: what it was for is recomputed.
+the restore was given up, or failed half way; a restore that isn't there by its deadline is given up, and says so: what it was for is recomputed. Of a GPU that
+hangs nothing is waited for without a bound: what it may still touch is kept for good, and the pool is lost.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import numpy as np
 
 from kvguard.device.driver import Event, Stream
 from kvguard.device.gpu_pool import ALIGNMENT, GpuPool
-from kvguard.device.paced import finished
-from kvguard.errors import Refused, TimedOut
+from kvguard.device.paced import finished, settled, strand
+from kvguard.errors import KvguardError, Refused, TimedOut
 
 
 class LayeredRestore:
@@ -77,13 +78,30 @@ class LayeredRestore:
             raise TimedOut("the restore isn't there by its deadline. Try: compute it from its ids") from None
 
     def close(self) -> None:
-        """Waits for what is on its way, so that nothing writes into the pool, or reads the pages, afterwards. Idempotent."""
-        if self._memory is not None:
-            self._driver.synchronise(self._stream)
-            if self._registered:
-                self._driver.unregistered(self._memory)
-            self._driver.free(self._columns)
-            self._memory = None
+        """Waits for what is on its way, so that nothing writes into the pool, or reads the pages, afterwards. Idempotent.
+
+        Raises TimedOut where the GPU hangs: it may still do both, so the pages must stay mapped and registered, and nothing of the pool is committed any more.
+        """
+        if self._memory is None:
+            return
+        memory, self._memory = self._memory, None
+        try:
+            settled(self._driver, self._stream)
+        except TimedOut as error:
+            strand(self, memory)
+            self._pool.lost = self._pool.lost or str(error)
+            self._driver.wait(self._pool.current(), self._driver.record(self._stream))  # should it go on, what is launched from now on comes after that
+            raise
+        except KvguardError:  # nothing runs there any more
+            self._unregister(memory)
+            raise
+        self._unregister(memory)
+        self._driver.free(self._columns)
+
+    def _unregister(self, memory: memoryview) -> None:
+        if self._registered:
+            self._registered = False
+            self._driver.unregistered(memory)
 
 
 def _alignment(pool: GpuPool) -> int:

@@ -1,7 +1,8 @@
 """Other processes' GPU memory, mapped here: each allocation once, however many pools lie in it, by handle or by descriptor.
 
 Knows: a driver, cards. Must not know: pools, layouts.
-Invariants: the last close of a mapping unmaps it, no other does; what was taken by descriptor is not taken twice: its name says that it is the same.
+Invariants: the last close of a mapping unmaps it, no other does; what was taken by descriptor is not taken twice: its name says that it is the same. Nothing
+here waits for what was launched: whoever closes has waited for its own copies, and for no longer than it may.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Mappings:
             raise
 
     def close(self, terms: card.Card) -> None:
-        """Raises DeviceLost, Refused; then it stays mapped until this process ends."""
+        """Of a user that has nothing on its way there any more. Raises DeviceLost, Refused; then it stays mapped until this process ends."""
         with self._lock:
             found = self._open[terms.handle]
             found.users -= 1
@@ -66,6 +67,6 @@ class Mappings:
                 return
             del self._open[terms.handle]
             if found.segment is not None:
-                found.segment.close()
+                found.segment.close(settled=True)
             else:
                 self._driver.close_handle(found.address)

@@ -6,7 +6,8 @@ Invariants
 - With `capture = "engine"` nothing here launches a kernel: bytes come out of the ring, or as whole blocks by copy engines, small pieces, two in flight, paced.
 - A slot's bytes come from its latest record in the ring, or from the pool itself; never from an older one.
 - After a fault of the GPU nothing is read any more: `lost` says why, and every later call raises DeviceLost with it.
-- A pool is opened and welcomed in one thread; whatever reads or closes it comes from one thread at a time.
+- A pool is opened, read and closed by one thread at a time; its engine is welcomed in any.
+- Nothing is given back that a copy may still be writing to: where the GPU doesn't say in time that they are through, it goes with this process.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kvguard.device.gpu_pool import GpuPool
 from kvguard.device.host import Copies, HostDevice, HostPool, slots_of, slots_of_blocks
 from kvguard.device.kernels.plan import Plan
 from kvguard.device.mappings import Mappings
-from kvguard.device.paced import Paced
+from kvguard.device.paced import Paced, strand
 from kvguard.errors import DeviceLost, KvguardError, Refused, TimedOut
 from kvguard.format.layout import Layout
 
@@ -66,6 +67,7 @@ class RingEnd:
         self.memory = driver.allocate(self.rows * unit_bytes)
         staged, self._pinned = driver.pinned(staged_rows * unit_bytes)
         self.staged = np.frombuffer(staged, np.uint8).reshape(staged_rows, unit_bytes)
+        self._terms = self._card()
         self.words = ring.Words.create(self.rows)
         self._unpacker = ring.Unpacker(self.words, self.rows, staged_rows, slots_total)
 
@@ -73,12 +75,18 @@ class RingEnd:
     def unpacked(self) -> int:
         return self._unpacker.unpacked
 
+    def _card(self) -> card.Card | None:
+        try:
+            found = self._driver.allocation_of(self.memory)
+            handle = self._driver.handle_of(found.address)
+        except Refused as error:  # the engine packs nothing then, and its pool is read
+            log.error("no ring can be shared: %s", error)
+            return None
+        return card.Card("ring", self._driver.uuid, handle, self.memory - found.address, self.rows * self._unit_bytes, self.rows)
+
     def welcome(self) -> list[int]:
-        """[a card, words] for the engine; the caller's to close."""
-        found = self._driver.allocation_of(self.memory)
-        size = self.rows * self._unit_bytes
-        terms = card.Card("ring", self._driver.uuid, self._driver.handle_of(found.address), self.memory - found.address, size, self.rows)
-        return [card.write(terms), os.dup(self.words.fd)]
+        """[a card, words] for the engine, or nothing where it can't be shared; the caller's to close. Asks nothing of the GPU."""
+        return [card.write(self._terms), os.dup(self.words.fd)] if self._terms is not None else []
 
     def find(self, slots: np.ndarray) -> np.ndarray:
         """Staged row of each slot, -1 where it must be read from the pool; everything that the engine has packed is fetched first."""
@@ -144,7 +152,7 @@ class OpenedPool:
 
     def welcome(self) -> list[int]:
         """What the engine is answered with: its ring, or nothing where the daemon gathers itself."""
-        return self._ring.welcome() if self._ring is not None else []
+        return self._ring.welcome() if self._ring is not None and not self.lost else []
 
     # ---- captures -----------------------------------------------------------------------------------------------------------------
 
@@ -254,10 +262,18 @@ class OpenedPool:
         self.lost = self.lost or why
 
     def close(self) -> None:
-        """Unmap, give the ring back. Idempotent; never raises: what a lost GPU doesn't give back goes with this process."""
+        """Unmap, give the ring back. Idempotent; never raises: what a GPU that is lost, or hangs, doesn't give back goes with this process."""
         if self._closed:
             return
         self._closed = True
+        try:
+            self._paced.settle()
+        except TimedOut as error:
+            log.error("memory on %s isn't given back: %s", self.gpu, error)
+            strand(self)
+            return
+        except KvguardError as error:
+            log.warning("not settled: %s", error)
         self._mirror.copies.forget()
         for part in (self._kernels, self._ring):
             if part is not None:

@@ -23,6 +23,7 @@ from kvguard.device.driver import Driver, Event
 from kvguard.device.gpu_pool import PAGE_BYTES, GpuPool, page_of
 from kvguard.device.host import slots_of, slots_of_blocks
 from kvguard.device.kept import KeptMemory
+from kvguard.device.paced import settled, strand
 from kvguard.errors import KvguardError, Refused
 from kvguard.format.layout import Layout
 
@@ -150,10 +151,11 @@ class OwnedPool(GpuPool):
 
     def _leave(self, former: Joined) -> None:
         try:
-            self.driver.synchronise(self._side)  # nothing may still write into what is unmapped now
+            settled(self.driver, self._side)  # nothing may still write into what is unmapped now
             self._unregister(former.page)
             former.close()
         except KvguardError as error:
+            strand(former)
             _log.warning("kvguard: the former ring can't be closed: %s", error)
 
     # ---- a step -------------------------------------------------------------------------------------------------------------------
@@ -234,7 +236,7 @@ class OwnedPool(GpuPool):
         if self._closed:
             return
         try:
-            self.driver.synchronise(self._side)
+            settled(self.driver, self._side)
             with self._joining:
                 former, self._joined = self._joined, None
             for start in list(self._pages):
@@ -249,6 +251,7 @@ class OwnedPool(GpuPool):
                 self._kept.close()
         except KvguardError as error:
             self._closed = True
+            strand(self)
             _log.warning("kvguard: the pool's memory goes with its process: %s", error)
 
 

@@ -1,7 +1,8 @@
 """Copies that no one feels: small pieces, two in flight, no faster than they may be, and never waited for without an end.
 
 Knows: a driver, a clock. Must not know: pools, layouts, what is copied.
-Invariants: at most IN_FLIGHT copies of PIECE_BYTES_MAX are on the copy engine at a time; a wait ends in success, DeviceLost or TimedOut.
+Invariants: at most IN_FLIGHT copies of PIECE_BYTES_MAX are on the copy engine at a time; a wait ends in success, DeviceLost or TimedOut. What a GPU that hangs
+may still touch is never given back: it is kept as it is until this process ends (`strand`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from kvguard.errors import TimedOut
 
 IN_FLIGHT = 2
 WAIT_S_MAX = 1.0  # for two copies of 1 MiB: far beyond any link that works, and a daemon does nothing else meanwhile
+HANG_S = 15.0  # who has not come to the end of what was launched by then won't; longer than a daemon takes to say so (daemon/workers.py)
 NAP_S = 20e-6
 
 
@@ -25,6 +27,22 @@ def finished(driver: Driver, event: Event, deadline: float, clock: Callable[[], 
         if clock() >= deadline:
             raise TimedOut("the GPU didn't finish a copy in time. Try: nvidia-smi; dmesg | grep -i xid")
         nap(NAP_S)
+
+
+_stranded: list[object] = []
+
+
+def strand(*held: object) -> None:
+    """Keep whatever these hold, for good: a GPU that hangs may read or write it whenever it goes on."""
+    _stranded.extend(held)
+
+
+def settled(driver: Driver, stream: Stream) -> None:
+    """Whatever was put on `stream` is through. Raises TimedOut after HANG_S: then nothing that it may touch can be given back; DeviceLost."""
+    try:
+        finished(driver, driver.record(stream), time.monotonic() + HANG_S)
+    except TimedOut:
+        raise TimedOut(f"the GPU has not finished what was launched within {HANG_S:g} s. Try: nvidia-smi; dmesg | grep -i xid") from None
 
 
 class Paced:
@@ -62,6 +80,10 @@ class Paced:
         deadline = self._clock() + wait_s
         while self._flying:
             finished(self._driver, self._flying.popleft(), deadline, self._clock, self._nap)
+
+    def settle(self) -> None:
+        """No copy is on its way when this returns, also after one that failed. Raises as `settled`."""
+        settled(self._driver, self._stream)
 
     def _close(self) -> None:
         """The pieces since the last event are one unit in flight."""

@@ -6,7 +6,7 @@ Invariants
 - Nothing is launched before the sums of all pages hold, and nothing counts before `finish`: every layer is there, and every page kept its generation while
   it was read. A stream may run ahead behind `wait(layer)`; what it computes is thrown away where `finish` raises.
 - All or nothing: a layer that fails, or is late, fails the whole.
-- The arena stays registered and mapped until the last kernel has read it.
+- The arena stays registered and mapped until the last kernel has read it; where the GPU hangs, until this process ends.
 """
 
 from __future__ import annotations
@@ -36,21 +36,15 @@ class Arriving:
         self, pool: GpuPool, reader: PageReader, blocks: Sequence[int], generations: Sequence[int], counts: Sequence[int], here: Sequence[int], due: float,
     ) -> None:  # fmt: skip
         self._reader, self._pages = reader, list(zip(blocks, generations, strict=True))
-        self._driver = pool.driver
         self._restore: LayeredRestore | None = None
-        start, self._memory = reader.around(blocks)
+        start, memory = reader.around(blocks)
         shape = reader.shape
         self.bytes = sum(counts) * shape.token_bytes if shape.addressable else len(blocks) * shape.block_bytes
-        if len(self._memory) > max(SPARSE_MAX * self.bytes, BATCH_BYTES):
-            raise Refused(f"{len(blocks)} pages lie scattered over {len(self._memory)} bytes of the arena. Try: in batches")
+        if len(memory) > max(SPARSE_MAX * self.bytes, BATCH_BYTES):
+            raise Refused(f"{len(blocks)} pages lie scattered over {len(memory)} bytes of the arena. Try: in batches")
         slots, places = _columns(pool, reader, blocks, counts, here, start)
         self._verify(counts, due)
-        source = self._driver.registered(self._memory)
-        try:
-            self._restore = LayeredRestore(pool, self._memory, places, slots, due - time.monotonic(), source)
-        except BaseException:
-            self._driver.unregistered(self._memory)
-            raise
+        self._restore = LayeredRestore(pool, memory, places, slots, due - time.monotonic())
 
     def _verify(self, counts: Sequence[int], due: float) -> None:
         batch = max(1, BATCH_BYTES // self._reader.shape.block_bytes)
@@ -80,13 +74,10 @@ class Arriving:
         return self.bytes
 
     def close(self) -> None:
-        """Waits for what is on its way. Idempotent."""
+        """Waits for what is on its way. Idempotent. Raises TimedOut where the GPU hangs: the arena stays as it is, and the pool is lost; DeviceLost."""
         restore, self._restore = self._restore, None
         if restore is not None:
-            try:
-                restore.close()
-            finally:
-                self._driver.unregistered(self._memory)
+            restore.close()
 
 
 def _columns(pool: GpuPool, reader: PageReader, blocks, counts, here, start: int) -> tuple[np.ndarray, np.ndarray]:

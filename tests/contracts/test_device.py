@@ -207,6 +207,24 @@ def test_descriptors_that_do_not_fit_are_refused_and_closed(kind):
         device.open(layout, [])
 
 
+@pytest.mark.parametrize("kind", DEVICES)
+def test_where_memory_is_is_known_before_it_is_opened(kind):
+    """Whose thread it is that opens or makes it. The descriptors stay the caller's."""
+    device, layout = open_device(kind), Layout.paged("m", "float16", 1, 3, 4, 1, 2)
+    gpu = "" if kind == "host" else device.driver().uuid
+    pool, host = device.allocate(layout), open_device("host").allocate(layout)
+    exported, of_host = pool.export(), host.export()
+    assert device.where(exported) == device.lends_on() == device.lends_on(gpu) == gpu
+    assert device.where(of_host) == device.where([]) == ""
+    if gpu:
+        with pytest.raises(Refused, match="GPU-of-another-host"):
+            device.lends_on("GPU-of-another-host")
+    for descriptor in (*exported, *of_host):
+        os.close(descriptor)
+    pool.close()
+    host.close()
+
+
 def test_a_word_is_published():
     word = memoryview(bytearray(16))
     pool = open_device("host").allocate(Layout.paged("m", "float16", 1, 1, 1, 1, 1))

@@ -118,9 +118,7 @@ class Daemon:
         self.workers = Workers(self.loop, lambda: time.monotonic_ns() + self.skew_ns)
         self.shell.copies = Copies(self.workers, self.loop.after)
         device = CudaDevice(lambda: gpus, Capturing(ring_bytes=1, staged_bytes=1))
-        self.ranks = Ranks(
-            device, self.store, self.loop, self.tell, self.shell.streams, self.shell.local, self.shell.epochs, 5000, self.workers, self.shell.copies
-        )
+        self.ranks = Ranks(device, self.store, self.loop, self.tell, self.shell.streams, self.shell.local, self.shell.epochs, 5000, self.workers)
         self.shell.engines = self.ranks
 
     def persist(self, key, value):
@@ -186,18 +184,23 @@ class World:
         for daemon in (self.a, self.b):
             daemon.loop.feed(events.LinkUp(COORDINATOR))
         for number, engine in enumerate((self.slow, self.quick), 1):
-            said = self.attach(number, engine)
-            assert said and type(self.a.told[-1]) is local.Attached, self.a.told
+            assert type(self.attach(number, engine)) is local.Attached
             self.a.hear(ms.Assign("llama", engine.stream.rank, (("b", "tcp://b"),), ""))
             engine.commit(2)
         self.until(lambda: self.a.acked(SLOW) == self.a.acked(QUICK) == 2)
 
-    def attach(self, number: int, engine: Engine) -> list:
+    def knock(self, number: int, engine: Engine, connection: int = 0) -> None:
+        """Its Attach, over a connection of its own."""
         message = local.Attach("rank", "llama", number, NO_EPOCH, "endpoint", engine.stream, {"0.0.0": LAYOUT})
-        told = list(self.a.ranks.attach(number, engine.process.pid, message, engine.descriptors()))
-        for event in told:
+        for event in self.a.ranks.attach(connection or number, engine.process.pid, message, engine.descriptors()):
             self.a.loop.feed(event)
-        return told
+
+    def attach(self, number: int, engine: Engine) -> local.Local:
+        """What it is answered."""
+        before = len(self.a.told)
+        self.knock(number, engine)
+        self.until(lambda: len(self.a.told) > before)
+        return self.a.told[before]
 
     def until(self, seen) -> None:
         deadline = time.monotonic() + WAIT_S
@@ -291,7 +294,8 @@ def test_salvage_runs_beside_the_loop_and_the_pool_is_pending_until_it_is_over(w
     again = Engine(SLOW, "GPU-1")
     again.writer.close()
     again.writer = world.slow.writer
-    assert world.attach(3, again) == [] and "still being read" in world.a.told[-1].reason and not world.a.told[-1].final
+    refused = world.attach(3, again)
+    assert "still being read" in refused.reason and not refused.final
     world.gpu.gate.set()
     world.until(lambda: not world.a.saw(ms.Report)[-1].pending)
     [holding] = [holding for holding in world.a.saw(ms.Report)[-1].holdings if holding.stream == SLOW]
@@ -343,10 +347,11 @@ def test_a_thread_that_hangs_is_an_unprotected_rank_and_its_death_waits_for_noth
     world.until(lambda: world.a.saw(ms.Fault) and world.a.saw(ms.Fault)[-1].kind == "died")
     assert not world.a.saw(ms.Fault)[-1].salvageable and world.a.workers.releasing == 1  # its memory is given back should the thread come back
     other = Engine(SLOW._replace(pool=9), "GPU-1")
-    assert world.attach(3, other) == [] and "has not moved" in world.a.told[-1].reason and not world.a.told[-1].final
+    refused = world.attach(3, other)
+    assert "has not moved" in refused.reason and not refused.final
     world.gpu.gate.set()
-    world.until(lambda: not world.a.workers.releasing and not world.a.workers.faults())
-    assert world.attach(3, other) and type(world.a.told[-1]) is local.Attached
+    world.until(lambda: not world.a.workers.releasing and not world.a.workers.faults)
+    assert type(world.attach(3, other)) is local.Attached
     world.a.hear(ms.Assign("llama", SLOW.rank, (("b", "tcp://b"),), ""))
     other.commit(2)
     world.until(lambda: world.a.acked(other.stream) == 2 and world.a.faults() == ())

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -327,16 +326,6 @@ def test_a_successor_whose_pool_is_refused_takes_no_death_along(desk):
     assert type(desk.told[-1][1]) is local.AttachRefused
     died = list(desk.watched[desk.ranks.ranks[ID].pidfd]())[-1]
     assert (type(died), died.stream, died.incarnation) == (events.ProcessDied, ID, 1)
-
-
-def test_a_successor_waits_where_the_gpu_of_its_pool_is_stuck(desk, monkeypatch):
-    life = dead(desk)
-    monkeypatch.setattr(desk.ranks, "_workers", SimpleNamespace(faults=lambda: {"GPU-1": "it has not moved a byte"}, release=None, close=lambda: None))
-    monkeypatch.setattr(desk.ranks, "_device", SimpleNamespace(kind="cuda"))
-    fresh = Life()
-    descriptors = [os.pidfd_open(os.getpid()), os.dup(life.bell), os.dup(life.writer.fd), *fresh.pool.export()]
-    assert list(desk.ranks.attach(2, os.getpid(), message(incarnation=2), descriptors)) == []
-    assert "not moved a byte" in desk.told[-1][1].reason and not desk.told[-1][1].final
 
 
 def test_who_never_committed_lives_in_the_epoch_that_it_finds(desk):

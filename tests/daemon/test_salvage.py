@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from kvguard.daemon import salvage
+from kvguard.daemon.workers import Workers
 from kvguard.device.host import HostDevice
 from kvguard.errors import DeviceLost, Refused
 from kvguard.format.layout import Layout
@@ -56,7 +57,7 @@ def rank(make_life):
 def brought_out(rank) -> bool:
     """Whether its death says that its pool can be planned with."""
     rank.stream.alive = True
-    [died] = salvage.Salvaging(None, None, 300, lambda one: one is rank).begin(rank, "its process ended")
+    [died] = salvage.Salvaging(Workers(), 300, lambda one: one is rank).begin(rank, "its process ended")
     assert not rank.stream.alive and died.reason == "its process ended"
     return died.salvageable
 

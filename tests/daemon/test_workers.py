@@ -12,7 +12,7 @@ import pytest
 from kvguard.core import events
 from kvguard.daemon import workers as working
 from kvguard.daemon.workers import Job, Workers
-from kvguard.errors import DeviceLost
+from kvguard.errors import DeviceLost, Refused
 
 WAIT_S = 30
 
@@ -77,6 +77,10 @@ def told(word: str):
     return lambda outcome: (events.Broken(word, str(outcome.error or outcome.value)),)
 
 
+def seen(*faults: tuple[str, str]) -> events.DevicesSeen:
+    return events.DevicesSeen(faults)
+
+
 def test_results_come_in_order_to_the_loop_s_thread_and_what_frees_memory_goes_first(turns, workers):
     gate, ran = Gate(), []
     here = threading.get_ident()
@@ -98,34 +102,78 @@ def test_what_a_job_raises_is_its_result_and_the_thread_goes_on(turns, workers):
         raise DeviceLost("Xid 79. Try: drain the node")
 
     workers.put("GPU-1", Job(fails, told("a")))
-    assert turns.rung() == [events.Broken("a", "Xid 79. Try: drain the node")]
+    assert turns.rung() == [events.Broken("a", "Xid 79. Try: drain the node"), seen(("GPU-1", "Xid 79. Try: drain the node"))]
     workers.put("GPU-1", Job(lambda: 1, told("b")))
-    assert turns.rung() == [events.Broken("b", "1")] and workers.progressing() and not workers.faults()
+    assert turns.rung() == [events.Broken("b", "1")] and workers.progressing() and workers.faults  # it proved nothing
+    workers.put("GPU-1", Job(lambda: 1, told("c"), proves=True))
+    assert turns.rung() == [events.Broken("c", "1"), seen()] and not workers.faults
+
+
+def test_a_device_that_refuses_because_its_gpu_is_lost_is_a_fault_and_any_other_refusal_is_none(turns, workers):
+    def refuses():
+        try:
+            raise DeviceLost("Xid 79")
+        except DeviceLost as error:
+            raise Refused("no pool") from error
+
+    workers.put("GPU-1", Job(refuses, told("a")))
+    assert turns.rung() == [events.Broken("a", "no pool"), seen(("GPU-1", "Xid 79"))]
+
+    def full():
+        raise Refused("no memory left")
+
+    workers.put("GPU-2", Job(full, told("b")))
+    assert turns.rung() == [events.Broken("b", "no memory left")] and list(workers.faults) == ["GPU-1"]
+
+
+def test_what_is_on_no_gpu_is_done_at_once_and_so_is_everything_without_a_loop(workers):
+    ran = []
+    for at_once, gpu in ((workers, ""), (Workers(), "GPU-1")):
+        assert list(at_once.put(gpu, Job(threading.get_ident, told("it")))) == [events.Broken("it", str(threading.get_ident()))]
+        at_once.release(gpu, lambda: ran.append(1))
+    assert ran == [1, 1] and not [thread for thread in threading.enumerate() if thread.name.startswith("kvguard-GPU")]
 
 
 def test_one_that_stands_still_is_given_up_with_all_that_waits_and_comes_back(turns, workers):
-    gate, late = Gate(), []
-    workers.put("GPU-1", Job(gate, told("stuck"), lambda: gate.moved, late.append))
+    gate, late, threads = Gate(), [], []
+    workers.put("GPU-1", Job(gate, told("stuck"), lambda: gate.moved, lambda value: late.append(value) or threads.append(threading.current_thread().name)))
     assert gate.begun.wait(WAIT_S)
     workers.put("GPU-1", Job(lambda: 1, told("waits")))
     workers.release("GPU-1", lambda: late.append("closed"))
     assert turns.look(0) == []
     for _ in range(3):  # slow is not stuck
         gate.moved += 1
-        assert turns.look(working.STALL_NS - 1) == [] and workers.progressing() and not workers.faults()
+        assert turns.look(working.STALL_NS - 1) == [] and workers.progressing() and not workers.faults
     turns.now += working.STALL_NS
     assert not workers.progressing()  # a loop that doesn't find out starves the watchdog
-    found = turns.look(0)
+    fault, *found = turns.look(0)
     assert [event.link for event in found] == ["stuck", "waits"] and all("GPU-1 has not moved" in event.reason for event in found)
-    assert workers.progressing() and list(workers.faults()) == ["GPU-1"]
-    with pytest.raises(DeviceLost, match="has not moved"):
-        workers.put("GPU-1", Job(lambda: 1, told("refused")))
+    assert workers.progressing() and fault == seen(*workers.faults.items()) and list(workers.faults) == ["GPU-1"]
+    [refused] = workers.put("GPU-1", Job(lambda: 1, told("refused")))
+    assert refused.link == "refused" and "has not moved" in refused.reason
+    assert turns.look(working.STALL_NS) == []  # said once
     gate.let.set()
     while workers.releasing:
         assert turns.rung() == []  # nobody hears of it twice
-    assert sorted(late) == ["closed", "late"] and not workers.faults()
-    workers.put("GPU-1", Job(lambda: 2, told("again")))
-    assert turns.rung() == [events.Broken("again", "2")]
+    assert sorted(late) == ["closed", "late"] and threads == ["kvguard-GPU-1"]
+    workers.put("GPU-1", Job(lambda: 2, told("again"), proves=True))
+    assert turns.rung() == [events.Broken("again", "2"), seen()] and not workers.faults
+
+
+def test_memory_that_cannot_be_given_back_is_a_fault_of_its_gpu_and_ends_with_the_process(turns, workers, monkeypatch):
+    gate, closing = Gate(), []
+    workers.release("GPU-1", gate)
+    assert gate.begun.wait(WAIT_S) and turns.look(0) == []
+    [fault] = turns.look(working.STALL_NS)
+    assert fault == seen(*workers.faults.items()) and "GPU-1 has not moved" in workers.faults["GPU-1"]
+    stop, [bell] = working.Worker.stop, turns.watched
+    monkeypatch.setattr(working.Worker, "stop", lambda self, wait_s: closing.append(wait_s) or stop(self, wait_s))
+    workers.close()
+    assert closing == [0.0], "nobody waits for a thread that was given up"
+    gate.let.set()
+    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("kvguard-GPU")]:
+        thread.join(WAIT_S)
+    os.close(bell)  # left for the thread, which would have rung another descriptor
 
 
 def test_a_thread_that_ends_is_given_up(turns, workers, monkeypatch):
@@ -136,9 +184,9 @@ def test_a_thread_that_ends_is_given_up(turns, workers, monkeypatch):
     workers.put("GPU-1", Job(ends, told("it")))
     workers._by_gpu["GPU-1"]._thread.join(WAIT_S)
     workers.put("GPU-1", Job(lambda: 1, told("waits")))
-    found = turns.look(0)
+    _fault, *found = turns.look(0)
     assert [event.link for event in found] == ["it", "waits"] and all("has ended" in event.reason for event in found)
-    assert workers.progressing() and "has ended" in workers.faults()["GPU-1"]
+    assert workers.progressing() and "has ended" in workers.faults["GPU-1"]
 
 
 def test_a_queue_is_bounded_and_no_thread_is_a_reason(turns, workers, monkeypatch):
@@ -148,8 +196,10 @@ def test_a_queue_is_bounded_and_no_thread_is_a_reason(turns, workers, monkeypatc
     assert gate.begun.wait(WAIT_S)
     for _ in range(2):
         workers.put("GPU-1", Job(lambda: 1, told("waits")))
-    with pytest.raises(OverflowError):
-        workers.put("GPU-1", Job(lambda: 1, told("too much")))
+    ends = []
+    assert list(workers.put("GPU-1", Job(lambda: 1, lambda outcome: ends.append(outcome) or ()))) == []
+    [(_, error, begun)] = ends
+    assert type(error) is OverflowError and not begun
     workers.put("GPU-1", Job(lambda: 1, told("salvage")), first=True)
     gate.let.set()
 
@@ -157,12 +207,12 @@ def test_a_queue_is_bounded_and_no_thread_is_a_reason(turns, workers, monkeypatc
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", none_left)
-    with pytest.raises(DeviceLost, match="can't start new thread"):
-        workers.put("GPU-2", Job(lambda: 1, told("none")))
+    refused, fault = workers.put("GPU-2", Job(lambda: 1, told("none")))
+    assert "can't start new thread" in refused.reason and fault == seen(("GPU-2", refused.reason))
 
 
 def test_closing_throws_away_what_nobody_took(turns, workers):
     gone = []
-    workers.put("GPU-1", Job(lambda: "pool", told("salvage"), discard=gone.append))
+    workers.put("GPU-1", Job(lambda: "pool", told("salvage"), discard=lambda value: gone.append((value, threading.current_thread().name))))
     workers.close()
-    assert gone == ["pool"]
+    assert gone == [("pool", "kvguard-GPU-1")]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from exporter import values_of
 
-from kvguard.device import card, open_device
+from kvguard.device import card, open_device, paced
 from kvguard.device.cuda import Capturing, CudaDevice
 from kvguard.device.rehearsal import Rehearsal
 from kvguard.device.ring import AT_DONE, Words
@@ -419,12 +419,27 @@ def test_whoever_attaches_to_a_lost_gpu_is_refused_and_what_was_mapped_closes_qu
     again = [os.dup(fd) for fd in fds]
     view = device.open(layout, fds, writable=False)
     driver.lose("Xid 79")
-    with pytest.raises(DeviceLost):
-        view.welcome()
+    for descriptor in view.welcome():  # it asks nothing of the GPU: an engine that comes again is answered at once
+        os.close(descriptor)
     with pytest.raises(Refused, match="Xid 79"):
         device.open(layout, again, writable=False)
     view.close()
     view.close()
+
+
+def test_nothing_is_given_back_to_a_gpu_that_hangs(other, monkeypatch):
+    """A copy may still be on its way into what would be unmapped: it is not waited for without a bound, and goes with this process."""
+    monkeypatch.setattr(paced, "HANG_S", 0.0)
+    driver = Rehearsal()
+    device = CudaDevice(lambda: (driver,), Capturing(ring_bytes=1, staged_bytes=1))
+    view = device.open(LAYOUTS["usual"], other.pool("rehearsal", LAYOUTS["usual"]), writable=False)
+    mapped, driver.held = dict(driver._mapped), True
+    monkeypatch.setattr(driver, "synchronise", None)
+    view.close()
+    view.close()
+    assert driver._mapped == mapped and paced._stranded[-1] is view
+    with pytest.raises(Refused, match="closed"):
+        view.capture([0], [0], [1], memoryview(bytearray(LAYOUTS["usual"].token_bytes)))
 
 
 class BothSides(Rehearsal):

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from kvguard.device import open_device
+from kvguard.device import open_device, paced
 from kvguard.device.cuda import CudaDevice
 from kvguard.device.rehearsal import Rehearsal
 from kvguard.engine.arriving import Arriving
@@ -26,6 +26,19 @@ LAYOUTS = {
 BLOCKS, COUNTS, HERE = [7, 2, 5], [4, 4, 2], [1, 11, 6]
 
 
+class Late(Rehearsal):
+    """Where it is held: does what waits once it is asked for more than `patience` events."""
+
+    patience, asked = 0, frozenset()
+
+    def is_done(self, event: int) -> bool:
+        if self.held:
+            self.asked |= {event}
+            if len(self.asked) > self.patience:
+                self.run()
+        return super().is_done(event)
+
+
 class Replica:
     """An arena with noise in it, and pools that it is pulled into. Block n is of generation 100 + n."""
 
@@ -39,7 +52,7 @@ class Replica:
             os.pwrite(self.fd, data + (100 + block).to_bytes(8, "little") + pack_sums(sums), block * page_bytes(shape))
         os.ftruncate(self.fd, shape.blocks * page_bytes(shape))
         self.reader = PageReader(self.fd, shape)
-        self.driver = Rehearsal()
+        self.driver = Late()
         self.pool = CudaDevice(lambda: (self.driver,)).allocate(layout)
         self.host = open_device("host").allocate(layout)
 
@@ -112,10 +125,29 @@ def test_a_layer_can_be_waited_for_before_the_others_are_there(usual):
 
 
 def test_a_late_layer_fails_the_whole_and_nothing_writes_afterwards(usual):
-    usual.driver.held = True
+    usual.driver.held, usual.driver.patience = True, 1
     with pytest.raises(TimedOut, match="Try: compute it"):
         pull_pages(*usual.arguments(usual.pool, due_s=0.05))
     assert len(usual.driver.launched) == 3, "it was let go before the kernels were through with it"
+
+
+def test_a_gpu_that_hangs_is_not_waited_for_and_keeps_what_it_may_touch(usual, monkeypatch):
+    """Registered pages, the mapping, the columns: it may go on. Nothing is committed in that pool any more, and what its engine launches comes behind."""
+    monkeypatch.setattr(paced, "HANG_S", 0.0)
+    driver, waits = usual.driver, []
+    driver.held, driver.patience, mapped = True, 99, len(usual.driver._mapped)
+    monkeypatch.setattr(driver, "wait", lambda stream, event: waits.append((stream, event)))
+    with pytest.raises(TimedOut, match="not finished what was launched"):
+        pull_pages(*usual.arguments(usual.pool, due_s=0.05))
+    assert driver.launched == [] and "not finished" in usual.pool.lost
+    assert len(driver.held_pages) == 1 and len(driver._mapped) == mapped + 1 and waits[-1][0] == driver.current()
+    word = memoryview(bytearray(8)).cast("Q")
+    usual.pool.publish(word, 7)
+    usual.reader.close()
+    driver.held = False
+    driver.run()  # it goes on after all, and reads what it was given
+    assert len(driver.launched) == 3 and not word[0] and any(usual.bytes_of(usual.pool))
+    driver.held_pages.clear()
 
 
 def test_a_layer_that_cannot_be_launched_leaves_none_on_its_way(usual, monkeypatch):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kvguard.daemon.control import ControlServer, LocalIncoming
-from kvguard.daemon.lending import lend
+from kvguard.daemon.lending import Lending
+from kvguard.daemon.workers import Workers
 from kvguard.device import open_device
 from kvguard.engine import borrow
 from kvguard.errors import BadConfig, Refused, TimedOut
@@ -19,10 +20,13 @@ LAYOUT = Layout.paged("m", "float16", 1, 3, 4, 1, 2)
 
 
 class Lender:
-    """A daemon that does nothing else, in a thread. `stuck`: why its GPU doesn't answer; `answer`: what it says instead."""
+    """A daemon that does nothing else, in a thread. `lost`: why its GPU can't be used; `answer`: what it says instead."""
 
-    def __init__(self, path, kind: str, stuck: str = "", answer: local.Local | None = None) -> None:
-        self.server, self.device, self.stuck, self.answer = ControlServer(path), open_device(kind), stuck, answer
+    def __init__(self, path, kind: str, lost: str = "", answer: local.Local | None = None) -> None:
+        self.server, self.device, self.answer = ControlServer(path), open_device(kind), answer
+        self.lending = Lending(self.device, Workers(), self.server.send)
+        if lost:
+            self.device.driver().lose(lost)
         self.ending = threading.Event()
         self.thread = threading.Thread(target=self.serve)
         self.thread.start()
@@ -35,7 +39,7 @@ class Lender:
                 if self.answer is not None:
                     self.server.send(one.connection, self.answer)
                 else:
-                    lend(self.device, self.server.send, one.connection, one.message, self.stuck)
+                    self.lending.lend(one.connection, one.message)
 
     def end(self) -> None:
         self.ending.set()
@@ -78,9 +82,9 @@ def test_what_a_daemon_refuses_is_said(lender):
         borrow(Layout.paged("m", "float16", 1, 0, 4, 1, 2), socket="/nowhere")
 
 
-def test_a_gpu_that_does_not_answer_lends_nothing(lender):
-    with pytest.raises(Refused, match="stuck"):
-        borrow(LAYOUT, "rehearsal", socket=lender("rehearsal", stuck="the GPU's thread is stuck. Try: dmesg"))
+def test_a_gpu_that_is_lost_lends_nothing(lender):
+    with pytest.raises(Refused, match="Xid 79"):
+        borrow(LAYOUT, "rehearsal", socket=lender("rehearsal", lost="Xid 79"))
 
 
 def test_a_daemon_that_says_something_else_is_no_lender(lender):
