@@ -69,6 +69,10 @@ class Bounded(H11Protocol):
         self.idle[self] = None
         self._bound = self.loop.call_later(IDLE_CLIENT_S, self._look)
         if len(self.idle) > CONNECTIONS_IDLE_MAX:
+            self.loop.call_later(0, self._end_oldest)  # not before those who connected in the same turn were read: what they ask may be here already
+
+    def _end_oldest(self) -> None:
+        if len(self.idle) > CONNECTIONS_IDLE_MAX:
             oldest = next(iter(self.idle))
             del self.idle[oldest]
             oldest.transport.close()

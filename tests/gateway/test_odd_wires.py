@@ -8,6 +8,7 @@ import contextlib
 import json
 import socket
 import struct
+import threading
 
 import httpx
 import pytest
@@ -104,6 +105,22 @@ def test_many_idle_connections_keep_nobody_out(world, monkeypatch):
         assert [ended(raw) for raw in idle[:4]] == [b""] * 4
         idle[-1].sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
         assert idle[-1].recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_many_who_ask_as_they_connect_are_all_answered(world, monkeypatch):
+    """More than may be idle, and the gateway gets round to all of them at once: what they ask is there already."""
+    monkeypatch.setattr(connections, "CONNECTIONS_IDLE_MAX", 8)
+    world.start("a")
+    going = threading.Event()
+    with contextlib.ExitStack() as stack:
+        world._serving.servers[0].get_loop().call_soon_threadsafe(going.wait, 20)
+        try:
+            asking = [stack.enter_context(dialled(world)) for _ in range(24)]
+            for raw in asking:
+                raw.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        finally:
+            going.set()
+        assert [raw.recv(15) for raw in asking] == [b"HTTP/1.1 200 OK"] * 24
 
 
 def test_what_is_no_http_is_refused_in_openais_form(world):
