@@ -229,7 +229,7 @@ class Dialled:
                 self._connect_bulk(message)
             else:
                 link.say(greeting.Ready(False))
-        elif type(message) is greeting.Ready and link.state == GREETING and self._offered and message.bulk == (link.channel is not None):
+        elif type(message) is greeting.Ready and link.state == GREETING and self._is_agreed(message):
             self._retry_ns = RETRY_MIN_NS
             keys = self._shared.settings.keys
             if link.over_nixl:
@@ -244,6 +244,11 @@ class Dialled:
         else:
             self._shared.broken(self.name, "broken", f"{type(message).__name__} out of turn")
             self._fail(link, "greeting out of turn")
+
+    def _is_agreed(self, peer: greeting.Ready) -> bool:
+        """The peer is ready for what was offered, and over NIXL bytes have gone both ways."""
+        channel = self.link.channel
+        return self._offered and peer.bulk == (channel is not None) and not (self.link.over_nixl and not channel.is_met())
 
     # ---- the bulk connection ----
 

@@ -24,6 +24,7 @@ from kvguard.daemon.node import nixl_of
 from kvguard.errors import BadConfig, BadFrame
 from kvguard.limits import MIB
 from kvguard.transport import greeting, nixl_notes
+from kvguard.transport.accepting import Acceptor
 from kvguard.transport.base import Broken, Down, Frame, Up
 from kvguard.transport.nixl import ZONE_BYTES_MIN, NixlChannel
 from kvguard.transport.nixl_agent import Agent, ChannelLost, NixlSettings, Registered, chosen, life_name, load
@@ -197,8 +198,9 @@ def test_what_the_peer_says_out_of_turn_or_of_no_address_is_its_fault():
     lending, wakeup = Lending(MIB), Wakeup()
     here, there = (NixlChannel(CMA, wakeup, lambda events: None, lambda message: None, MIB, lending) for _ in range(2))
     try:
-        with pytest.raises(BadFrame, match="before there is a zone"):
-            here.returned(greeting.Returned((1,)))
+        for said in (lambda: here.returned(greeting.Returned((1,))), here.start):
+            with pytest.raises(BadFrame, match="has no pages"):
+                said()
         for address in (-PAGE_BYTES, 0, 1 << 63, (1 << 64) - PAGE_BYTES):
             with pytest.raises(BadFrame, match="a zone at"):
                 here.meet(structs.replace(there.zone(), address=address))
@@ -209,6 +211,17 @@ def test_what_the_peer_says_out_of_turn_or_of_no_address_is_its_fault():
     finally:
         for one in (here, there, lending, wakeup):
             one.close()
+
+
+def test_who_says_that_he_is_ready_and_gave_no_zone_has_no_link(monkeypatch):
+    monkeypatch.setattr(Acceptor, "_on_nixl", lambda self, link, message: link.say(greeting.Ready(True)))
+    world = Sockets(keyed=False, bulk=True, nixl=CMA)
+    try:
+        pair = Pair(world)
+        pair.until(lambda: any("Ready out of turn" in event.reason for event in pair.of(pair.b, Broken)), "it is refused")
+        assert not pair.of(pair.b, Up)
+    finally:
+        world.close()
 
 
 def test_what_the_peer_never_takes_ends_the_link_and_the_next_one_does_without(world):
