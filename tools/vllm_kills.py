@@ -203,7 +203,7 @@ class Kills:
                 raise RuntimeError(f"{name} did not start again\n{self.world.last_words()}")
             if self._running(name) is not None:
                 self.starts_s.append(time.monotonic() - self._starting.pop(name))
-        return [name for name in self.world.servers if name not in self._starting]
+        return [name for name, server in self.world.servers.items() if name not in self._starting and server.popen.poll() is None]
 
     def _running(self, name: str) -> float | None:
         try:

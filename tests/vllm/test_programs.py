@@ -233,6 +233,15 @@ def test_servers_that_start_stand_still_while_a_kill_is_measured():
         assert child.poll() is not None, "that one has ended is told elsewhere"
 
 
+def test_who_was_killed_is_asked_nothing_before_it_is_started_again():
+    """Answers that differ are compared with what a living server says, in the round of the kill."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import vllm_kills
+
+    servers = {name: SimpleNamespace(popen=SimpleNamespace(poll=lambda code=code: code)) for name, code in (("smol-a", -9), ("smol-b", None))}
+    assert vllm_kills.Kills._alive(SimpleNamespace(world=SimpleNamespace(servers=servers), _starting={})) == ["smol-b"]
+
+
 def test_a_stream_has_gone_on_with_an_id_that_was_not_on_its_way():
     sys.path.insert(0, str(ROOT / "tools"))
     import vllm_kills
