@@ -145,7 +145,7 @@ def test_a_daemon_without_its_gpu_refuses_engines_says_so_and_serves_those_in_ho
     cluster.until("a heartbeat", lambda: [fault for node in cluster.ask("coordinator", "status")["nodes"] for fault in node["device_faults"]])
     code, told = cluster.cli("check")
     found = {finding["subject"]: finding for finding in told["findings"]}
-    assert code == 3 and found["device cuda of node a"]["severity"] == "critical" and "Try:" in found["device cuda of node a"]["reason"]
+    assert code == 2 and found["device cuda of node a"]["severity"] == "critical" and "Try:" in found["device cuda of node a"]["reason"]
     monkeypatch.setenv("ENGINE_DEVICE", "host")
     other = cluster.engine("rank", "a", "0.0.0", instance="other")
     other.tell("step", commits=[["one", 7]])
