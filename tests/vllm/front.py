@@ -11,7 +11,7 @@ import sys
 
 import httpx
 from running import whole
-from world import ROOT, World, model_directory
+from world import ROOT, World, model_directory, weighted
 
 from kvguard import config
 from kvguard.pipeline.ports import free_ports
@@ -29,6 +29,7 @@ class Gateway:
         self.log = world.directory / "gateway.log"
         with open(self.log, "ab") as log, whole():
             self.popen = subprocess.Popen([sys.executable, "-m", "kvguard.cli", "gateway", "--config", str(file)], stdout=log, stderr=log, cwd=ROOT)
+            weighted(self.popen.pid)
             world.fronts.append(self)
         try:
             world.until("the gateway with its instances", lambda: self.active() == len(lines), 120)
