@@ -1,7 +1,7 @@
 """Messages that never end: ZeroMQ keeps the parts of a message until the last one has come. It has no bound for all of them (ZMQ_MAXMSGSIZE is each part's),
 and tells nobody meanwhile.
 
-Knows: what the kernel has received on one connection, how many whole messages came. Must not know: sockets of ZeroMQ, links.
+Knows: what ZeroMQ has read from one connection, by what the kernel says, how many whole messages came. Must not know: sockets of ZeroMQ, links.
 Invariants: what came since the last whole message is that which ZeroMQ holds, apart from its own heartbeats; a connection that isn't TCP is not judged.
 """
 
@@ -11,7 +11,7 @@ from kvguard.limits import KIB, MIB, PAYLOAD_BYTES_MAX
 from kvguard.transport import admit, watching
 
 LOOK_NS = 1_000_000_000  # so often: what comes in between is the other half of the bound
-BYTES_MAX = 32 * MIB  # of one message, and what the kernel keeps of the next ones
+BYTES_MAX = 32 * MIB  # of one message, generously: nobody is cut off for what ZeroMQ reads ahead
 HEARTBEAT_BYTES_PER_S = 4 * KIB  # ZeroMQ's own, generously: an idle link must not be taken for an endless message after a day
 
 assert admit.HEAD_BYTES_MAX + PAYLOAD_BYTES_MAX < BYTES_MAX
@@ -33,10 +33,10 @@ class Unfinished:
         """Whether more came than one message can have. `messages`: all whole ones that this connection ever brought; none may be waiting to be taken."""
         own_bytes = HEARTBEAT_BYTES_PER_S * (now_ns - self._looked_ns) // 1_000_000_000
         self._looked_ns = now_ns
-        received = watching.received_bytes(self._fd, self._address)
-        if received is None:
+        taken = watching.taken_bytes(self._fd, self._address)
+        if taken is None:
             return False
         if messages != self._messages:
-            self._messages, self._from_bytes = messages, received
-        self._from_bytes = min(received, self._from_bytes + own_bytes)
-        return received - self._from_bytes > BYTES_MAX
+            self._messages, self._from_bytes = messages, taken
+        self._from_bytes = min(taken, self._from_bytes + own_bytes)
+        return taken - self._from_bytes > BYTES_MAX

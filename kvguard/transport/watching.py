@@ -7,9 +7,11 @@ Invariant: events are given in the order in which they happened; close() before 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket as sockets
 import struct
+import termios
 from collections.abc import Iterator
 from itertools import count
 
@@ -26,6 +28,7 @@ HANDSHAKE_FAILED = {
 }
 TOLD = struct.Struct("=Hi")  # zmq_socket_monitor(3): event and value; an address follows in a part of its own. zmq.utils.monitor would import asyncio
 BYTES_RECEIVED, BYTES_RECEIVED_AT = struct.Struct("=Q"), 128  # of struct tcp_info (linux/tcp.h), since Linux 4.1
+UNREAD = struct.Struct("=i")
 _numbers = count()
 
 
@@ -71,14 +74,15 @@ def cut(fd: int, address: tuple[str, int]) -> bool:
         return True
 
 
-def received_bytes(fd: int, address: tuple[str, int]) -> int | None:
-    """What the kernel has ever received on one of ZeroMQ's own connections; None where it isn't TCP, or `address` isn't at the other end (any more)."""
+def taken_bytes(fd: int, address: tuple[str, int]) -> int | None:
+    """What ZeroMQ has ever read from one of its own connections, or a little less; None where it isn't TCP, or `address` isn't at the other end (any more)."""
     with _borrowed(fd) as connection:
         if connection is None or _name_of(connection) != address:
             return None
         try:
             told = connection.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, BYTES_RECEIVED_AT + BYTES_RECEIVED.size)
-            return BYTES_RECEIVED.unpack_from(told, BYTES_RECEIVED_AT)[0]
+            unread = fcntl.ioctl(connection, termios.FIONREAD, UNREAD.pack(0))  # asked second: what comes in between makes less of it, never more
+            return BYTES_RECEIVED.unpack_from(told, BYTES_RECEIVED_AT)[0] - UNREAD.unpack(unread)[0]
         except (OSError, struct.error):
             return None
 

@@ -96,10 +96,10 @@ def test_who_was_dialled_and_sends_a_message_without_an_end_is_hung_up_on(pair):
     ids=["nothing whole ever came", "each is smaller than the bound", "after a whole one", "many whole ones at once"],
 )  # fmt: skip
 def test_what_counts_is_what_came_since_the_last_whole_message(monkeypatch, looks, endless):
-    """Looks: MiB that were received, messages that were whole."""
+    """Looks: MiB that ZeroMQ has read, messages that were whole."""
     monkeypatch.setattr(unfinished, "BYTES_MAX", 2 * MIB)
     received = []
-    monkeypatch.setattr(watching, "received_bytes", lambda fd, address: received[-1])
+    monkeypatch.setattr(watching, "taken_bytes", lambda fd, address: received[-1])
     seen = unfinished.Unfinished(3, ("a", 1), 0)
     for number, (size, messages) in enumerate(looks):
         received.append(int(size * MIB))
@@ -107,9 +107,20 @@ def test_what_counts_is_what_came_since_the_last_whole_message(monkeypatch, look
     assert found == endless
 
 
+def test_what_the_kernel_keeps_for_later_is_no_part_of_a_message():
+    """A whole queue may wait there while this process is stopped: as much as the host lets a connection keep."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_connection(listening.getsockname()) as peer:
+        ours, address = listening.accept()
+        with ours:
+            peer.sendall(bytes(60_000))
+            assert len(ours.recv(60_000, socket.MSG_PEEK | socket.MSG_WAITALL)) == 60_000
+            assert watching.taken_bytes(ours.fileno(), address) == 0
+            assert len(ours.recv(50_000, socket.MSG_WAITALL)) == 50_000 == watching.taken_bytes(ours.fileno(), address)
+
+
 def test_heartbeats_of_a_year_are_no_message(monkeypatch):
     second, received = 1_000_000_000, []
-    monkeypatch.setattr(watching, "received_bytes", lambda fd, address: received[-1])
+    monkeypatch.setattr(watching, "taken_bytes", lambda fd, address: received[-1])
     seen = unfinished.Unfinished(3, ("a", 1), 0)
     for number in range(1, 100_000):
         received.append(number * 600)
