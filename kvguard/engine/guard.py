@@ -128,7 +128,7 @@ class Step:
 
 
 class Guard:
-    """One attachment: a rank (with a pool) or a scheduler (without). Steps, truncate, release and restore belong to one thread at a time; `fenced`, `pulse` to any.
+    """One attachment: a rank (with a pool) or a scheduler (without). Steps, truncate, release and restore: one thread at a time; `fenced`, `pulse`: any.
 
     `epoch`: the adopted one. `table`, `pool`, `layout`, `stream`: what the daemon maps. `session`: the line to it.
     """
