@@ -90,7 +90,8 @@ class NixlChannel:
         self._gone_ns = 0  # since when there are some
         self._started = self._heard = self._reached = False
         now_ns = time.monotonic_ns()
-        self._moved_ns = self._heard_ns = self._spoke_ns = self._sent_ns = self._looked_ns = self._returned_ns = self._landed_ns = now_ns
+        self._moved_ns = self._heard_ns = self._spoke_ns = self._sent_ns = self._looked_ns = now_ns
+        self._returned_ns = self._landed_ns = self._settled_ns = now_ns
         self._hot_until_ns = 0
         self._carrier = ""
         self._rings: dict[int, int] = {bell: 0 for bell in self._agent.bells}
@@ -303,7 +304,7 @@ class NixlChannel:
         while self._writes and self._agent.is_done(self._writes[0][0]):
             write, _, _, behind = self._writes.popleft()
             self._agent.release(write)
-            self._reached = moved = True
+            self._reached, self._settled_ns, moved = True, time.monotonic_ns(), True
             if behind:
                 self._writes.appendleft((self._agent.write(*behind), time.monotonic_ns(), None, ()))
         for write, *_ in list(self._writes)[1:]:
@@ -359,7 +360,7 @@ class NixlChannel:
     def tick(self, now_ns: int) -> int:
         """Beats, deadlines; returns when to look next. Raises ChannelLost."""
         stuck_ns, beat_ns = self._settings.stuck_ms * 1_000_000, self._settings.beat_ms * 1_000_000
-        if self._writes and now_ns - max(self._moved_ns, self._writes[0][1]) > stuck_ns:
+        if self._writes and now_ns - max(self._settled_ns, self._writes[0][1]) > stuck_ns:
             raise ChannelLost(f"the peer took nothing for {self._settings.stuck_ms} ms", silent=True)
         if self._early and now_ns - self._landed_ns > stuck_ns:
             raise ChannelLost(f"the note of frame {self._expected} has been missing for {self._settings.stuck_ms} ms", silent=True)

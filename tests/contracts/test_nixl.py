@@ -239,6 +239,16 @@ def test_what_the_peer_never_takes_ends_the_link_and_the_next_one_does_without(w
     carries(pair)
 
 
+def test_a_write_that_is_never_done_ends_the_link_although_the_peer_is_heard(pair):
+    """A way that carries what is small, and nothing of a payload."""
+    writer, reader = channel_of(pair), channel_of(pair, pair.accepted)
+    writer._settings, reader._settings = dataclasses.replace(writer._settings, stuck_ms=1000), dataclasses.replace(reader._settings, beat_ms=50)
+    writer._agent.is_done = lambda write: False
+    assert pair.b.send("peer:a", kv(1, FRAME_BYTES), memoryview(bytearray(FRAME_BYTES)))
+    pair.until(lambda: pair.of(pair.b, Down), "the end")
+    assert "the peer took nothing for 1000 ms" in pair.of(pair.b, Down)[0].reason
+
+
 def test_a_payload_in_lent_memory_is_sent_from_there(pair):
     for number in range(1, 60):  # more than there is: what is not lent is copied
         payload = pair.b.lend(FRAME_BYTES)
