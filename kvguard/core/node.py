@@ -342,7 +342,7 @@ class Node:
         orders = self._current(order.instance, order.epoch)
         if orders is None:
             return (Note("stale_epoch", order.instance, f"RebuildOrder of epoch {order.epoch.counter}, whose plan isn't known here"),)
-        return orders.rebuild(order, self.standbys.pop(order.rebuild.standby, None))
+        return orders.rebuild(order, None if orders.left(order) else self.standbys.pop(order.rebuild.standby, None))
 
     def _restored(self, now: int, event: events.EngineRestored) -> Effects:
         orders = self._current(event.instance, event.epoch)

@@ -73,6 +73,11 @@ class Orders:
         self._done.pop(part, None)
         return (Claim(self._for_engines, order.rebuild),)
 
+    def left(self, order: RebuildOrder) -> bool:
+        """Whether this is said again of a standby that was told of nothing: it takes no part in this plan any more, and may in the next."""
+        done, former = self._done.get(f"rank {order.rebuild.rank}"), self._claimed.get(order.rebuild.rank)
+        return done is not None and bool(done.clashes) and former is not None and former.rebuild.standby == order.rebuild.standby
+
     def died(self, standby: int, reason: str) -> tuple[Effect, ...]:
         """A standby that died before it had its rank: the coordinator takes another."""
         for rank, order in self._claimed.items():

@@ -333,6 +333,8 @@ def test_a_standby_that_was_told_of_nothing_is_there_again() -> None:
         (done,) = world.step(ev.EngineRestored("i", R1, E1, OTHER, "", "two lives", clashes=clashes))
         assert (done.message.error, done.message.clashes) == ("two lives", clashes)
         assert [standby.standby for standby in world.beat().standbys] == ([] if dies else [44])
+        assert world.say(ms.RebuildOrder("i", E1, rebuild)) == (done,)  # again, on a new link: it is answered, and takes nothing away
+        assert [standby.standby for standby in world.beat().standbys] == ([] if dies else [44])
 
 
 def test_a_newer_fence_forgets_the_older_plan() -> None:
