@@ -3,7 +3,7 @@
 Knows: all of them (shapes.py, frames.py, orders.py, sessions.py) and their bytes; msgspec refuses anything else before it reaches the core.
 Must not know: framing (wire.py), what is done with a message (core/).
 Invariants: fields are only ever added at the end with a default (a peer one version older ignores them); columns of one message have equal length
-(`check_columns`). Messages are values: two that say the same are equal.
+(`check_columns`); what a Done says of clashes is of the rank that it is about (`check_clashes`). Messages are values: two that say the same are equal.
 
 Conversations
 - stream, sender -> holder: Hello, IdsFrame, KvFrame, StreamEnd; holder -> sender: Held, Ack.
@@ -68,6 +68,8 @@ def unpack(data) -> Message:
         raise BadFrame(f"not a message of this protocol: {error}") from error
     check_epochs(message)
     check_columns(message)
+    if type(message) is Done and message.clashes:
+        check_clashes(message)
     return message
 
 
@@ -77,6 +79,13 @@ def check_epochs(message: Message) -> None:
     promises = message.promises if type(message) is NodeHello else ()
     if max(epoch.counter, *(promised.counter for _, promised in promises), 0) > EPOCH_MAX or epoch.counter < 0:
         raise BadFrame(f"{type(message).__name__}: an epoch that no coordinator ever issued")
+
+
+def check_clashes(message: Done) -> None:
+    """Raises BadFrame where a clash is of another rank than `part` names, or at no position: plans cut copies there, in every later round."""
+    for stream, _, position in message.clashes:
+        if position < 0 or stream.instance != message.instance or message.part != f"rank {stream.rank}":
+            raise BadFrame(f"Done of {message.part!r}: a clash of {stream} at {position}")
 
 
 def check_columns(message: Message) -> None:

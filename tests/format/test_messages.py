@@ -10,7 +10,7 @@ from kvguard.format import ledger, messages
 from kvguard.format.ledger import RecoveryRecord
 from kvguard.format.lineage import birth_of, is_other
 from kvguard.limits import EPOCH_MAX
-from kvguard.types import Epoch, Fork, Life, Rank, StreamId
+from kvguard.types import Clash, Epoch, Fork, Life, Rank, StreamId
 
 EPOCH = Epoch(1, "c")
 
@@ -46,6 +46,16 @@ def test_columns_of_a_report_or_a_plan_are_of_one_length():
             messages.unpack(messages.pack(report))
     with pytest.raises(BadFrame):
         messages.unpack(messages.pack(messages.PlanOrder("i", EPOCH, (), (), (), (), (), (), (), (), (), (), births=(1,))))
+
+
+def test_clashes_are_of_the_rank_that_failed_and_at_positions():
+    """A plan would go on at a position below 0, or cut copies of ranks that nobody compared."""
+    stream = StreamId("i", Rank(0, 1, 0), 7)
+    done = messages.Done("i", EPOCH, "n", "rank 0.1.0", "two lives", clashes=(Clash(stream, "s", 0),))
+    assert messages.unpack(messages.pack(done)) == done
+    for clash in (Clash(stream, "s", -1), Clash(stream._replace(rank=Rank(0, 2, 0)), "s", 4), Clash(stream._replace(instance="j"), "s", 4)):
+        with pytest.raises(BadFrame, match="a clash of"):
+            messages.unpack(messages.pack(msgspec.structs.replace(done, clashes=(*done.clashes, clash))))
 
 
 def test_a_birth_is_told_from_the_request_and_unknown_without_one():
