@@ -5,7 +5,8 @@ Knows: local messages, descriptors, a device, the GPUs' threads. Must not know: 
 Invariants
 - An engine is answered or refused, never believed: sizes, layout, owner of the pidfd are checked before anything is mapped.
 - Opening a pool on a GPU holds up nobody else. Whether it may be seated is asked again when it is open: who was seated meanwhile was first.
-- Of one (instance, rank) one is at the door at a time. A line that goes is no death and ends nothing; Detach does.
+- Of one (instance, rank) one is at the door at a time. A line that goes is no death and ends nothing; Detach does. What else an engine says behind its Attach
+  (that it has restored, what it wants to fetch) is heard behind it.
 - Of whoever isn't seated nothing stays open: descriptors are closed here, a pool in its GPU's thread, however late it comes.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from kvguard.core import events
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 Events = Iterable[events.Event]
 PIDFD, BELL, TABLE, POOL = 0, 1, 2, 3  # places of an Attach's descriptors
+UNHEARD_MAX = 64  # a client keeps 8 that it couldn't say
 
 
 class NotYet(Refused):
@@ -56,6 +58,7 @@ class Arrival:
         self._own = descriptors[:POOL]
         self._taken: set[int] = set()
         self.is_connected, self.is_over = True, False
+        self.unheard: list[Callable[[], Events]] = []
 
     @property
     def place(self) -> tuple[str, Rank]:
@@ -158,6 +161,12 @@ class Arrivals:
     def _opened(self, arrival: Arrival, outcome: Outcome) -> Events:
         """In the loop's thread, also where nothing could be opened in time."""
         self._coming.pop(arrival.place, None)
+        told = [*self._answered(arrival, outcome)]
+        for hear in () if arrival.is_over else arrival.unheard:
+            told += hear()
+        return told
+
+    def _answered(self, arrival: Arrival, outcome: Outcome) -> Events:
         if outcome.error is not None:
             error = outcome.error
             return self._refused(arrival, NotYet(str(error)) if isinstance(error, (DeviceLost, OverflowError)) else error)
@@ -204,6 +213,15 @@ class Arrivals:
         return ()
 
     # ---- going away ---------------------------------------------------------------------------------------------------------------
+
+    def behind(self, connection: int, hear: Callable[[], Events]) -> bool:
+        """Whether an Attach of that line is under way: then `hear` is called once it is answered, for the first UNHEARD_MAX messages."""
+        arrival = next((one for one in self._coming.values() if one.connection == connection), None)
+        if arrival is not None and len(arrival.unheard) < UNHEARD_MAX:
+            arrival.unheard.append(hear)
+        elif arrival is not None:
+            log.warning("%s says more than %d things before it is attached: not heard", arrival.message.stream, UNHEARD_MAX)
+        return arrival is not None
 
     def detach(self, connection: int) -> None:
         for arrival in self._coming.values():

@@ -218,6 +218,8 @@ class NodeDaemon:
             os.close(descriptor)
         if type(message) is local.Detach:
             return self.ranks.detach(incoming.connection)
+        if self.ranks.behind(incoming.connection, lambda: self._engine_said(incoming._replace(descriptors=[]))):
+            return ()
         if type(message) is local.Restored:
             return self.ranks.restored(incoming.connection, message)
         if type(message) is local.Fetch:

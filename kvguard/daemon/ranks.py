@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from kvguard.core import events
@@ -67,6 +67,10 @@ class Ranks:
     def attach(self, connection: int, pid: int, message: local.Attach, descriptors: list[int]) -> Events:
         """See arrivals.py."""
         return self._arrivals.attach(connection, pid, message, descriptors)
+
+    def behind(self, connection: int, hear: Callable[[], Events]) -> bool:
+        """See arrivals.py: whether what was said over that line is heard later, behind its Attach."""
+        return self._arrivals.behind(connection, hear)
 
     def wanted(self, arrival: Arrival) -> Layout | None:
         """See arrivals.Desk."""

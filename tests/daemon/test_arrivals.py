@@ -11,6 +11,7 @@ import threading
 
 import pytest
 
+from kvguard.core import events
 from kvguard.daemon import node as starting
 from kvguard.daemon import workers as working
 from kvguard.daemon.arrivals import NotYet
@@ -196,9 +197,28 @@ def test_a_second_attach_waits_for_the_first_and_a_line_that_goes_ends_neither(w
     assert "held by a process that lives" in refused.reason and refused.final
 
 
+def test_what_is_said_behind_an_attach_is_heard_behind_it(world):
+    """A standby that took a rank says at once that it has restored it: heard too soon, the coordinator gave the rank away again."""
+    before = world.hold(3, world.engine())
+    restored, heard = local.Restored("llama", NEW.rank, E1), []
+
+    def hear():
+        heard.extend(world.a.ranks.restored(3, restored))
+        return ()
+
+    assert world.a.ranks.behind(3, hear) and not world.a.ranks.behind(2, hear)
+    world.goes_on()
+    assert not heard
+    world.opening.let()
+    world.answer(before)
+    assert [(one.stream, one.error) for one in heard if type(one) is events.EngineRestored] == [(NEW, "")]
+    assert not world.a.ranks.behind(3, hear)
+
+
 def test_who_detaches_before_it_is_attached_leaves_nothing(world):
     mapped = len(world.gpu._mapped)
     before = world.hold(3, world.engine())
+    assert world.a.ranks.behind(3, pytest.fail)
     assert list(world.a.ranks.detach(3)) == []
     world.opening.let()
     assert "detached" in world.answer(before).reason
