@@ -191,6 +191,7 @@ def send_report(shell: NodeShell, effect: effects.SendReport, waited: bool = Fal
     if not waited and shell.store.unchecked(instance=effect.instance):
         shell.reports[effect.instance] = (shell.reports.get(effect.instance, (shell.clock(), effect))[0], effect)
         return ()
+    shell.reports.pop(effect.instance, None)  # one that still waits says less
     seen: list[events.Event] = []
     holdings = []
     for stream in streams_of(shell, effect.instance):

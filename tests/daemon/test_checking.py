@@ -107,6 +107,15 @@ def test_a_report_does_not_wait_for_ever(life):
     assert len(life.sent) == 1
 
 
+def test_a_report_that_waits_is_not_said_after_a_newer_one(life):
+    """The older one calls a pool pending whose process has died meanwhile: the coordinator would believe that until it gave the pool up."""
+    life.perform(effects.SendReport("coordinator", STREAM.instance, EPOCH, (STREAM,)))
+    life.perform(effects.DropReplica(STREAM, "unpinned"))  # nothing is unverified any more, and no slice has come yet
+    life.perform(effects.SendReport("coordinator", STREAM.instance, EPOCH))
+    life.rest()
+    assert [report.pending for report in life.sent] == [()]
+
+
 def test_another_instances_report_does_not_wait(life):
     life.perform(effects.SendReport("coordinator", "other", EPOCH))
     assert [report.holdings for report in life.sent] == [()]
