@@ -106,8 +106,8 @@ class NodeDaemon:
         self.workers = Workers(self)
         self.shell.copies = Copies(self.workers, self.loop.after)
         device = LaterDevice(config.device, capture=config.capture, ring_bytes=config.ring_bytes, bytes_per_s=config.capture_bytes_per_s)
-        fault = device.prepare()
-        for event in self.workers.failed(config.device, fault) if fault else ():
+        device.prepare()
+        for event in self.workers.prepared(config.device, device.said, SILENT):
             self.loop.feed(event)
         self.ranks = Ranks(
             device, store, self, self.control.send, self.shell.streams, self.shell.local, self.shell.epochs, config.salvage_ms_max, self.workers
@@ -276,19 +276,28 @@ class LaterDevice:
         self._capturing = capturing
         self._device: Device | None = None
         self._preparing: threading.Thread | None = None
+        self._said: str | None = ""
 
-    def prepare(self, wait_s: float = PREPARE_S) -> str:
-        """Why it can't be used; "" where it can. Never raises."""
+    def prepare(self, wait_s: float = PREPARE_S) -> None:
+        """Wait so long for its driver; `said` knows what came of it. Never raises."""
         if self.kind == "host":
-            return ""
-        device, said = self._opened(), [SILENT]
-        self._preparing = threading.Thread(target=lambda: said.append(device.prepare()), name="kvguard-prepare", daemon=True)
+            return
+        device = self._opened()
+
+        def prepare() -> None:
+            self._said = device.prepare()
+
+        self._said = None
+        self._preparing = threading.Thread(target=prepare, name="kvguard-prepare", daemon=True)
         self._preparing.start()
         self._preparing.join(wait_s)
-        fault = said[-1]
+        fault = SILENT if self._said is None else self._said
         if fault:
             log.error("no engine with a pool on a GPU can be protected: %s", fault)
-        return fault
+
+    def said(self) -> str | None:
+        """Why it can't be used; "" where it can, None as long as its driver doesn't answer."""
+        return self._said
 
     def _refuse_unprepared(self) -> None:
         if self._preparing is not None and self._preparing.is_alive():

@@ -253,11 +253,21 @@ class Workers:
 
     # ---- devices ------------------------------------------------------------------------------------------------------------------
 
+    def prepared(self, device: str, said: Callable[[], str | None], silent: str) -> Events:
+        """`said`: why the device can't be used, "" where it can, None as long as its driver doesn't answer: then it can't, because it is `silent`, and is asked
+        again."""
+        known = said()
+        if known is None:
+            self._turns.after(LOOK_NS, lambda: self.prepared(device, said, silent))
+        return self.failed(device, silent if known is None else known)
+
     def failed(self, device: str, reason: str) -> Events:
-        """It can't be used."""
-        if self.faults.get(device) == reason:
+        """It can't be used; or can again, without a reason."""
+        if self.faults.get(device, "") == reason:
             return ()
         self.faults[device] = reason
+        if not reason:
+            del self.faults[device]
         return (self._devices(),)
 
     def _judged(self, gpu: str, job: Job, error: Exception | None) -> Events:

@@ -366,7 +366,8 @@ def test_a_driver_that_opens_no_context_in_time_is_a_fault_and_host_pools_are_ta
     later = starting.LaterDevice("rehearsal")
     gate.shut()
     try:
-        assert "has not opened its contexts" in later.prepare(wait_s=0.0)
+        later.prepare(wait_s=0.0)
+        assert later.said() is None
         host = open_device("host").allocate(LAYOUT)
         [descriptor] = host.export()
         assert later.where([descriptor]) == ""
@@ -379,7 +380,7 @@ def test_a_driver_that_opens_no_context_in_time_is_a_fault_and_host_pools_are_ta
     finally:
         gate.let()
         later._preparing.join(WAIT_S)
-    assert later.where(exported) == later.lends_on() == driver.uuid
+    assert later.where(exported) == later.lends_on() == driver.uuid and later.said() == ""
     os.close(*exported)
     pool.close()
     host.close()

@@ -176,6 +176,17 @@ def test_memory_that_cannot_be_given_back_is_a_fault_of_its_gpu_and_ends_with_th
     os.close(bell)  # left for the thread, which would have rung another descriptor
 
 
+@pytest.mark.parametrize("fault", ["", "no driver"])
+def test_a_driver_that_does_not_answer_is_a_fault_until_it_does(turns, workers, fault):
+    """It was one for good: a node whose GPUs served again was critical for its monitor until it was restarted."""
+    said = [None]
+    assert list(workers.prepared("cuda", lambda: said[0], "silent")) == [seen(("cuda", "silent"))]
+    assert turns.look(working.LOOK_NS) == [] and workers.faults == {"cuda": "silent"}
+    said[0] = fault
+    assert turns.look(working.LOOK_NS) == [seen(*([("cuda", fault)] if fault else ()))] and not turns.timers
+    assert list(workers.prepared("cuda", lambda: fault, "silent")) == []
+
+
 def test_a_thread_that_ends_is_given_up(turns, workers, monkeypatch):
     def ends():
         raise SystemExit
