@@ -17,7 +17,7 @@ import numpy as np
 from kvguard.device.driver import Driver, Stream
 from kvguard.device.host import slots_of, slots_of_blocks
 from kvguard.device.kernels.plan import Plan, tables_bytes
-from kvguard.device.paced import finished
+from kvguard.device.paced import finished, settled
 from kvguard.errors import Refused
 from kvguard.format.layout import Layout
 
@@ -188,6 +188,10 @@ class GpuPool:
 
     def export(self) -> list[int]:
         raise Refused("memory that was opened can't be exported again: only its own process can. Try: salvage, which makes a host pool of it")
+
+    def settle(self) -> None:
+        """Nothing that was put on this pool's own stream is on its way when this returns. Raises TimedOut, DeviceLost."""
+        settled(self.driver, self._stream)
 
     def close(self) -> None:
         """Free what is this file's own. Idempotent."""

@@ -268,6 +268,8 @@ class OpenedPool:
         self._closed = True
         try:
             self._paced.settle()
+            if self._kernels is not None:
+                self._kernels.settle()
         except TimedOut as error:
             log.error("memory on %s isn't given back: %s", self.gpu, error)
             strand(self)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from exporter import values_of
 
-from kvguard.device import card, open_device, paced
+from kvguard.device import card, gpu_pool, open_device, paced
 from kvguard.device.cuda import Capturing, CudaDevice
 from kvguard.device.rehearsal import Rehearsal
 from kvguard.device.ring import AT_DONE, Words
@@ -440,6 +440,22 @@ def test_nothing_is_given_back_to_a_gpu_that_hangs(other, monkeypatch):
     assert driver._mapped == mapped and paced._stranded[-1] is view
     with pytest.raises(Refused, match="closed"):
         view.capture([0], [0], [1], memoryview(bytearray(LAYOUTS["usual"].token_bytes)))
+
+
+def test_nor_is_what_a_kernel_of_the_daemon_s_own_may_still_read(other, monkeypatch):
+    """It runs on another stream than the copies, which may be through."""
+    monkeypatch.setattr(paced, "HANG_S", 0.0)
+    monkeypatch.setattr(gpu_pool, "WORK_S_MAX", 0.0)
+    driver = Rehearsal()
+    device = CudaDevice(lambda: (driver,), Capturing(capture="daemon"))
+    view = device.open(LAYOUTS["usual"], other.pool("rehearsal", LAYOUTS["usual"]), writable=False)
+    driver.held = True
+    with pytest.raises(DeviceLost):
+        view.capture([0], [0], [1], memoryview(bytearray(LAYOUTS["usual"].token_bytes)))
+    mapped = dict(driver._mapped)
+    monkeypatch.setattr(view._paced, "settle", lambda: None)
+    view.close()
+    assert driver._mapped == mapped and paced._stranded[-1] is view
 
 
 class BothSides(Rehearsal):
