@@ -311,8 +311,10 @@ class Node:
             out += (Note("fenced", fence.instance, fence.reason, (("epoch", fence.epoch.counter),)),)
         if fence.instance not in self.orders:
             self._fences[fence.instance] = fence
-        lost = [local for local in self.outbound.of(fence.instance) if local.alive and local.fenced and local.stream.rank in fence.lost]
-        return (*out, *_given_away(now, lost, fence.reason), self._report(fence.instance, fence.epoch))
+        for local in [local for local in self.outbound.of(fence.instance) if local.alive and local.fenced and local.stream.rank in fence.lost]:
+            why = f"its rank is given away: {fence.reason}"
+            out += (local.condemn("died", why, now),) if local.dying else self._doomed(now, local, "died", why, now)
+        return (*out, self._report(fence.instance, fence.epoch))
 
     def _plan(self, now: int, event: events.Arrived) -> Effects:
         plan = event.message

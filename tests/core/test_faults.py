@@ -56,6 +56,18 @@ def test_a_suspect_is_killed_and_told_of_at_once() -> None:
     assert world.step(SUSPECTED) == (), "once"
 
 
+def test_one_that_a_fence_kills_is_said_to_be_dying_until_it_is_dead() -> None:
+    """Nobody had suspected it: an operator's failover, a node that was silent. Its pool was waited for no longer than a node that falls silent is."""
+    world = World()
+    out = world.fence()
+    assert faults(out) == [("suspected", 0.0)] and out[-1] == PENDING and KillProcess(3, LOCAL, "its rank is given away: why") in out
+    assert faults(world.beats()) == [("suspected", 200.0)]
+    assert faults(world.fence()) == [], "told to die twice, it is dying as before"
+    out = world.step(DIED)
+    assert faults(out) == [("died", 200.0)] and out[-1] == REPORT
+    assert faults(world.beats()) == [], "the epoch in which it died is over"
+
+
 def test_the_report_is_given_at_once_and_the_pool_is_pending_until_the_death() -> None:
     world = World()
     world.step(SUSPECTED)
