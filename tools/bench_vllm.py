@@ -102,7 +102,7 @@ def measured_overhead(world: World, report: Report, pairs: int, streams: int, to
 
 def first_token_ms(server, prompt: list[int], name: str, **more) -> float:
     began = time.perf_counter()
-    for ids, _ in server.stream(prompt, 2, name, **more):
+    for ids, _ in server.stream(prompt, 2, name, ALIVE_S, **more):
         if ids:
             return 1e3 * (time.perf_counter() - began)
     raise RuntimeError(f"{name}: no token came")
@@ -120,7 +120,7 @@ def measured_resume(world: World, report: Report, context: int, resumes: int) ->
     prompts = {name: prompt_of(5000 + n, context - 20) for n, name in enumerate(got)}
 
     def run(name: str) -> None:
-        for ids, _ in a.stream(prompts[name], 400, name):
+        for ids, _ in a.stream(prompts[name], 400, name, ALIVE_S):
             got[name] += ids
 
     try:
@@ -132,10 +132,10 @@ def measured_resume(world: World, report: Report, context: int, resumes: int) ->
         def are_there(count: int) -> bool:
             short = [name for name, thread in zip(got, threads, strict=True) if not thread.is_alive() and len(got[name]) < 20]
             if short:
-                raise RuntimeError(f"{', '.join(short)} ended before 20 tokens: this machine is too busy for a request's time limit. Try: with nothing beside")
+                raise RuntimeError(f"{', '.join(short)} ended before 20 tokens: was this machine too busy? Try: with nothing beside")
             return sum(len(ids) >= 20 for ids in got.values()) >= count
 
-        for count in range(1, resumes + 1):  # contexts one after another: a prefill of 1,500 tokens takes seconds on a CPU
+        for count in range(1, resumes + 1):  # one after another: a prefill of 1,500 tokens takes half a minute on a CPU without instructions for bf16
             world.until("all contexts", lambda count=count: are_there(count), ALIVE_S)
             report.say(f"context {count} of {resumes} is there")
         killed = time.perf_counter()

@@ -117,12 +117,12 @@ class Server:
         with self.post("/v1/completions", body, {"X-Request-Id": name}) as answer:
             return json.load(answer)
 
-    def stream(self, prompt: list[int] | str, tokens: int, name: str, **more):
-        """Yields (ids, text) as they come; ends when the server does."""
+    def stream(self, prompt: list[int] | str, tokens: int, name: str, silent_s: float = 120.0, **more):
+        """Yields (ids, text) as they come; ends when the server does, or has said nothing for `silent_s`."""
         body = {
             "model": MODEL, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True, **more,
         }  # fmt: skip
-        with contextlib.suppress(OSError, ValueError), self.post("/v1/completions", body, {"X-Request-Id": name}) as answer:
+        with contextlib.suppress(OSError, ValueError), self.post("/v1/completions", body, {"X-Request-Id": name}, silent_s) as answer:
             for line in answer:
                 if line.startswith(b"data: {"):
                     choices = json.loads(line[6:]).get("choices") or [{}]
