@@ -93,6 +93,9 @@ class Desk(Protocol):
     def seat(self, arrival: Arrival, pool: Pool | None) -> tuple[LocalRank, Events]:
         """Raises as `wanted`, and OSError: then nothing has changed, and the pool is the caller's still."""
 
+    def disconnected(self, connection: int) -> None:
+        """Its line has gone."""
+
 
 class Arrivals:
     """`epochs`: promised, by instance (perform_node.NodeShell)."""
@@ -164,6 +167,8 @@ class Arrivals:
         told = [*self._answered(arrival, outcome)]
         for hear in () if arrival.is_over else arrival.unheard:
             told += hear()
+        if not arrival.is_connected:  # what it had said counts all the same
+            self._desk.disconnected(arrival.connection)
         return told
 
     def _answered(self, arrival: Arrival, outcome: Outcome) -> Events:

@@ -112,7 +112,7 @@ class Ranks:
         known = self._refused(arrival)
         told = self._new(arrival, pool) if known is None else self._again(known, arrival, pool)
         rank = self.ranks[arrival.message.stream]
-        rank.connection = arrival.connection if arrival.is_connected else 0
+        rank.connection = arrival.connection
         self._watch(rank)
         self._lifelines.hold(rank.stream, arrival.lifeline)
         self._standbys.took_rank(arrival.connection)

@@ -197,9 +197,10 @@ def test_a_second_attach_waits_for_the_first_and_a_line_that_goes_ends_neither(w
     assert "held by a process that lives" in refused.reason and refused.final
 
 
-def test_what_is_said_behind_an_attach_is_heard_behind_it(world):
+@pytest.mark.parametrize("line", ["stands", "goes"])
+def test_what_is_said_behind_an_attach_is_heard_behind_it(world, line):
     """A standby that took a rank says at once that it has restored it: heard too soon, the coordinator gave the rank away again."""
-    before = world.hold(3, world.engine())
+    world.hold(3, world.engine())
     restored, heard = local.Restored("llama", NEW.rank, E1), []
 
     def hear():
@@ -209,8 +210,11 @@ def test_what_is_said_behind_an_attach_is_heard_behind_it(world):
     assert world.a.ranks.behind(3, hear) and not world.a.ranks.behind(2, hear)
     world.goes_on()
     assert not heard
+    if line == "goes":
+        world.a.ranks.disconnected(3)
     world.opening.let()
-    world.answer(before)
+    world.until(lambda: heard)
+    assert world.a.ranks.ranks[NEW].connection == (3 if line == "stands" else 0)
     assert [(one.stream, one.error) for one in heard if type(one) is events.EngineRestored] == [(NEW, "")]
     assert not world.a.ranks.behind(3, hear)
 
