@@ -291,15 +291,19 @@ class World:
     # ---- looking
 
     def status(self) -> dict:
-        return ask(self.coordinator_address, "status", {}, timeout=2.0)
+        return self.ask("status", timeout_s=2.0)
 
     def history(self) -> list[dict]:
         """The coordinator's recoveries, oldest first."""
-        return ask(self.coordinator_address, "history", {}, timeout=ANSWER_S)["history"]
+        return self.ask("history")["history"]
 
     def query(self, node: Node, verb: str, arguments: dict) -> dict:
         """A node's answer."""
-        return ask(node.address, verb, arguments, timeout=ANSWER_S)
+        return self.ask(verb, arguments, node)
+
+    def ask(self, verb: str, arguments: dict | None = None, node: Node | None = None, timeout_s: float = ANSWER_S) -> dict:
+        """The coordinator's answer, or a node's. A world whose hosts can't be reached from here asks in another way."""
+        return ask(node.address if node else self.coordinator_address, verb, arguments or {}, timeout=timeout_s)
 
     def wait_until(self, what: str, condition, timeout_s: float):
         """The first true value of `condition()`. Raises TimedOut, or KvguardError at once, with its last words, if a process died meanwhile."""
