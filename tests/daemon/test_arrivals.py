@@ -114,6 +114,7 @@ def world():
         os.close(made.gpu._mapped.popitem()[1].file)
     for known in (made.a.shell.streams, made.a.shell.local):
         known.clear()
+    gc.collect()  # what an error's traceback held in a circle
     assert descriptors() - before == set(), "descriptors are left"
 
 
