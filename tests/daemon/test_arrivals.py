@@ -273,8 +273,8 @@ def test_a_fence_before_it_is_attached_binds_it(world, committed):
     assert known.epoch == (E1 if not committed else Epoch(0, ""))
 
 
-def test_a_successor_whose_pool_is_opened_for_long_goes_on_where_the_dead_one_was(world):
-    """It brings another memory: what its predecessor's was is salvaged by then."""
+def successor(world):
+    """Another process at the door with the dead one's table: the engine, its own table, and what had been told before it knocked. Its pool is being opened."""
     world.slow.kill()
     world.until(lambda: not world.a.ranks.ranks[SLOW].stream.alive)
     again = world.engine(SLOW)
@@ -283,6 +283,12 @@ def test_a_successor_whose_pool_is_opened_for_long_goes_on_where_the_dead_one_wa
     world.opening.shut()
     world.knock(3, again)
     world.until(world.opening.reached.is_set)
+    return again, mine, before
+
+
+def test_a_successor_whose_pool_is_opened_for_long_goes_on_where_the_dead_one_was(world):
+    """It brings another memory: what its predecessor's was is salvaged by then."""
+    again, mine, before = successor(world)
     world.goes_on()
     assert not world.a.ranks.ranks[SLOW].stream.alive
     world.opening.let()
@@ -293,14 +299,7 @@ def test_a_successor_whose_pool_is_opened_for_long_goes_on_where_the_dead_one_wa
 
 
 def test_a_stream_that_is_forgotten_meanwhile_begins_anew(world):
-    world.slow.kill()
-    world.until(lambda: not world.a.ranks.ranks[SLOW].stream.alive)
-    again = world.engine(SLOW)
-    mine, again.writer = again.writer, world.slow.writer
-    before = len(world.a.told)
-    world.opening.shut()
-    world.knock(3, again)
-    world.until(world.opening.reached.is_set)
+    again, mine, before = successor(world)
     world.a.ranks.forget(SLOW)
     world.opening.let()
     assert type(world.answer(before)) is local.Attached and world.a.ranks.ranks[SLOW].pool.gpu == "GPU-1"
