@@ -330,13 +330,17 @@ class Ranks:
             log.warning("a pull from the replica of %s failed: it is verified", stream)
             self._store.damaged(stream)
 
-    def kill(self, incarnation: int) -> None:
-        """SIGKILL through the pidfd: never through a number that may be another's by now."""
-        everyone = [rank for rank in self.ranks.values() if rank.stream.alive and rank.stream.incarnation == incarnation]
-        for one in [*everyone, *(spare for spare in self.spares.values() if spare.incarnation == incarnation)]:
+    def kill(self, incarnation: int) -> bool:
+        """SIGKILL through the pidfd: never through a number that may be another's by now. Whether it is the first that the process gets from here: it is told to
+        die as often as a fence is said while it does."""
+        ranks = [rank for rank in self.ranks.values() if rank.stream.alive and rank.stream.incarnation == incarnation]
+        everyone = [*ranks, *(spare for spare in self.spares.values() if spare.incarnation == incarnation)]
+        first = any(not one.killed for one in everyone)
+        for one in everyone:
             one.killed = "killed by its node's daemon"
             with contextlib.suppress(ProcessLookupError):  # dead and buried: its pidfd says so
                 signal.pidfd_send_signal(one.pidfd, signal.SIGKILL)
+        return first
 
 
 def _table(arrival: Arrival, layout: Layout | None) -> tuple[TableReader, int]:

@@ -218,9 +218,9 @@ class Client:
 
     def _hang_up(self, session: Session, now: float) -> None:
         if session.line is not None:
-            self._selector.unregister(session.line)
-            session.line.close()
-            session.line = None
+            line, session.line = session.line, None  # whoever learns of the end from the other side finds this one disconnected
+            self._selector.unregister(line)
+            line.close()
         self._later(session, now)  # also where there was no line yet: no descriptor is left, say
 
 

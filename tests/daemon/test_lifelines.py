@@ -52,11 +52,12 @@ def test_a_threads_end_is_a_suspicion_and_the_kill_makes_it_a_death(desk, child)
     [suspected] = marked(desk)
     assert (type(suspected), suspected.stream, suspected.incarnation) == (events.DeathSuspected, ID, 1)
     assert bells(desk) == [] and child.process.poll() is None, "told once; the process lives"
-    desk.ranks.kill(1)
+    assert desk.ranks.kill(1)
+    assert not desk.ranks.kill(1), "told once more while it dies it is no second process that was killed"
     assert child.process.wait(20) == -9
     died = list(desk.watched[desk.ranks.ranks[ID].pidfd]())[-1]
     assert (type(died), died.reason) == (events.ProcessDied, "killed by its node's daemon")
-    desk.ranks.kill(1)  # nobody is left to be killed
+    assert not desk.ranks.kill(1)  # nobody is left to be killed
 
 
 @pytest.mark.e2e

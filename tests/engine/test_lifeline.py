@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from kvguard import engine
-from kvguard.engine import lifeline
+from kvguard.engine import client, lifeline
 from kvguard.engine.lifeline import Lifeline, Watch, held_by_this_thread
 from kvguard.errors import Refused
 from kvguard.format.layout import Layout
@@ -240,6 +240,7 @@ def test_a_rank_brings_its_clients_lifeline_and_lets_go_with_a_clean_detach(tmp_
                 brought.append(Watch(incoming.descriptors[-1]))
             super()._attach(incoming)
 
+    monkeypatch.setattr(client, "_client", None)  # its thread ends with the last session: no other test's may be among them
     layout = Layout.paged("model", "float32", 1, 8, 4, 1, 4)
     daemon = Watching(str(tmp_path / "node.sock"))
     for life in range(2):  # the client's thread ends with the last session; the next one's is another

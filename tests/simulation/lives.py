@@ -154,7 +154,8 @@ class SimulatedRanks(Ranks):
                 return process
         return None
 
-    def kill(self, incarnation: int) -> None:
+    def kill(self, incarnation: int) -> bool:
+        found = False
         for process in list(self._world.processes.values()):
             if incarnation in (process.incarnation, process.guard.incarnation if process.guard is not None else None):
                 for one in [*self.ranks.values(), *self.spares.values()]:
@@ -162,6 +163,8 @@ class SimulatedRanks(Ranks):
                         one.killed = "killed by its node's daemon"
                 self._world.count("killed_by_the_daemon")
                 process.kill("by its daemon")
+                found = True
+        return found
 
 
 class RacingPool:
