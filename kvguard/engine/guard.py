@@ -28,7 +28,7 @@ from kvguard.format import rows as fmt
 from kvguard.format.layout import Layout
 from kvguard.format.lineage import forked
 from kvguard.format.messages import PlanOrder
-from kvguard.types import NO_EPOCH, Epoch, MovedToken, Rank, StreamId
+from kvguard.types import Epoch, MovedToken, Rank, StreamId
 
 
 _EPOCH, _WRITTEN, _ENTERED, _LEFT, _SIZE = (at // 8 for at in (fmt.EPOCH_AT, fmt.WRITTEN_AT, fmt.ENTERED_AT, fmt.LEFT_AT, fmt.SIZE_AT))
@@ -140,7 +140,6 @@ class Guard:
         self.table, self.pool, self.layout, self.stream = table, pool, layout, stream
         self.incarnation = int.from_bytes(os.urandom(8), "little") >> 1
         self.session: Session | None = None
-        self._attached_epoch = NO_EPOCH
         self.on_order: Callable[[], None] | None = None  # see received()
         self._said = 0  # how often the attachment was said to a daemon
         self._order: PlanOrder | None = None
@@ -306,11 +305,13 @@ class Guard:
             self._fetches.answered(message, descriptors)
             return
         join = getattr(self.pool, "join", None)
-        if descriptors and join is not None and isinstance(message, local.Attached):
+        if descriptors and join is not None and not self._detached and isinstance(message, local.Attached):
             join(descriptors)  # the daemon's ring, into which a pool on a GPU packs its steps; owned there
             descriptors = []
         for descriptor in descriptors:
             os.close(descriptor)
+        if self._detached:  # by what came before this on the same line
+            return
         again, ordered = None, False
         with self._changed:
             if isinstance(message, local.Attached):
@@ -330,7 +331,6 @@ class Guard:
     def _attached(self, epoch: Epoch) -> None:
         """Nothing has to be restored where no plan can have counted on this attachment: no sequence was ever here, or this answers the first Attach ever said
         (what was committed in the moment before is as new as what follows; the daemon, which saw it come from an epoch that is over, is told again)."""
-        self._attached_epoch = epoch
         if epoch.counter <= self.epoch.counter or self.claim is not None:
             return
         if self.table.is_untouched:

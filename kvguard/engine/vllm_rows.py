@@ -5,6 +5,7 @@ Knows: guards and their tables, facts. Must not know: vLLM, torch, how KV is fet
 Invariants
 - Nothing here raises into the engine, and nothing waits (but for a new epoch's cut, which the client thread makes while no step is under way: an idle engine
   has none, and would be taken for dead): what can't be committed is counted, said once, and retried or left unprotected.
+- A fault of this code's own ends the attachment: within a step it is raised to the connector, which does that; between two it is done here, and raised then.
 - Releases and cuts are applied before the step that could overwrite their blocks, whether or not the epoch is over.
 - What the engine knows of a sequence is kept here until it is over, so that a table that was cut by a plan, rolled back or adopted anew is brought up to date
   with the next step: the table is never believed to hold more than it says.
@@ -45,6 +46,7 @@ class Rows:
         self._step: Step | None = None
         self._facts: StepFacts | None = None
         self._was_connected = self._said_unprotected = False
+        self._fault: Exception | None = None  # what ended the attachment between two steps
         self._turn = threading.Lock()  # the table is written by one thread at a time
         guard.on_order = self._between_steps
 
@@ -52,8 +54,10 @@ class Rows:
 
     def before(self, facts: StepFacts) -> None:
         """Before the forward pass of the step that `facts` were made for."""
-        self._say_protection()
         with self._turn:
+            if self._fault is not None:
+                raise self._fault
+            self._say_protection()
             if self._step is not None:  # the forward pass of the last one never ended
                 self._after(failed=True)
             self._before(facts)
@@ -68,8 +72,14 @@ class Rows:
     def _between_steps(self) -> None:
         """In the client thread: an order to restore has come."""
         with self._turn:
-            if self._step is None:
+            if self._step is not None:
+                return
+            try:
                 self._restored()
+            except Exception as error:  # raised from here it would cost the line alone: a new one brings the same order, and the same fault
+                self._fault = error
+                _log.exception("kvguard: UNPROTECTED from now on: %s of %r can't join a new epoch", self.guard.role, self.guard.instance)
+                self.guard.detach(0.0)  # this is the thread that says so: it can't be waited for
 
     def _before(self, facts: StepFacts) -> None:
         for no in facts.over:

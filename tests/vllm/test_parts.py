@@ -284,6 +284,23 @@ def test_an_idle_engine_joins_the_new_epoch(rows, daemon, within):
     assert held(rows)["one"][0] == 6 + within
 
 
+def test_a_fault_of_its_own_between_two_steps_ends_the_attachment(rows, daemon, caplog, monkeypatch):
+    """The line to the daemon failed of it, was made anew, brought the order again: a trace for each, for ever, and an engine that looked protected."""
+    begin(rows)
+    connection = daemon.until(lambda: list(daemon.readers))[0]
+    orders = []
+    monkeypatch.setattr(rows.guard, "restore", lambda timeout_s: orders.append(1) or 1 // 0)
+    daemon.readers[connection].set_epoch(5)
+    for _ in range(2):
+        daemon.server.send(connection, local.RestoreOrder(PLAN))
+    daemon.until(lambda: daemon.lost)
+    assert [type(message) for message in daemon.messages] == [local.Detach] and not daemon.attaches and len(orders) == 1
+    assert ["UNPROTECTED" in record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [True]
+    with pytest.raises(ZeroDivisionError):  # whoever calls this ends its own part, as with any fault: see vllm.py, harmless
+        rows.before(StepFacts(size=1, nos=[1], lengths=[6], ids=[6]))
+    rows.after()
+
+
 def test_a_fenced_engine_serves_on_and_joins_the_new_epoch(rows, daemon):
     begin(rows)
     run(rows, StepFacts(size=2, begun=[Begun(2, "two", b"", [9, 9], [9], 2)]))
