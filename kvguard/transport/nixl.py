@@ -76,7 +76,7 @@ class NixlChannel:
             raise
         self._life = os.urandom(LIFE_BYTES)
         self._peer: greeting.Zone | None = None
-        self._extents = Extents(0)  # until the peer has said where its zone is
+        self._base, self._extents = 0, Extents(0)  # of the peer's zone: the first page that is used, and which are free; until it has said where that is
         self._writes: deque[tuple[int, int, list, tuple]] = deque()  # write, since when, what it reads from, arguments of the write that follows it
         self._together = 1  # frames that the peer takes from one note
         self._queue: deque[tuple[bytes, memoryview | Registered | None]] = deque()
@@ -112,9 +112,10 @@ class NixlChannel:
             raise BadFrame(f"a zone of {zone.pages} pages, or a second one")
         if not 0 < zone.address < (1 << 63) - zone.pages * PAGE_BYTES:
             raise BadFrame(f"a zone at {zone.address:#x}")
-        self._peer, self._extents = zone, Extents(zone.pages)
+        pages = min(zone.pages, self._landing.pages)  # as much memory is needed here; of a larger zone the middle: half of it in front (_place)
+        self._peer, self._base, self._extents = zone, (zone.pages - pages) // 2, Extents(pages)
         self._together = max(1, min(zone.frames, nixl_notes.FRAMES_MAX))
-        self._source = Zone(zone.pages * PAGE_BYTES)
+        self._source = Zone(pages * PAGE_BYTES)
         self._agent.register(self._source.address, self._source.size)
         self._agent.meet(zone.agent, zone.metadata)
         self._write([(PROBE, self._extents.take(PROBE, pages_of(probe_bytes)), os.urandom(probe_bytes), None)])  # its pages are free from start() on
@@ -215,10 +216,10 @@ class NixlChannel:
         parts, landed, held, device, behind = [], [], [], None, ()
         for number, first, head, payload in frames:
             payload_bytes = len(payload) if payload is not None else 0
-            landed.append(Landed(number, first, pages_of(payload_bytes + len(head)), payload_bytes, len(head), xxhash.xxh3_64_intdigest(head)))
+            landed.append(Landed(number, self._base + first, pages_of(payload_bytes + len(head)), payload_bytes, len(head), xxhash.xxh3_64_intdigest(head)))
             start, place = first * PAGE_BYTES, self._source.bytes
             place[start + payload_bytes : start + payload_bytes + len(head)] = np.frombuffer(head, np.uint8)
-            source, target = self._source.address + start, self._peer.address + start
+            source, target = self._source.address + start, self._peer.address + self._base * PAGE_BYTES + start
             header = (source + payload_bytes, target + payload_bytes, len(head))
             lent = self._lending.address_of(payload) if payload_bytes >= LENT_BYTES_MIN and not isinstance(payload, Registered) else 0
             if isinstance(payload, Registered):

@@ -6,6 +6,7 @@ Knows: processes, signals, the channel's notes. Must not know: what frames mean.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import gc
@@ -211,6 +212,43 @@ def test_what_the_peer_says_out_of_turn_or_of_no_address_is_its_fault():
     finally:
         for one in (here, there, lending, wakeup):
             one.close()
+
+
+def test_what_a_peer_says_of_its_zone_takes_no_more_memory_here_than_was_configured():
+    """A frame is copied to the same place of a zone of the writer's own: it was as large as the peer's, 64 GiB if that is what it said, and registered."""
+    needs_nixl()
+    lending, wakeup = Lending(MIB), Wakeup()
+    here, there = (NixlChannel(CMA, wakeup, lambda events: None, lambda message: None, MIB, lending) for _ in range(2))
+    try:
+        with contextlib.suppress(ChannelLost):  # there isn't that much to write to
+            here.meet(structs.replace(there.zone(), pages=1 << 24))
+        assert here._source.size == CMA.zone_bytes
+    finally:
+        for one in (here, there, lending, wakeup):
+            one.close()
+
+
+def test_zones_of_different_sizes(world):
+    """The writer uses the middle of the larger one, so that what it puts behind the middle comes back whatever the reader's user holds on to."""
+    large, small = dataclasses.replace(world.nixl, zone_bytes=2 * world.nixl.zone_bytes), world.nixl
+
+    def make(node: str) -> ZeromqTransport:
+        world.nixl = {"a": large, "b": small}[node]
+        return world.make(node)
+
+    pair = Pair(world, make).up()
+    writer, reader = channel_of(pair), channel_of(pair, pair.accepted)
+    assert (writer._landing.zone.size, reader._landing.zone.size) == (small.zone_bytes, large.zone_bytes)
+    assert reader._source.size == writer._source.size == small.zone_bytes
+    size, count = 3 * MIB, 40  # all are kept: more than the half that may be handed over
+    held = []
+    for number in range(1, count + 1):
+        assert pair.b.send("peer:a", kv(number, size), memoryview(bytes([number]) * size))
+        pair.until(lambda number=number: len(pair.of(pair.a, Frame)) == number, "the frame to come")
+        held.append(pair.of(pair.a, Frame)[-1].payload)
+    assert [bytes(payload) for payload in held] == [bytes([number]) * size for number in range(1, count + 1)]
+    assert pair.a.send(pair.accepted, kv(1, size), memoryview(bytes(size)))
+    pair.until(lambda: pair.of(pair.b, Frame), "a frame the other way")
 
 
 def test_who_says_that_he_is_ready_and_gave_no_zone_has_no_link(monkeypatch):
