@@ -33,12 +33,11 @@ class Row:
 
 
 class Ledger:
-    """`look` applies one event. `unknown_rows` counts columns that named no row (a table that lies is not followed)."""
+    """`look` applies one event. What it says of a row that nothing opened is not followed: a table may lie."""
 
     def __init__(self, shape: StreamShape) -> None:
         self.shape = shape
         self.rows: dict[int, Row] = {}
-        self.unknown_rows = 0
 
     def look(self, event: Looked) -> None:
         rows = self.rows
@@ -51,7 +50,6 @@ class Ledger:
         for grown in event.grown:
             row = rows.get(grown.row)
             if row is None or grown.first > len(row.blocks):
-                self.unknown_rows += 1
                 continue
             row.blocks[grown.first :] = grown.blocks
             row.generations[grown.first :] = grown.generations
@@ -59,7 +57,6 @@ class Ledger:
         for number, committed, ids in zip(event.rows, event.committed, event.ids, strict=True):
             row = rows.get(number)
             if row is None:
-                self.unknown_rows += 1
                 continue
             row.previous = row.committed
             row.ids = ids
@@ -78,7 +75,6 @@ class Ledger:
     def _cut(self, cut: Cut) -> None:
         row = self.rows.get(cut.row)
         if row is None:
-            self.unknown_rows += 1
             return
         kept = self.kept(cut)
         former = {generation: min(limit, kept) for generation, limit in row.former.items()}

@@ -30,7 +30,6 @@ from kvguard.format.layout import Layout
 
 log = logging.getLogger(__name__)
 UPLOAD_BYTES = 8 << 20
-CAPTURES = ("engine", "daemon")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import xxhash
 
@@ -106,21 +106,3 @@ class PageReader:
             wrong = next(n for n, (a, b) in enumerate(zip(found, kept, strict=True)) if a != b)
             raise BadFrame(f"page {block}: token {wrong}'s bytes don't match the sum taken from the pool")
         return data
-
-    def batches(
-        self, blocks: Sequence[int], generations: Sequence[int], positions: int, batch_bytes: int = BATCH_BYTES
-    ) -> Iterator[tuple[int, list[int], memoryview]]:
-        """A sequence's first `positions` positions as (index of the first block, tokens per block, contiguous bytes), verified, about `batch_bytes` each.
-
-        Ready for pool.scatter(new_blocks[first : first + len(counts)], [0] * len(counts), counts, bytes), or scatter_blocks where tokens aren't addressable.
-        """
-        tokens = self.shape.block_tokens
-        needed = -(-positions // tokens)
-        if needed > len(blocks):
-            raise BadFrame(f"{positions} positions need {needed} blocks, the replica names {len(blocks)}")
-        per_batch = max(1, batch_bytes // self.shape.block_bytes)
-        for first in range(0, needed, per_batch):
-            indices = range(first, min(first + per_batch, needed))
-            counts = [min(tokens, positions - index * tokens) for index in indices]
-            parts = [self.page(blocks[index], generations[index], count) for index, count in zip(indices, counts, strict=True)]
-            yield first, counts, parts[0] if len(parts) == 1 else memoryview(b"".join(parts))

@@ -18,7 +18,6 @@ from kvguard.types import NO_EPOCH, Life, Rank
 
 MS = 1_000_000
 BEAT_NS = 50 * MS
-STALLED_NS = 2_000 * MS
 COORDINATOR = "coordinator"
 CHUNK = 8
 
