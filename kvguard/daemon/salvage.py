@@ -108,7 +108,7 @@ class Salvaging:
         if self._knows(rank):
             taken(rank, order, outcome)
         elif outcome.error is None:
-            outcome.value[0].close()
+            self.unmap(outcome.value[0])
         return []
 
     def _ended(self, rank: LocalRank, order: Salvage, reason: str, outcome: Outcome) -> list[events.Event]:
@@ -121,7 +121,7 @@ class Salvaging:
         return [_died(rank, reason, taken(rank, order, outcome))]
 
     def unmap(self, pool: Pool) -> None:
-        """A GPU's is closed in the thread that reads it, which may be at it."""
+        """A GPU's is closed in the thread that reads it, which may be at it. A host pool is read in the loop's alone, and by nobody once it is to go."""
         self._workers.release(gpu_of(pool), pool.close)
 
 

@@ -4,7 +4,8 @@ Knows: jobs by GPU, an eventfd, when a job last moved, which devices can't be us
 
 Invariants
 - What a job found comes back to the loop's thread, in the order in which a GPU's jobs ended, and exactly once: found, failed, refused or given up.
-- "" is no GPU: such a job is done at once, in the caller's thread; so is every job where there is no loop.
+- "" is no GPU: such a job is done at once, in the caller's thread; so is every job where there is no loop. Only what gives its memory back has a thread: the
+  last unmapping of shared memory frees its pages, 150 to 250 ms a GB, without the interpreter's lock. It is never given up: the kernel is at it.
 - A queue holds JOBS_MAX jobs; more are refused, not kept. What frees memory, or what an engine waits for, goes to its head.
 - A thread that has ended, or whose job has not moved for STALL_NS, is given up, and its GPU is a device that can't be used: its jobs fail with DeviceLost and
   the reason, and so does whatever is put there until it moves again. What such a job still finds is thrown away where it was found. No fault of a job ends
@@ -37,6 +38,7 @@ STALL_NS = 10_000_000_000  # a copy is waited for 1 s (device/paced.py), and a s
 LOOK_NS = 250_000_000  # between two looks at the threads while they work
 SWITCH_S = 0.0005
 JOIN_S = 2.0
+HOST = "host"  # whose thread gives host memory back
 
 
 class Turns(Protocol):
@@ -214,13 +216,17 @@ class Workers:
         return ()
 
     def release(self, gpu: str, close: Callable[[], None]) -> None:
-        """Close what lies on that GPU, in its thread, as soon as that can be; also where the thread was given up, should it ever come back."""
-        if not gpu or self._turns is None:
+        """Close what lies on that GPU, in its thread, as soon as that can be; also where the thread was given up, should it ever come back. Host memory ("") in a
+        thread of its own, or at once where none can be had."""
+        if self._turns is None:
             close()
             return
         try:
-            self._worker(gpu).put(Job(close, self._released, lasting=True), first=True)
+            self._worker(gpu or HOST).put(Job(close, self._released, int if gpu else self._clock, lasting=True), first=True)
         except DeviceLost as error:
+            if not gpu:
+                close()
+                return
             log.error("memory on %s isn't given back: %s", gpu, error)
             return
         self.releasing += 1

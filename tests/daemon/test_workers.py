@@ -57,7 +57,15 @@ def workers(turns):
     yield made
     made.close()
     assert not turns.watched and len(os.listdir("/proc/self/fd")) == before
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvguard-GPU")]
+    assert not left_threads()
+
+
+def left_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("kvguard-GPU", "kvguard-host"))]
+
+
+def no_thread(_thread):
+    raise RuntimeError("can't start new thread")
 
 
 class Gate:
@@ -128,10 +136,31 @@ def test_a_device_that_refuses_because_its_gpu_is_lost_is_a_fault_and_any_other_
 
 def test_what_is_on_no_gpu_is_done_at_once_and_so_is_everything_without_a_loop(workers):
     ran = []
-    for at_once, gpu in ((workers, ""), (Workers(), "GPU-1")):
+    for at_once, gpu in ((workers, ""), (Workers(), "GPU-1"), (Workers(), "")):
         assert list(at_once.put(gpu, Job(threading.get_ident, told("it")))) == [events.Broken("it", str(threading.get_ident()))]
-        at_once.release(gpu, lambda: ran.append(1))
-    assert ran == [1, 1] and not [thread for thread in threading.enumerate() if thread.name.startswith("kvguard-GPU")]
+    for gpu in ("GPU-1", ""):
+        Workers().release(gpu, lambda: ran.append(1))
+    assert ran == [1, 1] and not left_threads()
+
+
+def test_host_memory_is_given_back_beside_the_loop_and_taking_long_is_no_fault(turns, workers):
+    """The kernel frees the pages of 100 GB in tens of seconds: fences and plans waited behind it."""
+    gate = Gate()
+    workers.release("", gate)
+    assert gate.begun.wait(WAIT_S) and workers.releasing == 1
+    assert list(workers.put("", Job(lambda: 1, told("it")))) == [events.Broken("it", "1")]
+    for _ in range(3):
+        assert turns.look(working.STALL_NS) == [] and workers.progressing() and not workers.faults
+    gate.let.set()
+    while workers.releasing:
+        assert turns.rung() == []
+
+
+def test_host_memory_is_given_back_at_once_where_no_thread_can_be_had(workers, monkeypatch):
+    ran = []
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    workers.release("", lambda: ran.append(1))
+    assert ran == [1] and not workers.releasing
 
 
 def test_one_that_stands_still_is_given_up_with_all_that_waits_and_comes_back(turns, workers):
@@ -213,11 +242,7 @@ def test_a_queue_is_bounded_and_no_thread_is_a_reason(turns, workers, monkeypatc
     assert type(error) is OverflowError and not begun
     workers.put("GPU-1", Job(lambda: 1, told("salvage")), first=True)
     gate.let.set()
-
-    def none_left(self):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", none_left)
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
     refused, fault = workers.put("GPU-2", Job(lambda: 1, told("none")))
     assert "can't start new thread" in refused.reason and fault == seen(("GPU-2", refused.reason))
 
