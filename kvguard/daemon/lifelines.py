@@ -44,12 +44,15 @@ class Lifelines:
             return
         from kvguard.engine.lifeline import Watch
 
+        watch = None
         try:
-            watch = self._held[stream.id] = Watch(descriptor)
+            watch = Watch(descriptor)
+            self._watches.watch(watch.bell, lambda: self._marked(stream, watch))
+            self._held[stream.id] = watch
         except (OSError, RuntimeError) as error:  # no descriptor, no memory or no thread left: a rank without an early sign is served all the same
             log.warning("%s: its lifeline can't be watched (%s): its death is seen through its pidfd alone", stream.id, str(error))
-            return
-        self._watches.watch(watch.bell, lambda: self._marked(stream, watch))
+            if watch is not None:
+                watch.close()
 
     def let_go(self, stream: StreamId) -> None:
         """Its process has ended, or is about to in order. Idempotent."""

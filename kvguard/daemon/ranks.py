@@ -2,7 +2,7 @@
 
 Knows: local messages, descriptors, pools, tables, pidfds. Must not know: how an engine comes to its seat (arrivals.py), decisions, the socket, peers.
 Invariants: of one (instance, rank) one process lives at a time; a death is told after a last look, so that facts committed just before it count; what was
-mapped goes with forget, once.
+mapped goes with forget, once; whoever can't be watched has no seat.
 """
 
 from __future__ import annotations
@@ -113,7 +113,6 @@ class Ranks:
         told = self._new(arrival, pool) if known is None else self._again(known, arrival, pool)
         rank = self.ranks[arrival.message.stream]
         rank.connection = arrival.connection
-        self._watch(rank)
         self._lifelines.hold(rank.stream, arrival.lifeline)
         self._standbys.took_rank(arrival.connection)
         return rank, told
@@ -122,7 +121,11 @@ class Ranks:
         """The same process over a new connection, or another one that goes on with a dead one's table, and with its pool or `pool`."""
         message = arrival.message
         told: list[events.Event] = []
-        if known.stream.incarnation != message.incarnation:
+        if known.stream.incarnation == message.incarnation:
+            if not known.watched:
+                self._watch(known, known.bell, known.pidfd)
+        else:
+            self._watch(known, arrival[BELL], arrival[PIDFD])
             told += self._leave(known, "its process ended") if known.stream.alive else ()
             if pool is not None:
                 self._salvaging.unmap(goes_on_in(known, pool))
@@ -130,6 +133,7 @@ class Ranks:
             os.close(known.pidfd)
             os.close(known.bell)
             known.pidfd, known.bell, known.killed = arrival.take(PIDFD), arrival.take(BELL), ""
+        known.watched = True
         known.stream.incarnation, known.stream.endpoint, known.stream.alive = message.incarnation, message.endpoint, True
         known.stream.kept = None
         told.append(events.StreamAttached(known.stream.id, known.stream.shape, message.incarnation, message.epoch, message.endpoint))
@@ -140,7 +144,13 @@ class Ranks:
         reader, kept = _table(arrival, layout)
         shape, pool = layout.shape() if layout is not None else IDS_ONLY, pool or schedulers.NoPool()
         stream = Stream(message.stream, shape, pool, reader, message.incarnation, message.endpoint)
-        rank = LocalRank(stream, pool, reader, layout, kept, arrival.take(PIDFD), arrival.take(BELL), arrival.connection)
+        rank = LocalRank(stream, pool, reader, layout, kept, arrival[PIDFD], arrival[BELL], arrival.connection, watched=True)
+        try:
+            self._watch(rank, rank.bell, rank.pidfd)
+        except OSError:
+            os.close(kept)
+            raise
+        arrival.take(PIDFD), arrival.take(BELL)
         self.ranks[stream.id] = rank
         self._streams[stream.id] = self._local[stream.id] = stream
         epoch, promise = message.epoch, self._epochs.get(message.instance, NO_EPOCH)
@@ -191,12 +201,15 @@ class Ranks:
             log.debug("a bell of %s was answered already", rank.stream.id)
         return self.look(rank.stream.id)
 
-    def _watch(self, rank: LocalRank) -> None:
-        if not rank.watched:
-            os.set_blocking(rank.bell, False)
-            self._watches.watch(rank.bell, lambda: self._rung(rank))
-            self._watches.watch(rank.pidfd, lambda: self._rank_died(rank))
-            rank.watched = True
+    def _watch(self, rank: LocalRank, bell: int, pidfd: int) -> None:
+        """What is, or is about to be, this rank's: before anything of it is kept. Raises OSError where no more can be watched; then neither is."""
+        os.set_blocking(bell, False)
+        self._watches.watch(bell, lambda: self._rung(rank))
+        try:
+            self._watches.watch(pidfd, lambda: self._rank_died(rank))
+        except OSError:
+            self._watches.forget(bell)
+            raise
 
     def _unwatch(self, rank: LocalRank) -> None:
         self._lifelines.let_go(rank.stream.id)

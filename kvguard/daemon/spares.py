@@ -31,7 +31,7 @@ class Spares:
         self.known: dict[int, Spare] = {}
 
     def attach(self, connection: int, message: local.Attach, pidfd: int, taken: list[int]) -> events.StandbyAttached:
-        """`pidfd` is kept, and said so in `taken`, for one that wasn't known. Raises Refused."""
+        """`pidfd` is kept, and said so in `taken`, for one that wasn't known. Raises Refused, and OSError where it can't be watched."""
         fingerprints = _fingerprints(message)
         former = self.known.get(message.incarnation)
         if former is None and len(self.known) >= SPARES_MAX:
@@ -40,9 +40,9 @@ class Spares:
             former.connection = connection
         else:
             spare = Spare(message.instance, message.incarnation, pidfd, connection)
+            self._watches.watch(spare.pidfd, lambda: (self._died(spare, "its process ended"),))
             taken.append(spare.pidfd)
             self.known[spare.incarnation] = spare
-            self._watches.watch(spare.pidfd, lambda: (self._died(spare, "its process ended"),))
         return events.StandbyAttached(message.instance, message.incarnation, message.endpoint, fingerprints)
 
     def of(self, connection: int) -> list[Spare]:

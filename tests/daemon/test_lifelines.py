@@ -91,6 +91,14 @@ def test_the_same_process_over_a_new_line_and_a_clean_end(desk, child):  # noqa:
     assert bells(desk) == []
 
 
+def test_a_lifeline_that_can_not_be_watched_is_done_without(desk):  # noqa: F811
+    life, fd = Life(), page(lifeline.WAITERS | 5)
+    desk.room = 2
+    assert type(attach(desk, life, fd)[0]) is events.StreamAttached
+    os.close(fd)
+    assert desk.ranks.ranks[ID].watched and bells(desk) == []
+
+
 @pytest.mark.parametrize("fd", [lambda: page(1, size=1), lambda: page(1, seals=0), lambda: os.eventfd(0)])
 def test_what_is_no_lifeline_is_refused(desk, fd):  # noqa: F811
     life, odd = Life(), fd()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import msgspec
 import pytest
@@ -15,7 +17,8 @@ from kvguard.core import events
 from kvguard.daemon import ranks as attaching
 from kvguard.daemon.perform_node import NodeShell
 from kvguard.daemon.ranks import Ranks
-from kvguard.device.host import HostDevice
+from kvguard.daemon.workers import Workers
+from kvguard.device.host import HostDevice, HostPool
 from kvguard.engine.table import TableWriter
 from kvguard.format import local
 from kvguard.format.layout import Layout, Shard
@@ -23,22 +26,26 @@ from kvguard.format.messages import PlanOrder, Rebuild, Source
 from kvguard.format.rows import WRITTEN_AT, Geometry
 from kvguard.store.store import ReplicaStore
 from kvguard.types import NO_EPOCH, Epoch, Fork, Rank, StreamId
+from tests.daemon.test_workers import Turns
 
 LAYOUT = Layout.paged("m", "float32", 1, 8, 4, 1, 4)
 ID = StreamId("llama", Rank(0, 0, 0), 7)
 
 
 class Desk:
-    """Ranks with everything around it: what was watched, what engines were told."""
+    """Ranks with everything around it: what was watched, what engines were told. `room`: how many more descriptors can be watched."""
 
     def __init__(self):
         self.watched = {}
+        self.room = 99
         self.told = []
         self.store = ReplicaStore(None, 1 << 20, 0)
         self.shell = NodeShell(transport=None, journal=None, clock=lambda: 0, node="a", store=self.store, engines=None)
         self.ranks = Ranks(HostDevice(), self.store, self, self.tell, self.shell.streams, self.shell.local, self.shell.epochs)
 
     def watch(self, descriptor, ready):
+        if len(self.watched) >= self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
         self.watched[descriptor] = ready
 
     def forget(self, descriptor):
@@ -83,7 +90,7 @@ def message(role="rank", incarnation=1, stream=ID, layouts=None, **changed):
 
 
 @pytest.fixture
-def desk():
+def desk(let_go):
     """Whatever an engine does, nothing of it stays open when its ranks are forgotten."""
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
@@ -96,7 +103,7 @@ def desk():
     for life in Life.made:
         life.close()
     Life.made.clear()
-    gc.collect()
+    let_go()
     assert len(os.listdir("/proc/self/fd")) == before
     made.store.close()
 
@@ -177,6 +184,49 @@ def test_a_daemon_without_descriptors_refuses_for_now(desk, monkeypatch):
     [(_, refused, _)] = desk.told
     assert type(refused) is local.AttachRefused and not refused.final and "Too many open files" in refused.reason
     assert not desk.ranks.ranks and not desk.shell.streams
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_rank_that_can_not_be_watched_is_refused_for_now_and_nothing_of_it_is_kept(desk, room):
+    """The kernel bounds what an epoll may watch. A rank that was kept all the same was a seat that no bell and no death could reach."""
+    desk.room = room
+    life = Life()
+    for attempt in range(2):
+        assert attach(desk, life) == []
+        refused = desk.told[attempt][1]
+        assert type(refused) is local.AttachRefused and not refused.final and "No space left" in refused.reason
+        assert not desk.ranks.ranks and not desk.shell.streams and not desk.shell.local and not desk.watched
+    desk.room = 2
+    assert type(attach(desk, life)[0]) is events.StreamAttached
+
+
+@pytest.mark.parametrize("room", [2, 3])
+def test_a_successor_that_can_not_be_watched_takes_no_death_along(desk, room):
+    life = dead(desk)
+    desk.room, rank = room, desk.ranks.ranks[ID]
+    life.pid = os.getpid()
+    assert attach(desk, life, message(incarnation=2)) == []
+    assert "No space left" in desk.told[-1][1].reason and (rank.stream.incarnation, rank.stream.alive) == (1, True)
+    died = list(desk.watched[rank.pidfd]())[-1]
+    assert (type(died), died.stream, died.incarnation) == (events.ProcessDied, ID, 1)
+    assert attach(desk, life, message(incarnation=2))[0].incarnation == 2
+
+
+def test_a_rank_that_left_and_comes_back_can_not_be_watched(desk):
+    life = Life()
+    attach(desk, life)
+    list(desk.ranks.detach(1))
+    desk.room = 1
+    assert attach(desk, life) == [] and not desk.ranks.ranks[ID].stream.alive and not desk.watched
+    desk.room = 2
+    assert attach(desk, life)[0].incarnation == 1 and desk.ranks.ranks[ID].watched
+
+
+def test_a_standby_that_can_not_be_watched_is_refused_for_now(desk):
+    """Its record kept a descriptor that the refusal had closed."""
+    desk.room = 0
+    assert attach(desk, Life(), message(role="standby", stream=None)) == []
+    assert type(desk.told[0][1]) is local.AttachRefused and not desk.told[0][1].final and not desk.ranks.spares
 
 
 def test_a_pidfd_of_somebody_else(desk):
@@ -326,6 +376,32 @@ def test_a_successor_whose_pool_is_refused_takes_no_death_along(desk):
     assert type(desk.told[-1][1]) is local.AttachRefused
     died = list(desk.watched[desk.ranks.ranks[ID].pidfd]())[-1]
     assert (type(died), died.stream, died.incarnation) == (events.ProcessDied, ID, 1)
+
+
+def test_a_pool_is_unmapped_beside_the_loop_and_who_comes_back_meanwhile_maps_it_anew(desk, monkeypatch):
+    begun, let = threading.Event(), threading.Event()
+    close = HostPool.close
+
+    def closed(pool):
+        if threading.current_thread().name == "kvguard-host":
+            begun.set()
+            assert let.wait(30)
+        close(pool)
+
+    monkeypatch.setattr(HostPool, "close", closed)
+    turns, shell = Turns(), desk.shell
+    desk.ranks = Ranks(HostDevice(), desk.store, desk, desk.tell, shell.streams, shell.local, shell.epochs, workers=Workers(turns))
+    life = Life()
+    attach(desk, life)
+    former = desk.ranks.ranks[ID].pool
+    list(desk.ranks.detach(1))
+    desk.ranks.forget(ID)
+    assert begun.wait(30) and desk.ranks.releasing == 1 and former.memory
+    assert attach(desk, life)[0].stream == ID and desk.ranks.ranks[ID].pool is not former
+    let.set()
+    while desk.ranks.releasing:
+        assert turns.rung() == []
+    assert not former.memory and desk.ranks.ranks[ID].pool.memory
 
 
 def test_who_never_committed_lives_in_the_epoch_that_it_finds(desk):
