@@ -138,7 +138,11 @@ class CupyDriver:
         address = np.frombuffer(memory, np.uint8).ctypes.data
         flags = HOST_PORTABLE | HOST_MAPPED | (HOST_READ_ONLY if memory.readonly else 0)
         self._runtime.hostRegister(address, memory.nbytes, flags)
-        return int(asked(self._driver.cuMemHostGetDevicePointer, address, 0))
+        try:
+            return int(asked(self._driver.cuMemHostGetDevicePointer, address, 0))
+        except BaseException:
+            self._runtime.hostUnregister(address)
+            raise
 
     @unhindered
     def unregistered(self, memory: memoryview) -> None:

@@ -38,8 +38,12 @@ class Tables:
             np.frombuffer(memory, np.uint8)[at : at + group.runs.nbytes] = group.runs.reshape(-1).view(np.uint8)
             at += group.runs.nbytes
         self._base = driver.allocate(at)
-        driver.copy(self._base, pinned, at, stream)
-        driver.synchronise(stream)
+        try:
+            driver.copy(self._base, pinned, at, stream)
+            driver.synchronise(stream)
+        except BaseException:
+            self.free()
+            raise
 
     def address(self, group: int) -> int:
         return self._base + self._starts[group]
@@ -56,10 +60,10 @@ class Staging:
         size = self.units * unit_bytes
         self._driver = driver
         self._slots_at = -(-size // ALIGNMENT) * ALIGNMENT
-        self.flat = driver.allocate(self._slots_at + 8 * self.units)
-        self.memory, self.pinned = driver.pinned(self._slots_at + 8 * self.units)
+        self.memory, self.pinned = driver.pinned(self._slots_at + 8 * self.units)  # first: it goes by itself where what follows fails
         self.bytes = np.frombuffer(self.memory, np.uint8, size)
         self._column = np.frombuffer(self.memory, np.int64, self.units, self._slots_at)
+        self.flat = driver.allocate(self._slots_at + 8 * self.units)
 
     def send_slots(self, slots: np.ndarray, stream: Stream) -> int:
         """The device address of a column of slots, there once `stream` has come so far. The column before it must have been used."""
@@ -84,9 +88,9 @@ class GpuPool:
         self.plan = Plan.of(layout)
         self.current: Callable[[], Stream] = driver.current
         self.lost = ""
+        driver.compile()
         self._stream = driver.stream(urgent=False)
         self._tables = Tables(driver, self.plan, self._stream)
-        driver.compile()
         self._staging_bytes = staging_bytes
         self._staging: Staging | None = None  # made when it is first needed: a daemon that runs copy engines alone never does
         self._lock = threading.Lock()

@@ -35,8 +35,8 @@ class LayeredRestore:
         self._pool, self._driver, self._memory = pool, pool.driver, memory
         self._deadline = time.monotonic() + deadline_s
         self._stream: Stream = self._driver.stream(urgent=True)
+        self._host, pinned = self._driver.pinned(2 * 8 * max(1, slots.size))  # first: it goes by itself where what follows fails
         self._columns = self._driver.allocate(2 * 8 * max(1, slots.size) + ALIGNMENT)
-        self._host, pinned = self._driver.pinned(2 * 8 * max(1, slots.size))
         np.frombuffer(self._host, np.int64)[: 2 * slots.size] = np.concatenate([slots, places])
         self._registered = False
         self._events: list[Event] = []

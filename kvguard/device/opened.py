@@ -12,6 +12,7 @@ Invariants
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -21,6 +22,7 @@ import numpy as np
 
 from kvguard.device import card, ring
 from kvguard.device.driver import Driver
+from kvguard.device.exports import close_all
 from kvguard.device.extents import Extents
 from kvguard.device.gpu_pool import GpuPool
 from kvguard.device.host import Copies, HostDevice, HostPool, slots_of, slots_of_blocks
@@ -64,12 +66,16 @@ class RingEnd:
         self._driver, self._paced, self._unit_bytes = driver, paced, unit_bytes
         self.rows = max(ROWS_MIN, ring_bytes // unit_bytes)
         staged_rows = max(self.rows, staged_bytes // unit_bytes)
-        self.memory = driver.allocate(self.rows * unit_bytes)
-        staged, self._pinned = driver.pinned(staged_rows * unit_bytes)
+        staged, self._pinned = driver.pinned(staged_rows * unit_bytes)  # first: it goes by itself where what follows fails
         self.staged = np.frombuffer(staged, np.uint8).reshape(staged_rows, unit_bytes)
-        self._terms = self._card()
-        self.words = ring.Words.create(self.rows)
-        self._unpacker = ring.Unpacker(self.words, self.rows, staged_rows, slots_total)
+        with contextlib.ExitStack() as undo:
+            self.words = ring.Words.create(self.rows)
+            undo.callback(self.words.close)
+            self.memory = driver.allocate(self.rows * unit_bytes)
+            undo.callback(driver.free, self.memory)
+            self._terms = self._card()
+            self._unpacker = ring.Unpacker(self.words, self.rows, staged_rows, slots_total)
+            undo.pop_all()
 
     @property
     def unpacked(self) -> int:
@@ -117,7 +123,11 @@ class OpenedPool:
     ) -> None:  # fmt: skip
         """`descriptors`: what came behind the card, taken. Raises Refused, DeviceLost."""
         self.layout, self.driver = layout, driver
-        self.plan = Plan.of(layout)
+        try:
+            self.plan = Plan.of(layout)
+        except BaseException:
+            close_all(descriptors)
+            raise
         self.lost = ""
         self._mappings, self._terms = mappings, terms
         start, size = mappings.open(terms, descriptors)

@@ -37,9 +37,9 @@ class Columns:
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
-        self._device = driver.allocate(8 * SLOTS_MAX * COLUMNS)
-        memory, self._pinned = driver.pinned(8 * SLOTS_MAX * COLUMNS)
+        memory, self._pinned = driver.pinned(8 * SLOTS_MAX * COLUMNS)  # first: it goes by itself where what follows fails
         self._values = np.frombuffer(memory, np.int64).reshape(COLUMNS, SLOTS_MAX)
+        self._device = driver.allocate(8 * SLOTS_MAX * COLUMNS)
         self._free = deque(range(COLUMNS))
         self._used: deque[tuple[int, Event]] = deque()
 
@@ -91,8 +91,12 @@ class OwnedPool(GpuPool):
         super().__init__(driver, layout, address)
         self._allocation, self._kept = allocation, kept
         self._name = exports.new_name()
-        self._side = driver.stream(urgent=False)
-        self._columns = Columns(driver)
+        try:
+            self._side = driver.stream(urgent=False)
+            self._columns = Columns(driver)
+        except BaseException:
+            super().close()
+            raise
         self._pages: dict[int, tuple[memoryview, int, memoryview]] = {}  # registered host pages: view, device address, what keeps them mapped
         self._joined: Joined | None = None
         self._joining = threading.Lock()
@@ -128,7 +132,8 @@ class OwnedPool(GpuPool):
             terms = card.read(descriptors[0]) if len(descriptors) == 2 else None
             if terms is None or terms.kind != "ring" or terms.uuid != self.driver.uuid or terms.size < terms.rows * self.plan.unit_bytes:
                 raise Refused(f"no ring for {self.driver.uuid} in {len(descriptors)} descriptors. Try: the same kvguard version in engine and daemon")
-            words = ring.Words(descriptors.pop())
+            words = ring.Words(descriptors[1])
+            descriptors.pop()  # it is the words' own now
             done = words.words[ring.AT_DONE : ring.AT_DONE + 1]
             joined = Joined(self.driver, terms, words, self._word(done), _page_start(done))
         except (KvguardError, OSError) as error:

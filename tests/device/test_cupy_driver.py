@@ -206,6 +206,20 @@ def test_calls_that_a_capture_forbids_leave_the_engine_s_capture_alone(monkeypat
     assert driver.is_done(event) and ("mode", "relaxed") in runtime.calls and runtime.mode == "global"
 
 
+def test_memory_whose_address_on_the_device_cannot_be_had_is_not_left_registered(monkeypatch):
+    def no_address(address: int, flags: int):
+        status = Status(801)
+        status.name = "CUDA_ERROR_NOT_SUPPORTED"
+        return status, 0
+
+    runtime = FakeRuntime()
+    installed(monkeypatch, runtime, cuMemHostGetDevicePointer=no_address)
+    with pytest.raises(Refused, match="MIG"):
+        cupy_driver.CupyDriver().registered(memoryview(bytearray(16)))
+    registered, given_back = (call for call in runtime.calls if call[0] in ("hostRegister", "hostUnregister"))
+    assert (registered[0], given_back) == ("hostRegister", ("hostUnregister", registered[1]))
+
+
 def test_a_stream_ends_when_nobody_holds_it_any_more(monkeypatch):
     runtime = FakeRuntime()
     installed(monkeypatch, runtime)
