@@ -6,6 +6,10 @@ Invariant: whatever the bytes are, the outcome is chunks, Declined by the instan
 
 from __future__ import annotations
 
+import codecs
+import re
+from typing import NamedTuple
+
 import msgspec
 
 from kvguard.errors import KvguardError
@@ -14,6 +18,8 @@ from kvguard.limits import MIB
 
 EVENT_BYTES_MAX = 16 * MIB  # the first event of a prompt brings all its ids: two million of them
 DONE = b"[DONE]"
+_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")  # atomic: one CRLF is not two ends
+_FIELD = re.compile(rb"[\w-]*(?::|$)")  # what a line begins with; b"" and comments included
 
 
 class Lost(KvguardError):
@@ -35,21 +41,42 @@ class Declined(KvguardError):
         self.status, self.body = status, body
 
 
+class Event(NamedTuple):
+    """`raw`: as it came, its end included. `data`: b"" where there is none: a comment, say."""
+
+    raw: bytes
+    data: bytes
+
+
 class Events:
-    """Bytes in, data of whole events out."""
+    """Bytes in, whole events out. As the specification has it: lines end with LF, CRLF or CR, an empty one ends an event, which may have no data; comments and
+    fields of other names mean nothing. What comes behind the last end is no event."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
+        self._begun = False
 
-    def feed(self, some: bytes) -> list[bytes]:
-        """Raises Lost for an event without an end."""
+    def feed(self, some: bytes) -> list[Event]:
+        """Raises Lost for an event without an end, and for lines that are no fields."""
+        at = max(0, len(self._rest) - 3)  # an end may have begun there; a long line is looked through once, not again with each of its parts
         self._rest += some
-        lines: list[bytearray] = []
-        if b"\n" in some:  # a long line is looked through once, not again with each of its parts
-            *lines, self._rest = self._rest.split(b"\n")
+        events, begun = [], 0
+        while (found := _END.search(self._rest, at)) is not None:
+            at = found.end()
+            events.append(self._event(bytes(self._rest[begun:at])))
+            begun = at
+        del self._rest[:begun]
         if len(self._rest) > EVENT_BYTES_MAX:
             raise Lost("garbage", f"an event of more than {EVENT_BYTES_MAX} bytes")
-        return [bytes(line[5:]).strip() for line in lines if line.startswith(b"data:")]
+        return events
+
+    def _event(self, raw: bytes) -> Event:
+        if not self._begun:
+            self._begun, raw = True, raw.removeprefix(codecs.BOM_UTF8)
+        lines = raw.splitlines()
+        if not all(map(_FIELD.match, lines)):
+            raise Lost("garbage", "what is no server-sent event")
+        return Event(raw, b"\n".join([line[5:].strip() for line in lines if line.startswith(b"data:")]).strip())
 
 
 def json_object(said: bytes) -> dict:

@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 
-from kvguard.gateway.events import DONE, EVENT_BYTES_MAX, Lost, json_object
+from kvguard.gateway.events import DONE, Events, Lost, json_object
 from kvguard.gateway.fleet import Member, NoInstance, unless
 from kvguard.gateway.journey import Surroundings
 from kvguard.gateway.watching import key_of
-
-END = b"\n\n"  # of an event, as vLLM writes it
-FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")  # what its lines begin with
 
 
 class Relay:
@@ -41,27 +38,21 @@ class Relay:
                 member.watch.left(key)
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """The answer, in whole events. Raises NoInstance, Declined, Lost: once events were given out, Lost is for good."""
+        """The answer, in whole events: those that have data, as others say nothing. Raises NoInstance, Declined, Lost: once events were given out, Lost is for
+        good."""
         given = False
         while True:
-            rest, ended = bytearray(), b""
+            taken, last = Events(), b""
             member, key = self._begin()
             try:
                 async with aclosing(self._parts(member, key, bounded=False)) as parts:
                     async for some in parts:
                         member.watch.heard()
-                        rest += some
-                        whole: list[bytearray] = []
-                        if b"\n" in some:
-                            *whole, rest = rest.split(END)
-                        if len(rest) > EVENT_BYTES_MAX:
-                            raise Lost("garbage", f"an event of more than {EVENT_BYTES_MAX} bytes")
-                        if not all(one.lstrip().startswith(FIELDS) for one in whole):
-                            raise Lost("garbage", "what is no server-sent event")
+                        whole = [event for event in taken.feed(some) if event.data]
                         if whole:
-                            given, ended = True, bytes(whole[-1])
-                            yield END.join(whole) + END
-                if rest or not ended.endswith(DONE):
+                            given, last = True, whole[-1].data
+                            yield b"".join([event.raw for event in whole])
+                if last != DONE:
                     raise Lost("ended", "the stream ended without [DONE]")
                 return
             except Lost as lost:

@@ -45,10 +45,10 @@ class Upstream:
         async with self.opened("/v1/completions", body, request_id, headers) as response:
             taken = Events()
             async for some in self.bytes_of(response):
-                for data in taken.feed(some):
-                    if data == DONE:
+                for event in taken.feed(some):
+                    if event.data == DONE:
                         return
-                    if (news := events.chunk(data)) is not None:
+                    if event.data and (news := events.chunk(event.data)) is not None:
                         yield news
         raise Lost("ended", "the stream ended without [DONE]")
 

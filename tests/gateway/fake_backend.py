@@ -3,7 +3,8 @@ descriptor, and keeps its KV beside the kvguard node at SOCKET.
 
 POST /control changes it: delay_ms a token, garbage (how its answers are wrong), stall (after so many ids nothing comes), garbage_after ([DONE] instead),
 chunk (ids at once), healthy, restores (whether KV comes where it is asked for), tells (usage says how much of the prompt wasn't computed, as vLLM with
---enable-prompt-tokens-details), chat_bytes (of an answer that isn't streamed), html (instead of a chat's stream); reset.
+--enable-prompt-tokens-details), chat_bytes (of an answer that isn't streamed), html (instead of a chat's stream), form
+(how a chat's stream is written: "crlf", or "comments", and events without anything); reset.
 GET /control: the bodies and headers that came, how many streams were broken off, how often somebody looked at its health.
 """
 
@@ -25,7 +26,7 @@ from tests.gateway.toy_model import CONTEXT_TOKENS, EOS
 
 MODEL = "toy"
 DEFAULTS = {"delay_ms": 1, "garbage": "", "stall": -1, "garbage_after": -1, "chunk": 1, "healthy": True, "status": 200, "restores": True, "tells": True,
-            "chat_bytes": 0, "html": False}
+            "chat_bytes": 0, "html": False, "form": ""}
 settings = dict(DEFAULTS)
 kept = None  # tests/gateway/kept.py's, where there is a node
 seen: dict = {"requests": [], "broken_off": 0, "open": 0, "looks": 0}
@@ -157,7 +158,15 @@ async def chat(request: Request) -> Response:
             yield event({"id": "chatcmpl-x", "object": "chat.completion.chunk", "created": 1, "model": MODEL, "choices": [choice]})
         yield "data: [DONE]\n\n"
 
-    return StreamingResponse(stream(), media_type="text/event-stream")
+    async def formed():
+        """As the specification of server-sent events also allows it to be written."""
+        form = settings["form"]
+        if form == "comments":
+            yield "\ufeff: a comment\n\n\n\nretry: 9\n\n"
+        async for one in stream():
+            yield one.replace("\n", "\r\n") if form == "crlf" else f": here\nevent: chunk\nid\nother: x\n{one}\n: still here\n\n" if form == "comments" else one
+
+    return StreamingResponse(formed(), media_type="text/event-stream")
 
 
 async def tokenize(request: Request) -> Response:

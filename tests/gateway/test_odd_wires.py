@@ -11,6 +11,7 @@ import struct
 import threading
 
 import httpx
+import openai
 import pytest
 
 from kvguard.gateway import connections, upstream
@@ -184,6 +185,27 @@ def test_what_says_that_a_server_lives_has_an_end():
 def test_models_that_never_end_are_a_lost_answer():
     with pytest.raises(upstream.Lost, match="no whole answer"):
         asked(endless, lambda up: up.models({}, 0.5))
+
+
+@pytest.mark.parametrize("form", ["crlf", "comments"])
+def test_a_relayed_stream_in_another_of_its_legal_forms(world, form):
+    """It was lost, as garbage or for want of an end that it had."""
+    world.start("a")
+    world.backends["a"].set(form=form)
+    with openai.OpenAI(base_url=f"{world.url}/v1", api_key="none", max_retries=0) as client:
+        chunks = list(client.chat.completions.create(model="toy", messages=[{"role": "user", "content": "x"}], stream=True, n=2))
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == "one two three"
+    assert not world.metric("kvguard_gateway_lost_total", kind="garbage") and not world.metric("kvguard_gateway_lost_total", kind="ended")
+
+
+def test_comments_are_nothing_of_an_answer(world):
+    """Who has said no more than these can be replaced: another instance begins."""
+    world.start("a", "b")
+    world.backends["a"].set(form="comments", html=True)
+    body = {"model": "toy", "messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}], "stream": True}
+    answer = world.post("/v1/chat/completions", body)
+    assert answer.text.startswith("data: ") and "three" in answer.text and answer.text.endswith("data: [DONE]\n\n")
+    assert world.metric("kvguard_gateway_lost_total", kind="garbage") == 1
 
 
 def test_a_relayed_stream_that_is_no_stream(world):

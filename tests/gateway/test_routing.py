@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from kvguard.gateway.events import EVENT_BYTES_MAX, Events, Lost
+from kvguard.gateway.events import Lost
 from kvguard.gateway.fleet import unless
 from kvguard.gateway.routing import Instance, Standing, choose, is_place
 from kvguard.types import Rank
@@ -32,16 +32,6 @@ def test_places():
     assert not is_place(spread, ((first, "y"), (second, "x"))), "each rank needs its own part"
     assert not is_place(spread, ((first, "x"),) + ((second, "x"),))
     assert is_place(standing("a", members={Rank(1, 0, 0): "x"}), ((first, "x"),)), "of any dp"
-
-
-def test_events_come_whole_however_they_are_cut():
-    whole = b'data: {"a": 1}\r\n\r\n: comment\n\nevent: x\ndata:{"b": 2}\n\ndata: [DONE]\n\n'
-    for size in range(1, len(whole)):
-        taken = Events()
-        parts = [whole[at : at + size] for at in range(0, len(whole), size)]
-        assert [one for part in parts for one in taken.feed(part)] == [b'{"a": 1}', b'{"b": 2}', b"[DONE]"]
-    with pytest.raises(Lost, match="more than"):
-        Events().feed(b"data: " + b"x" * EVENT_BYTES_MAX)
 
 
 def test_nothing_comes_after_the_fence():
