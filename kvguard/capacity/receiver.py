@@ -21,6 +21,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from zmq import ZMQError
+
 from kvguard.errors import BadConfig, BadFrame
 from kvguard.limits import PAYLOAD_BYTES_MAX
 from kvguard.transport.base import Frame
@@ -56,7 +58,7 @@ class Receiver:
             for way, bulk, offset in (("bulk", True, 2), ("control", False, 4)):
                 transport = ZeromqTransport(self.name, keys, insecure, bulk, bulk_port=port + 3 if port and bulk else 0)
                 self._transports[way] = transport
-                ports[way] = int(transport.listen(f"tcp://{around}:{port + offset if port else 0}").rpartition(":")[2])
+                ports[way] = _port_of(transport, f"tcp://{around}:{port + offset if port else 0}")
             self._listening = [_listening(host, port), _listening(host, port + 1 if port else 0)]
         except BaseException:
             self.close()
@@ -111,7 +113,20 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise BadConfig(f"can't listen at {host}:{port}: {error.strerror}. Try: an address of this host, and five free ports in a row") from error
+        raise _no_port(f"{host}:{port}", error) from error
+
+
+def _port_of(transport: ZeromqTransport, address: str) -> int:
+    try:
+        return int(transport.listen(address).rpartition(":")[2])
+    except BadConfig as error:
+        if isinstance(error.__cause__, (OSError, ZMQError)):  # the transport's advice is for its own settings, which nobody has here
+            raise _no_port(address, error.__cause__) from error
+        raise
+
+
+def _no_port(address: str, why: OSError | ZMQError) -> BadConfig:
+    return BadConfig(f"can't listen at {address}, or beside it: {why.strerror}. Try: an address of this host, and five free ports in a row")
 
 
 def _say(lines, told: dict) -> None:
