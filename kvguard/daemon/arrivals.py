@@ -198,7 +198,7 @@ class Arrivals:
         try:
             descriptors = rank.pool.welcome() if hasattr(rank.pool, "welcome") else []
         except (KvguardError, OSError) as error:  # it packs nothing then, and its pool is read
-            log.error("no ring for %s: %s", rank.stream.id, error)
+            log.error("no ring for %s: %s", rank.stream.id, str(error))
         self._tell(arrival.connection, local.Attached(self._epochs.get(arrival.message.instance, NO_EPOCH)), descriptors)
         for descriptor in descriptors:
             os.close(descriptor)

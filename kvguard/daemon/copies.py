@@ -68,11 +68,7 @@ class Copies:
         return ()
 
     def _at_once(self, shell: NodeShell, order: Begun) -> Events:
-        try:
-            outcome = Outcome(capturing.copied(order))
-        except DeviceLost as error:
-            outcome = Outcome(None, error)
-        return self._ended(shell, order, outcome)
+        return self._ended(shell, order, _copied(order, DeviceLost))
 
     def _slice(self) -> Events:
         told: list[events.Event] = []
@@ -80,11 +76,7 @@ class Copies:
         while self._large and left_bytes > 0:
             shell, order = self._large.popleft()
             left_bytes -= len(order.out)
-            try:
-                outcome = Outcome(capturing.copied(order))
-            except Exception as error:
-                outcome = Outcome(None, error)
-            told += self._ended(shell, order, outcome)
+            told += self._ended(shell, order, _copied(order, Exception))
         if self._large:
             self._after(0, self._slice)
         return told
@@ -136,15 +128,23 @@ class Copies:
         """No byte of it, and where the device was lost nothing of this pool is sent from here on: its positions stay unprotected, and the daemon lives."""
         if type(error) is OverflowError:
             shell.counters["captures_refused"] += 1
-            log.warning("%s: %s", stream.id, error)
+            log.warning("%s: %s", stream.id, str(error))
             return all_stale(effect)
         if type(error) is not DeviceLost:
             return self._failed(shell, effect, error)
         if stream.lost:
             return all_stale(effect)
-        log.error("%s can't be replicated any more: %s", stream.id, error)
+        log.error("%s can't be replicated any more: %s", stream.id, str(error))
         stream.lost = str(error)
         return (*all_stale(effect), events.PoolLost(stream.id, stream.incarnation, stream.lost))
+
+
+def _copied(order: Begun, caught: type[Exception]) -> Outcome:
+    """In a frame of its own: one that kept the outcome would be in a circle with its error, and keep what is mapped until the collector comes."""
+    try:
+        return Outcome(capturing.copied(order))
+    except caught as error:
+        return Outcome(None, error)
 
 
 def all_stale(effect: effects.Capture, _why: str = "") -> Events:

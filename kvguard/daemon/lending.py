@@ -60,5 +60,5 @@ class Lending:
         return ()
 
     def _refuse(self, connection: int, error: Exception) -> None:
-        log.warning("no memory lent for a pool: %s", error)
+        log.warning("no memory lent for a pool: %s", str(error))
         self._tell(connection, local.LendRefused(str(error)))

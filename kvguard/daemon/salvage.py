@@ -52,7 +52,7 @@ def begun(rank: LocalRank) -> Salvage:
 def taken(rank: LocalRank, order: Salvage, outcome: Outcome) -> bool:
     """Whether the dead rank's pool can be planned with: it is a host pool from now on, or is gone with the KV of all its sequences."""
     if outcome.error is not None:
-        log.error("nothing of %s could be salvaged: %s", rank.stream.id, outcome.error)
+        log.error("nothing of %s could be salvaged: %s", rank.stream.id, str(outcome.error))
         rank.facts.keep(())
         rank.stream.kept = frozenset()
         return False
@@ -102,7 +102,7 @@ class Salvaging:
     def _brought(self, rank: LocalRank, order: Salvage, outcome: Outcome) -> list[events.Event]:
         rank.stream.leaving = False
         if not outcome.begun:
-            log.error("%s stays where it is: %s", rank.stream.id, outcome.error)
+            log.error("%s stays where it is: %s", rank.stream.id, str(outcome.error))
             return []
         self.unmap(order.pool)
         if self._knows(rank):

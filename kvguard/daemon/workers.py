@@ -84,7 +84,7 @@ class Job:
             if outcome.error is None:
                 self.discard(outcome.value)
             else:
-                log.error("a job that nobody waits for any more failed: %s", outcome.error)
+                log.error("a job that nobody waits for any more failed: %s", str(outcome.error))
         except Exception:
             log.exception("what nobody waits for any more isn't given back")
         return Outcome(None, outcome.error)
@@ -227,7 +227,7 @@ class Workers:
             if not gpu:
                 close()
                 return
-            log.error("memory on %s isn't given back: %s", gpu, error)
+            log.error("memory on %s isn't given back: %s", gpu, str(error))
             return
         self.releasing += 1
         self._look_soon()
@@ -235,7 +235,7 @@ class Workers:
     def _released(self, outcome: Outcome) -> Events:
         self.releasing -= 1
         if outcome.error is not None:
-            log.error("memory isn't given back: %s", outcome.error)
+            log.error("memory isn't given back: %s", str(outcome.error))
         return ()
 
     def progressing(self) -> bool:

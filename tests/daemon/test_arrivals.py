@@ -22,7 +22,7 @@ from kvguard.device.rehearsal import Rehearsal
 from kvguard.format import local
 from kvguard.format import messages as ms
 from kvguard.types import Epoch, Rank
-from tests.daemon.test_copies import E1, LAYOUT, QUICK, SLOW, WAIT_S, XID, Engine, World
+from tests.daemon.test_copies import E1, LAYOUT, QUICK, SLOW, WAIT_S, XID, Engine, World, running
 
 NEW = SLOW._replace(rank=Rank(0, 2, 0), pool=21)
 
@@ -99,22 +99,17 @@ class Door(World):
 
 
 @pytest.fixture
-def world():
+def world(monkeypatch, let_go):
     """Whatever came of an arrival, nothing of it is mapped or open when its engine has been forgotten."""
     before = descriptors()
-    made = Door()
-    try:
-        made.start()
+    with running(Door(), monkeypatch) as made:
         yield made
-    finally:
-        made.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvguard-GPU")]
     assert len(made.gpu._mapped) == made.lost_maps, "memory of the slow GPU is still mapped"
     while made.gpu._mapped:
         os.close(made.gpu._mapped.popitem()[1].file)
     for known in (made.a.shell.streams, made.a.shell.local):
         known.clear()
-    gc.collect()  # what an error's traceback held in a circle
+    let_go()
     assert descriptors() - before == set(), "descriptors are left"
 
 
@@ -255,6 +250,16 @@ def test_one_whose_exporter_is_gone_by_then_is_refused(world):
     world.goes_on()
     world.gpu.lose("")
     world.lost_maps = 1  # what a lost GPU doesn't give back goes with its process
+
+
+def test_an_error_that_is_logged_takes_nothing_along(world, caplog):
+    """Whoever keeps the record kept the error, its frames, and so a table and a pool that were given back long since."""
+    world.gpu.lose(XID)
+    world.slow.commit(1)
+    world.until(world.a.faults)
+    said = [record for record in caplog.get_records("call") if XID in record.getMessage()]
+    assert said and not [record for record in said if record.exc_info or any(isinstance(argument, BaseException) for argument in record.args)]
+    world.gpu.lose("")
 
 
 @pytest.mark.parametrize("committed", [0, 3])

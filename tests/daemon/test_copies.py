@@ -5,11 +5,14 @@ The GPUs are rehearsed; a gate in one's driver holds its copies until the test l
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -233,15 +236,22 @@ class World:
             part.close()
 
 
-@pytest.fixture
-def world():
-    made = World()
+@contextlib.contextmanager
+def running(made, monkeypatch):
+    """That world, started. Its end waits for the GPUs' threads, however busy the machine is, and whatever became of the test."""
+    monkeypatch.setattr(working, "JOIN_S", WAIT_S)
     try:
         made.start()
         yield made
     finally:
         made.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvguard-GPU")]
+
+
+@pytest.fixture
+def world(monkeypatch):
+    with running(World(), monkeypatch) as made:
+        yield made
 
 
 def test_a_copy_that_stands_still_holds_up_nothing_else(world):
@@ -415,6 +425,27 @@ def test_a_pool_that_is_lost_is_said_once_and_never_read_again(host, caplog):
     assert stale.stale == (0,) and lost == events.PoolLost(host.stream.id, 1, XID) and host.stream.lost == XID
     [stale] = host.perform(order)
     assert stale.stale == (0,) and asked == [1] and caplog.text.count(XID) == 1
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_capture_that_failed_keeps_no_memory_until_the_collector_comes(host, large):
+    row = host.commit("one", 4, range(4), [0])
+
+    class Lost:
+        def capture(self, blocks, starts, counts, out):
+            raise DeviceLost(XID)
+
+    gc.disable()
+    try:
+        pool = host.stream.pool = Lost()
+        gone = weakref.ref(pool)
+        done = [*host.perform(host.order([(row, 0, 4 if large else 1, 0, PIECE_TOKENS)])), *(host.later.pop()() if large else ())]
+        assert type(done[-1]) is events.PoolLost
+        del pool
+        host.stream.pool = None
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def _columns(order: effects.Capture) -> tuple:
