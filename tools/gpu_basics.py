@@ -165,13 +165,13 @@ def virtual(bench: Bench) -> str:
     descriptor, size = created(made, 100)
     again = os.dup(descriptor)
     first, second = Segment(made, [size], [[descriptor]]), Segment(made, [size], [[again]])
-    made.clear(first.address, size)
+    bench.driver.clear(first.address, size)
     bench.upload(first.address, np.frombuffer(b"by descriptor", np.uint8))
     assert fetched(bench.driver, second.address, 13) == b"by descriptor", "two mappings of one memory differ"
     chunk = made.chunk_of(second.address + 4097)
     assert chunk is not None and (chunk.address, chunk.size, chunk.shareable) == (second.address, size, True), chunk
-    first.close()
-    second.close()
+    for segment in (first, second):  # all of it was waited for
+        segment.close()
     return f"ok, granularity {made.granularity}"
 
 
@@ -224,7 +224,9 @@ def torch_graph(bench: Bench) -> None:
     raised: list[BaseException] = []
     made: list[int] = []
     graph = torch.cuda.CUDAGraph()
+    pool.current = lambda: torch.cuda.current_stream().cuda_stream
     with torch.cuda.graph(graph):
+        refused_within(pool)
         stream = torch.cuda.current_stream().cuda_stream
         driver.wait(side, driver.record(stream))
         pool.launch(True, slots, 1, flat, side)
@@ -242,6 +244,16 @@ def torch_graph(bench: Bench) -> None:
     for address in (slots, flat, *made):
         driver.free(address)
     pool.close()
+
+
+def refused_within(pool) -> None:
+    """What would otherwise become part of the graph, and end its capture."""
+    try:
+        pool.wrote([3], [0], [1])
+    except Refused as error:
+        assert "CUDA graph" in str(error), error
+        return
+    raise AssertionError("what a step wrote was taken within a capture")
 
 
 def _beside(bench: Bench, made: list[int], raised: list[BaseException]) -> None:

@@ -34,20 +34,24 @@ class Pool(Protocol):
     def scatter_blocks(self, blocks, source: memoryview) -> None: ...
 
     def publish(self, word: memoryview, value: int) -> None:
-        """Write `value` to the 64-bit word once all KV writes launched before this call are complete: at once on a CPU, in stream order on a GPU."""
+        """Write `value` to the 64-bit word once all KV writes launched before this call are complete: at once on a CPU, in stream order on a GPU.
+
+        Not at all while the caller's stream is captured into a CUDA graph: nothing runs there.
+        """
 
     def export(self) -> list[int]:
         """Descriptors that another process can open the pool with (Device.open)."""
 
     def close(self) -> None:
-        """Unmap. The memory lives while another process maps it."""
+        """Unmap. The memory lives while another process maps it. On a GPU the caller's current stream is waited for, others of its own are not."""
 
 
 class Packing(Pool, Protocol):
     """An engine's pool that packs its steps for its daemon. Asked for by name: a host pool has neither."""
 
     def wrote(self, blocks, starts=None, counts=None) -> None:
-        """The slots that this step writes, all of them, after it was launched. Returns at once; raises Refused for pieces outside the pool alone."""
+        """The slots that this step writes, all of them, after it was launched. Returns at once; raises Refused for pieces outside the pool, and while the
+        caller's stream is captured into a CUDA graph: it comes after the replay."""
 
     def join(self, descriptors: list[int]) -> None:
         """What came with Attached: the ring to pack into. Owned here. Never raises."""

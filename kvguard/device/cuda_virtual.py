@@ -99,15 +99,6 @@ class CudaVirtual:
     def unmap(self, address: int, size: int) -> None:
         asked(self._driver.cuMemUnmap, address, size)
 
-    @unhindered
-    def settle(self) -> None:
-        self._runtime.deviceSynchronize()
-
-    @unhindered
-    def clear(self, address: int, size: int) -> None:
-        self._runtime.memset(address, 0, size)
-        self._runtime.deviceSynchronize()
-
     @guarded
     def chunk_of(self, address: int) -> Chunk | None:
         if self._of_pointer("IS_LEGACY_CUDA_IPC_CAPABLE", address) != 0 or not self._of_pointer("MAPPED", address):

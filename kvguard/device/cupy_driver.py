@@ -30,6 +30,7 @@ NON_BLOCKING, NO_TIMING = 1, 2  # streams, events
 DEFAULT_KIND = 4  # cudaMemcpyDefault: addresses say where they are
 COMPILER_OPTIONS = ("--std=c++11",)
 IN_MEMORY = "CUPY_CACHE_IN_MEMORY"  # cupy's: compiled code is written nowhere
+IMPLICIT = "STREAM_CAPTURE_IMPLICIT"  # the default stream, while one that it would wait for is captured: whatever is launched there ends that capture
 NOT_READY = 600  # cudaErrorNotReady, which cudaEventQuery answers and nobody raises
 
 
@@ -96,13 +97,17 @@ class CupyDriver:
     def allocate(self, size: int) -> int:
         address = self._runtime.malloc(size)
         try:
-            stream = self.stream(urgent=True)  # of its own: waiting for the whole GPU would end a capture of the engine's
-            self._runtime.memsetAsync(address, 0, size, stream)
-            self._runtime.streamSynchronize(stream)
+            self.clear(address, size)
         except BaseException:
             self._runtime.free(address)
             raise
         return address
+
+    @unhindered
+    def clear(self, address: int, size: int) -> None:
+        stream = self.stream(urgent=True)  # of its own: waiting for the whole GPU would end a capture of the engine's
+        self._runtime.memsetAsync(address, 0, size, stream)
+        self._runtime.streamSynchronize(stream)
 
     @unhindered
     def free(self, address: int) -> None:
@@ -166,6 +171,15 @@ class CupyDriver:
 
     def current(self) -> int:
         return self._cupy.cuda.get_current_stream().ptr
+
+    @guarded
+    def is_captured(self, stream: int) -> bool:
+        try:
+            return int(asked(self._driver.cuStreamIsCapturing, stream)) != 0  # also one that an error has ended: nothing on it runs
+        except RuntimeError as error:
+            if IMPLICIT in str(error):
+                return True
+            raise
 
     @guarded
     def record(self, stream: int) -> Any:

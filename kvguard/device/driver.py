@@ -71,12 +71,6 @@ class Virtual(Protocol):
     def unmap(self, address: int, size: int) -> None:
         """Of one `map`; nothing may be using it any more: nothing is waited for here."""
 
-    def settle(self) -> None:
-        """Whatever this process has launched on the GPU is done when this returns."""
-
-    def clear(self, address: int, size: int) -> None:
-        """Zeros, there when this returns."""
-
 
 class Driver(Protocol):
     """One GPU of this process. Addresses are ints, as the device takes them; a host address that was given out by `pinned` or `registered` is one, too."""
@@ -95,6 +89,9 @@ class Driver(Protocol):
         """Device memory, zeroed, aligned to 256 bytes, that can be exported by handle. Raises Refused where there isn't enough."""
 
     def free(self, address: int) -> None: ...
+
+    def clear(self, address: int, size: int) -> None:
+        """Zeros, there when this returns; nothing else that runs is waited for."""
 
     def allocation_of(self, address: int) -> Allocation: ...
 
@@ -121,6 +118,9 @@ class Driver(Protocol):
 
     def current(self) -> Stream:
         """The stream on which the caller's framework launches now."""
+
+    def is_captured(self, stream: Stream) -> bool:
+        """Whether what is launched there now becomes part of a CUDA graph instead of running."""
 
     def record(self, stream: Stream) -> Event: ...
 

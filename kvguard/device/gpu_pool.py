@@ -24,6 +24,10 @@ from kvguard.format.layout import Layout
 STAGING_BYTES = 8 << 20
 PAGE_BYTES = 4096
 WORK_S_MAX = 60.0  # what was launched before, and 8 MiB more
+CAPTURED = (
+    "the engine's stream is being captured into a CUDA graph, in which nothing runs now, and every replay would do the same again. "
+    "Try: what kvguard is told, and steps that end, after the graph's replay"
+)
 ALIGNMENT = 256  # of every part of a buffer, as cudaMalloc gives
 
 
@@ -154,8 +158,15 @@ class GpuPool:
         if self._staging is None:
             self._staging = Staging(self.driver, self.plan.unit_bytes, self._staging_bytes)
         if units:
-            self.driver.wait(self._stream, self.driver.record(self.current()))
+            self.follow(self._stream)
         return self._staging
+
+    def follow(self, stream: Stream) -> None:
+        """What is put on `stream` from now on comes after what the engine has launched. Raises Refused while its stream is captured."""
+        engine = self.current()
+        if self.driver.is_captured(engine):
+            raise Refused(CAPTURED)
+        self.driver.wait(stream, self.driver.record(engine))
 
     def _finish(self) -> None:
         finished(self.driver, self.driver.record(self._stream), time.monotonic() + WORK_S_MAX)

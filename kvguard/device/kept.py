@@ -64,7 +64,7 @@ class KeptMemory:
         return self._kept.export()
 
     def close(self) -> None:
-        """Raises DeviceLost, Refused."""
+        """Nothing that was launched may touch it any more. Raises DeviceLost, Refused."""
         self._kept.close()
         self._segment.close()
 

@@ -50,7 +50,7 @@ class LayeredRestore:
 
     def _launch(self, slots: np.ndarray, source: int, pinned: int) -> None:
         pool = self._pool
-        self._driver.wait(self._stream, self._driver.record(pool.current()))
+        pool.follow(self._stream)
         self._driver.copy(self._columns, pinned, 16 * slots.size, self._stream)
         for layer in range(pool.plan.layers):
             if slots.size:

@@ -67,6 +67,6 @@ class Mappings:
                 return
             del self._open[terms.handle]
             if found.segment is not None:
-                found.segment.close(settled=True)
+                found.segment.close()
             else:
                 self._driver.close_handle(found.address)

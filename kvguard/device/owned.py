@@ -7,6 +7,10 @@ Invariants
 - A word is written once everything launched on the engine's stream before publish() is done, and after the gather of this step: all of them go through one
   side stream, so that words rise in order and a written step is a packed one.
 - What the ring isn't told of is a gap: it makes everything void that the daemon hasn't fetched yet.
+- Nothing of ours becomes part of a graph that the engine captures: a step that ends within a capture publishes nothing, wrote() there is refused.
+- What is unmapped or freed is waited for on the streams that are known to touch it: our own (the side stream follows the engine's up to the last publish()),
+  and the one that the engine launches on now. Not the whole GPU: that would end a capture of another thread's, and never end where a collective waits for a
+  peer. An engine that reads its pool on further streams waits for those itself, as with any memory that it gives back.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import numpy as np
 
 from kvguard.device import card, exports, ring
 from kvguard.device.driver import Driver, Event
-from kvguard.device.gpu_pool import PAGE_BYTES, GpuPool, page_of
+from kvguard.device.gpu_pool import CAPTURED, PAGE_BYTES, GpuPool, page_of
 from kvguard.device.host import slots_of, slots_of_blocks
 from kvguard.device.kept import KeptMemory
 from kvguard.device.paced import settled, strand
@@ -123,7 +127,7 @@ class OwnedPool(GpuPool):
 
     def clear(self) -> None:
         """Zeros everywhere, as a pool begins."""
-        self.driver.virtual.clear(self.address, self.layout.pool_bytes)
+        self.driver.clear(self.address, self.layout.pool_bytes)
 
     def join(self, descriptors: list[int]) -> None:
         """[a card, words]: the daemon's ring, from now on; owned here. Called in any thread; never raises: without a ring the daemon reads the pool."""
@@ -168,21 +172,26 @@ class OwnedPool(GpuPool):
     def wrote(self, blocks, starts=None, counts=None) -> None:
         """The slots that this step writes, all of them, after it was launched: int columns as of capture (without starts: whole blocks).
 
-        Raises Refused for pieces outside the pool, nothing else.
+        Raises Refused for pieces outside the pool, and where the engine's stream is captured into a graph; nothing else.
         """
         if starts is None or not self.layout.addressable:
             slots = self.plan.slots(*slots_of_blocks(self.layout, np.unique(np.asarray(blocks, np.int64))))
         else:
             slots = self.plan.slots(*slots_of(self.layout, blocks, starts, counts))
-        self._said = True
         with self._joining:
             joined = self._joined
-            if joined is None or self.lost:
+            if self.lost:
                 return
             try:
-                self._pack(joined, slots)
+                captured = self.driver.is_captured(self.current())
+                if joined is not None and not captured:
+                    self._pack(joined, slots)
             except KvguardError as error:
                 self._give_up(joined, error)
+                return
+        if captured:
+            raise Refused(CAPTURED)
+        self._said = True
 
     def _pack(self, joined: Joined, slots: np.ndarray) -> None:
         if slots.size > SLOTS_MAX:
@@ -203,7 +212,10 @@ class OwnedPool(GpuPool):
         self._columns.used_until(sent[0], driver.record(side))
 
     def publish(self, word: memoryview, value: int) -> None:
-        """See device/base.py: in the order of the side stream, so after this step's gather. Never raises: a word that can't be written commits nothing."""
+        """See device/base.py: in the order of the side stream, so after this step's gather. Never raises: a word that can't be written commits nothing.
+
+        While the engine's stream is captured into a graph none is written: the next one that is says this step's, too.
+        """
         with self._joining:
             joined, said, self._said = self._joined, self._said, False
             if self.lost:
@@ -211,7 +223,11 @@ class OwnedPool(GpuPool):
             try:
                 if joined is not None and not said:
                     joined.packer.gap()
-                self.driver.wait(self._side, self.driver.record(self.current()))
+                engine = self.current()
+                if self.driver.is_captured(engine):
+                    _log.warning("kvguard: step %d isn't published: %s", value, CAPTURED)
+                    return
+                self.driver.wait(self._side, self.driver.record(engine))
                 self.driver.write_word(self._word(word), value, self._side)
             except KvguardError as error:
                 self._give_up(joined, error)
@@ -237,11 +253,14 @@ class OwnedPool(GpuPool):
         self.driver.unregistered(page)
 
     def close(self) -> None:
-        """Wait for what was launched, give back what is ours. Idempotent. What another process has mapped lives on there."""
+        """Wait for what was launched on our streams and on the engine's current one, give back what is ours. Idempotent. What another process has mapped
+        lives on there. Memory whose streams are not through in time, or are being captured into a graph, goes with this process."""
         if self._closed:
             return
         try:
+            self.follow(self._side)
             settled(self.driver, self._side)
+            self.settle()
             with self._joining:
                 former, self._joined = self._joined, None
             for start in list(self._pages):

@@ -37,14 +37,14 @@ class _Mapped:
 
 
 class Rehearsal:
-    """`held`: work waits for run(). `lose()`: as if the GPU had a fault."""
+    """`held`: work waits for run(). `lose()`: as if the GPU had a fault. `captured`: the engine's stream is captured into a graph."""
 
     uuid = "GPU-rehearsal"
     name = "rehearsal (host memory)"
     writes_words = True
 
     def __init__(self, held: bool = False) -> None:
-        self.held = held
+        self.held, self.captured = held, False
         self._lost = ""
         self._mapped: dict[int, _Mapped] = {}
         self._queue: deque[Callable[[], None]] = deque()
@@ -128,6 +128,10 @@ class Rehearsal:
             raise Refused("the exporter has closed what the handle names. Try: open it while that process holds it")
         return self._map(file, size, False)
 
+    def clear(self, address: int, size: int) -> None:
+        self._refuse_lost()
+        ctypes.memset(address, 0, size)
+
     def close_handle(self, address: int) -> None:
         self.free(address)
 
@@ -155,7 +159,12 @@ class Rehearsal:
     def current(self) -> str:
         return "current"
 
+    def is_captured(self, stream: str) -> bool:
+        self._refuse_lost()
+        return self.captured and stream == self.current()
+
     def record(self, stream: str) -> int:
+        assert not self.is_captured(stream), "what is recorded on a captured stream is never reached, and whoever waits for it is captured, too"
         with self._lock:
             number = len(self.ends)
             self.ends.append(False)

@@ -144,17 +144,9 @@ class RehearsedVirtual:
             _map(address, size, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE | _FIXED, -1)
             _let_go(memory)
 
-    def settle(self) -> None:
-        """Streams are run by rehearsal.py, at once."""
-        self._refuse_lost()
-
     def chunk_of(self, address: int) -> Chunk | None:
         found = self._at(address)
         return None if found is None else Chunk(found[0], found[1][0], found[1][1].shareable)
-
-    def clear(self, address: int, size: int) -> None:
-        self._refuse_lost()
-        ctypes.memset(address, 0, size)
 
     def _at(self, address: int) -> tuple[int, tuple[int, _Memory]] | None:
         return next(((at, one) for at, one in list(self._mapped.items()) if at <= address < at + one[0]), None)

@@ -86,13 +86,11 @@ class Segment:
             for descriptor in lot:
                 os.close(descriptor)
 
-    def close(self, settled: bool = False) -> None:
+    def close(self) -> None:
         """Unmap, chunk by chunk, then give the addresses back. Idempotent. Raises DeviceLost, Refused; what is still mapped then stays so.
 
-        `settled`: nothing that was launched touches it any more; else everything that this process has launched is waited for, without a bound.
+        Nothing that was launched may touch it any more: nothing is waited for here.
         """
-        if self._mapped and not settled:
-            self._virtual.settle()
         while self._mapped:
             size = self._mapped[-1]
             self._virtual.unmap(self.address + self._mapped_bytes - size, size)

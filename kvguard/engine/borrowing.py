@@ -35,7 +35,11 @@ def borrow(layout: Layout, device: str = "host", *, gpu: int = 0, socket: str | 
         raise Refused(f"the daemon lends no memory: {getattr(answer, 'reason', 'it said something else')}. Try: kvguard.engine.allocate")
     pool = made.open(layout, descriptors)
     if device != "host":
-        pool.clear()
+        try:
+            pool.clear()
+        except BaseException:
+            pool.close()
+            raise
     return pool
 
 

@@ -48,6 +48,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = 1; re
 int cuThreadExchangeStreamCaptureMode(int *mode) { static int now = 0; int before = now; now = *mode; *mode = before; return note("mode %d", now); }
 int cuCtxGetStreamPriorityRange(int *lowest, int *highest) { *lowest = 0; *highest = -5; return 0; }
 int cuStreamCreateWithPriority(u64 *stream, unsigned flags, int priority) { *stream = 0xabc000; return note("cuStreamCreateWithPriority %u %d", flags, priority); }
+int cuStreamIsCapturing(u64 stream, int *status) { *status = stream == 0xca97; note("cuStreamIsCapturing %llx", stream); return stream ? 0 : 906; }
 int cuStreamDestroy(u64 stream) { return note("cuStreamDestroy %llx", stream); }
 int cuStreamDestroy_v2(u64 stream) { return cuStreamDestroy(stream); }
 int cuStreamWriteValue64(u64 stream, u64 address, uint64_t value, unsigned flags)

@@ -24,14 +24,15 @@ def values_of(seed: int, slot: int, size: int) -> bytes:
     return np.random.default_rng([seed, slot]).integers(0, 256, size, np.uint8).tobytes()
 
 
-def in_chunks(virtual, count: int) -> int:
+def in_chunks(driver, count: int) -> int:
     """Address of `count` granules of memory side by side, each a piece of its own."""
+    virtual = driver.virtual
     address = virtual.reserve(count * virtual.granularity)
     for n in range(count):
         handle = virtual.create(virtual.granularity)
         virtual.map(address + n * virtual.granularity, virtual.granularity, handle)
         virtual.release(handle)
-    virtual.clear(address, count * virtual.granularity)
+    driver.clear(address, count * virtual.granularity)
     return address
 
 
@@ -45,7 +46,7 @@ class Engine:
         self.device = open_device(kind)
         self.layout = msgspec.json.decode(layout, type=Layout)
         if chunks:  # virtual memory of so many pieces, in which the pool begins `offset` bytes before the end of the first
-            self.pool = self.device.share(self.layout, in_chunks(self.device.driver().virtual, chunks) + self.device.driver().virtual.granularity - offset)
+            self.pool = self.device.share(self.layout, in_chunks(self.device.driver(), chunks) + self.device.driver().virtual.granularity - offset)
         elif shared:  # memory of the engine's own, in which the pool lies somewhere
             address = self.device.driver().allocate(self.layout.pool_bytes + offset + 64)
             self.pool = self.device.share(self.layout, address + offset)

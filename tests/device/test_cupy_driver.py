@@ -160,9 +160,11 @@ def test_memory_is_zeroed_and_out_of_memory_is_told(monkeypatch):
     runtime = FakeRuntime()
     installed(monkeypatch, runtime)
     driver = cupy_driver.CupyDriver()
-    assert driver.allocate(4096) == 1 << 20 and runtime.calls[-3:] == [
-        ("memsetAsync", 1 << 20, 0, 4096, 1001), ("streamSynchronize", 1001), ("mode", "global"),
+    assert driver.allocate(4096) == 1 << 20
+    assert [call for call in runtime.calls if "memset" in call[0] or "ynchronize" in call[0]] == [  # of the whole GPU nothing is waited for
+        ("memsetAsync", 1 << 20, 0, 4096, 1001), ("streamSynchronize", 1001),
     ]  # fmt: skip
+    assert runtime.mode == "global"
     runtime.calls.clear()
     assert runtime.ended == [1001]
     runtime.fails["malloc"] = "cudaErrorMemoryAllocation: out of memory"
@@ -418,7 +420,33 @@ def test_without_virtual_memory_nothing_is_lent_and_it_is_said_why(monkeypatch):
     lost = virtual(monkeypatch, FakeVmm(cuMemCreate="CUDA_ERROR_OUT_OF_MEMORY"))
     with pytest.raises(Refused, match="smaller pool"):
         created(lost, 100)
-    gone = virtual(monkeypatch, FakeVmm(), FakeRuntime())
-    gone._runtime.fails["deviceSynchronize"] = "cudaErrorECCUncorrectable: uncorrectable ECC error encountered"
+    gone = virtual(monkeypatch, FakeVmm(cuMemUnmap="CUDA_ERROR_ECC_UNCORRECTABLE"))
     with pytest.raises(DeviceLost, match="drain"):
-        gone.settle()
+        gone.unmap(4 << 20, 2 << 20)
+
+
+@pytest.mark.parametrize(
+    ("answer", "captured"), [((0, "CUDA_SUCCESS", 0), False), ((0, "CUDA_SUCCESS", 1), True), ((0, "CUDA_SUCCESS", 2), True),
+                             ((906, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT", 0), True)],
+)  # fmt: skip
+def test_a_stream_that_is_captured_is_known(monkeypatch, answer, captured):
+    status = Status(answer[0])
+    status.name = answer[1]
+
+    def cuStreamIsCapturing(stream):  # noqa: N802 - the driver's own name
+        return status, answer[2]
+
+    installed(monkeypatch, FakeRuntime(), cuStreamIsCapturing=cuStreamIsCapturing)
+    assert cupy_driver.CupyDriver().is_captured(5) is captured
+
+
+def test_a_stream_that_is_none_is_an_error(monkeypatch):
+    status = Status(400)
+    status.name = "CUDA_ERROR_INVALID_HANDLE"
+
+    def cuStreamIsCapturing(stream):  # noqa: N802 - the driver's own name
+        return status, 0
+
+    installed(monkeypatch, FakeRuntime(), cuStreamIsCapturing=cuStreamIsCapturing)
+    with pytest.raises(Refused, match="INVALID_HANDLE"):
+        cupy_driver.CupyDriver().is_captured(5)

@@ -70,6 +70,11 @@ def test_a_gpu_and_its_streams(library):
     ]  # fmt: skip
 
 
+def test_a_stream_that_is_captured_is_known_and_so_is_the_default_one_beside_it(library):
+    said, calls = asked_for(library, "print([made.is_captured(stream) for stream in (0xca97, 0xabc000, 0)])")
+    assert said == "[True, False, True]" and calls == [f"cuStreamIsCapturing {stream}" for stream in ("ca97", "abc000", "0")]
+
+
 def test_only_calls_that_a_capture_forbids_change_its_mode(library):
     asked_for(library, "stream = made.stream(urgent=False); made.write_word(64, 1, stream); made.virtual.create(2 << 20)")
     lines = (library / "calls").read_text().splitlines()

@@ -143,8 +143,8 @@ def test_a_piece_that_fails_half_way_leaves_nothing():
 
 
 def test_pieces_are_found_from_any_address_within_them():
-    virtual = RehearsedVirtual()
-    address = in_chunks(virtual, 3)
+    driver = Rehearsal()
+    virtual, address = driver.virtual, in_chunks(driver, 3)
     granule = virtual.granularity
     assert [chunk.address - address for chunk in chunks_of(virtual, address + granule + 5, granule)] == [granule, 2 * granule]
     assert chunks_of(virtual, address - 1, 10) is None
