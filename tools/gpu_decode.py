@@ -45,7 +45,9 @@ def decode_overhead(bench: Bench) -> dict:
                 continue
             forward = forward_of(bench, layers, products, sequences)
             times, packed = paired(bench, layout, forward, sequences)
-            found.update({f"{shape}_{sequences}_{name}": value for name, value in {**summary(times), "steps_packed": packed}.items()})
+            some = {f"{shape}_{sequences}_{name}": value for name, value in {**summary(times), "steps_packed": packed}.items()}
+            print("" if bench.dry else some, flush=True)  # were the step ended at its limit, what it has measured would be known
+            found.update(some)
     return found
 
 

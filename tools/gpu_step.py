@@ -21,11 +21,7 @@ from gpu_decode import decode_overhead
 from gpu_models import models
 from gpu_steps import STEPS, Bench, NotRun
 
-# What measures comes before what is tested: were time to run out, tests can be run again alone.
-ALL: dict[str, Callable[[Bench], dict]] = {
-    "basics": basics, **{name: STEPS[name] for name in ("kernels", "correctness", "torch", "survival", "bandwidth", "restore", "salvage")},
-    "decode": decode_overhead, "models": models, "contracts": STEPS["contracts"], "daemons": STEPS["daemons"],
-}  # fmt: skip
+ALL: dict[str, Callable[[Bench], dict]] = {"basics": basics, "decode": decode_overhead, "models": models, **STEPS}
 
 
 def carried_out(step: Callable[[Bench], dict], dry: bool) -> dict:

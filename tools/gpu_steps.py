@@ -30,6 +30,7 @@ from kvguard.format.pages import PageReader, pack_sums, page_bytes, sums_of
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCHES = 5
+TEST_S = 100  # the longest that one test may take: the others run, then
 TOGETHER = 4  # tests at a time, where pytest-xdist is there
 EXPORTER = ROOT / "tests" / "device" / "exporter.py"
 
@@ -119,12 +120,17 @@ class Engine:
 def tested(*arguments: str) -> dict:
     """A run of pytest in a process of its own: {passed: n}."""
     together = ["-n", str(TOGETHER)] if importlib.util.find_spec("xdist") is not None else []  # most of a test is processes that start
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "--tb=short", *together, *arguments]
-    environment = {**os.environ, "KVGUARD_OTHERS_WORK_HERE": "1"}  # their mounts and shared memory are no failure of this GPU's
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)  # the whole step has a limit
-    last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-    assert done.returncode == 0 and " passed" in last, done.stdout[-1500:] + done.stderr[-500:]
-    return {"pytest": last}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-v", "--tb=short", f"--timeout={TEST_S}", *together, *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "KVGUARD_OTHERS_WORK_HERE": "1"}  # others' mounts and shared memory are no failure of this GPU's
+    said = b""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as pytest:
+        while some := pytest.stdout.read1(1 << 16):  # passed on as it comes: were this ended, it would be known which test it was
+            sys.stdout.buffer.write(some)
+            sys.stdout.buffer.flush()
+            said += some
+    lines = said.decode(errors="replace").strip().splitlines() or ["no output"]
+    assert pytest.returncode == 0 and " passed" in lines[-1], "\n".join(lines)[-2000:]
+    return {"pytest": lines[-1].strip("= ")}
 
 
 def kernels_compile(bench: Bench) -> dict:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,21 +49,74 @@ def test_a_dry_run_walks_every_step_and_measures_nothing(tmp_path):
 
 
 def test_a_step_that_hangs_crashes_or_leaves_something_costs_the_others_nothing(tmp_path):
-    fake, mark = tmp_path / "step.py", f"kvguard-fake-step-{os.getpid()}"
-    fake.write_text(FAKE_STEP)
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import gpu_check; from pathlib import Path; gpu_check.STEP = Path({str(fake)!r}); "
-        "gpu_check.LIMITS_S = {'crashes': 60, 'hangs': 1, 'leaves': 60, 'good': 60}; "
-        f"sys.argv = ['gpu_check', '--out', {str(tmp_path)!r}]; sys.exit(gpu_check.main())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env={**os.environ, "MARK": mark}, check=False)
+    mark = f"kvguard-fake-step-{os.getpid()}"
+    command = faked(tmp_path, "STEPS_S = {'crashes': (1, 60), 'hangs': (1, 1), 'leaves': (1, 60), 'good': (1, 60)}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "MARK": mark}, check=False)
     assert done.returncode == 1 and "1 of 4 steps passed" in done.stdout, done.stdout + done.stderr
     steps = json.loads((tmp_path / "gpu-toy-9.json").read_text())["steps"]
     assert {name: step["status"] for name, step in steps.items()} == {"crashes": "fail", "hangs": "fail", "leaves": "fail", "good": "pass"}
     assert "ended with -6" in steps["crashes"]["reason"] and "about to end" in steps["crashes"]["reason"]
     assert "longer than 1 s" in steps["hangs"]["reason"] and "left 1 processes" in steps["leaves"]["reason"]
-    alive = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if mark.encode() in read(path)]
-    assert alive == []
+    assert alive_with(mark) == []
+
+
+def test_a_step_that_hangs_takes_none_of_the_time_that_is_kept_for_those_behind_it(tmp_path):
+    mark = f"kvguard-kept-step-{os.getpid()}"
+    command = faked(tmp_path, "LIMIT_S = 104", "STEPS_S = {'hangs': (2, 300), 'good': (100, 300)}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "MARK": mark}, check=False)
+    assert "1 of 2 steps passed; not: hangs" in done.stdout, done.stdout + done.stderr
+    assert alive_with(mark) == []
+
+
+def test_what_is_kept_for_all_steps_fits_into_the_whole():
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import gpu_check as it, gpu_step; assert set(it.STEPS_S) == set(gpu_step.ALL); "
+        "print(it.LIMIT_S - it.ABOUT_S - sum(kept for kept, _ in it.STEPS_S.values()), [most - kept for kept, most in it.STEPS_S.values()])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True, cwd=ROOT, env=with_root())
+    assert "-" not in done.stdout  # neither is anything negative
+
+
+def test_a_check_that_is_ended_leaves_a_report_that_names_what_has_not_run_and_no_process(tmp_path):
+    mark = f"kvguard-ended-step-{os.getpid()}"
+    command = [*faked(tmp_path, "STEPS_S = {'good': (1, 60), 'hangs': (1, 600), 'leaves': (1, 60), 'crashes': (1, 60)}"), "--only", "good,hangs,leaves"]
+    check = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "MARK": mark})
+    try:
+        deadline = time.monotonic() + 100
+        while not alive_with(mark):
+            assert time.monotonic() < deadline and check.poll() is None
+            time.sleep(0.05)  # between two looks
+        check.terminate()
+        assert check.wait(60) == 128 + signal.SIGTERM
+    finally:
+        check.kill()
+        check.wait(10)
+    report = json.loads((tmp_path / "gpu-toy-9.json").read_text())
+    assert report["steps"]["good"]["status"] == "pass" and report["not_asked_for"] == ["crashes"]
+    assert {name: report["steps"][name] for name in ("hangs", "leaves")} == {
+        "hangs": {"status": "not run", "reason": "the check was ended while it ran"}, "leaves": {"status": "not run", "reason": "the check ended before"},
+    }  # fmt: skip
+    assert "| leaves | not run the check ended before |" in (tmp_path / "gpu-toy-9.md").read_text() and alive_with(mark) == []
+
+
+def faked(folder: Path, *changes: str) -> list[str]:
+    """A check whose steps are FAKE_STEP's, with `changes` of its own values."""
+    fake = folder / "step.py"
+    fake.write_text(FAKE_STEP)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import gpu_check; from pathlib import Path; gpu_check.STEP = Path({str(fake)!r}); "
+        + "".join(f"gpu_check.{change}; " for change in changes)
+        + "sys.argv[0] = 'gpu_check'; sys.exit(gpu_check.main())"
+    )
+    return [sys.executable, "-c", code, "--out", str(folder)]
+
+
+def alive_with(mark: str) -> list[str]:
+    return [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if mark.encode() in read(path)]
+
+
+def with_root() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def test_packages_from_a_folder_reach_every_process_that_the_steps_start():

@@ -11,6 +11,7 @@ from kvguard.daemon.control import ControlServer, LocalIncoming
 from kvguard.daemon.lending import Lending
 from kvguard.daemon.workers import Workers
 from kvguard.device import open_device
+from kvguard.device.owned import OwnedPool
 from kvguard.engine import borrow
 from kvguard.errors import BadConfig, Refused, TimedOut
 from kvguard.format import local
@@ -95,3 +96,16 @@ def test_a_daemon_that_says_something_else_is_no_lender(lender):
 def test_without_a_daemon_it_ends_in_time(tmp_path):
     with pytest.raises(TimedOut, match="is it running"):
         borrow(LAYOUT, socket=tmp_path / "nobody.sock", timeout_s=0.2)
+
+
+def test_memory_that_cannot_be_zeroed_is_given_back(lender, monkeypatch):
+    def unable(driver, address: int, size: int) -> None:
+        raise Refused("it can't be zeroed. Try: nothing, this is a test")
+
+    monkeypatch.setattr("kvguard.device.rehearsal.Rehearsal.clear", unable)
+    closed = []
+    close = OwnedPool.close
+    monkeypatch.setattr(OwnedPool, "close", lambda pool: (closed.append(pool), close(pool)))
+    with pytest.raises(Refused, match="can't be zeroed"):
+        borrow(LAYOUT, "rehearsal", socket=lender("rehearsal"))
+    assert len(closed) == 1 and closed[0].driver.virtual.reserved_bytes == 0
