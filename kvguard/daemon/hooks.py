@@ -3,7 +3,7 @@
 Knows: subprocesses, a thread. Must not know: what events mean; whoever tells waits for nothing.
 Invariants: telling never blocks and never raises; at most WAITING_MAX events wait, more are dropped and counted; one program at a time, in the order of events,
 each with TIMEOUT_S to live and the whole of its group killed after that; what it says goes to the log, bounded, and no more than that is kept; nobody waits for
-what a program left behind in another group; close() leaves no process and no thread.
+what a program left behind in another group; close() leaves no process and no thread, but for a program that the kernel doesn't let die within JOIN_S.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ WAITING_MAX = 64
 TIMEOUT_S = 10.0
 SAID_BYTES_MAX = 2000
 READ_BYTES = 65536
+JOIN_S = 5.0
 
 
 class Hooks:
@@ -110,7 +111,9 @@ class Hooks:
                     break
                 except queue.Full:
                     self._waiting.get_nowait()
-            self._thread.join()
+            self._thread.join(JOIN_S)
+            if self._thread.is_alive():
+                log.error("a hook's program was killed and has not ended: nobody waits for it. Try: what it waits for (its file system?)")
 
 
 def text_of(said: bytes) -> str:

@@ -7,6 +7,7 @@ Invariants: a suspicion is told at most once per lifeline, of a process that is 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CLOSE_S = 1.0  # for all of them: a thread that is woken and doesn't come is waited for so long by itself
 REASON = "a thread of its process that lives as long as the process has ended"
 
 
@@ -33,8 +35,8 @@ class Watches(Protocol):
 class Lifelines:
     """By stream, the one that the present life of its rank brought."""
 
-    def __init__(self, watches: Watches) -> None:
-        self._watches = watches
+    def __init__(self, watches: Watches, clock: Callable[[], float] = time.monotonic) -> None:
+        self._watches, self._clock = watches, clock
         self._held: dict[StreamId, Watch] = {}
 
     def hold(self, stream: Stream, descriptor: int | None) -> None:
@@ -60,6 +62,14 @@ class Lifelines:
         if watch is not None:
             self._watches.forget(watch.bell)
             watch.close()
+
+    def close(self) -> None:
+        """Nobody is watched any more. Those whose turn doesn't come within CLOSE_S go with this process, which is to end."""
+        deadline = self._clock() + CLOSE_S
+        while self._held and self._clock() < deadline:
+            self.let_go(next(iter(self._held)))
+        while self._held:
+            self._watches.forget(self._held.popitem()[1].bell)
 
     def _marked(self, stream: Stream, watch: Watch) -> Iterable[events.Event]:
         if self._held.get(stream.id) is not watch:

@@ -147,8 +147,8 @@ def obey_signals(loop: Loop, reload: Callable[[], None]) -> None:
     """SIGTERM and SIGINT end the loop after its turn; SIGHUP calls `reload` in it. Main thread only."""
 
     def ended(number: int, _frame) -> None:
+        loop.stop()  # before a line that may fail to be written
         log.info("%s: stopping", signal.Signals(number).name)
-        loop.stop()
 
     def reread() -> Iterable[Event]:
         reload()

@@ -267,6 +267,7 @@ class Ranks:
 
     def close(self) -> None:
         self._arrivals.close()
+        self._lifelines.close()
         for stream in list(self.ranks):
             self.forget(stream)
         self._standbys.close()
@@ -344,8 +345,8 @@ class Ranks:
             self._store.damaged(stream)
 
     def kill(self, incarnation: int) -> bool:
-        """SIGKILL through the pidfd: never through a number that may be another's by now. Whether it is the first that the process gets from here: it is told to
-        die as often as a fence is said while it does."""
+        """SIGKILL through the pidfd: never through a number that may be another's by now. Whether it is the first that the process gets from here: it is told
+        to die as often as a fence is said while it does."""
         ranks = [rank for rank in self.ranks.values() if rank.stream.alive and rank.stream.incarnation == incarnation]
         everyone = [*ranks, *(spare for spare in self.spares.values() if spare.incarnation == incarnation)]
         first = any(not one.killed for one in everyone)

@@ -216,8 +216,8 @@ class Workers:
         return ()
 
     def release(self, gpu: str, close: Callable[[], None]) -> None:
-        """Close what lies on that GPU, in its thread, as soon as that can be; also where the thread was given up, should it ever come back. Host memory ("") in a
-        thread of its own, or at once where none can be had."""
+        """Close what lies on that GPU, in its thread, as soon as that can be; also where the thread was given up, should it ever come back.
+        Host memory ("") in a thread of its own, or at once where none can be had."""
         if self._turns is None:
             close()
             return

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kvguard.daemon import hooks as hooking
 from kvguard.daemon.hooks import SAID_BYTES_MAX, WAITING_MAX, Hooks
 
 
@@ -121,3 +122,23 @@ def test_nobody_s_hooks_cost_no_thread():
     hooks.tell("on_failover")
     hooks.close()
     assert not hooks.counters and "kvguard-hooks" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_program_that_the_kernel_does_not_let_die_is_not_waited_for(program, monkeypatch, caplog):
+    """One whose file system doesn't answer: the coordinator never ended."""
+    monkeypatch.setattr(hooking, "JOIN_S", 0.01)
+    begun, dies = threading.Event(), threading.Event()
+
+    def stays(hooks, event, path, document):
+        begun.set()
+        assert dies.wait(30)
+
+    monkeypatch.setattr(Hooks, "_carry_out", stays)
+    hooks = Hooks({"on_failover": program("true")})
+    hooks.tell("on_failover")
+    assert begun.wait(30)
+    hooks.close()
+    assert "nobody waits for it" in caplog.text and hooks._thread.is_alive()
+    dies.set()
+    hooks._thread.join(30)
+    assert not hooks._thread.is_alive()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import select
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from kvguard.core import events
+from kvguard.daemon.lifelines import Lifelines
 from kvguard.engine import lifeline
 from kvguard.engine.lifeline import held_by_this_thread
 from kvguard.format import local
@@ -89,6 +91,29 @@ def test_the_same_process_over_a_new_line_and_a_clean_end(desk, child):  # noqa:
     assert len(bells(desk)) == 1, f"one for the rank, not {first} and another"
     assert [type(event) for event in desk.ranks.detach(1)] == [events.StreamDetached]
     assert bells(desk) == []
+
+
+def test_closing_waits_for_all_together_and_not_for_each_in_turn(monkeypatch):
+    """A thread that doesn't come costs a second; with a few dozen ranks a daemon was killed before it had ended."""
+    now, watched, closed = [0.0], {}, []
+
+    class Slow:
+        def __init__(self, bell):
+            self.bell = bell
+
+        def close(self):
+            closed.append(self.bell)
+            now[0] += 0.6
+
+    monkeypatch.setattr(lifeline, "Watch", Slow)
+    desk = SimpleNamespace(watch=watched.__setitem__, forget=watched.__delitem__)
+    lines = Lifelines(desk, lambda: now[0])
+    for number in range(30):
+        lines.hold(SimpleNamespace(id=number), number)
+    assert len(watched) == 30
+    lines.close()
+    assert closed == [0, 1] and not watched
+    lines.close()
 
 
 def test_a_lifeline_that_can_not_be_watched_is_done_without(desk):  # noqa: F811
