@@ -6,6 +6,7 @@ Knows: the source tree as text and syntax. Must not know: what the code does.
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 from collections import Counter
@@ -232,3 +233,8 @@ def test_test_files_have_names_of_their_own() -> None:
     """pytest imports them by name alone: two of one name in two rooms stop the whole run."""
     names = Counter(path.name for path in (PACKAGE.parent / "tests").rglob("test_*.py"))
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_scripts_can_be_run_as_the_documents_write_them() -> None:
+    scripts = [path for path in (*(ROOT / "tools").iterdir(), *(ROOT / ".ci").iterdir()) if path.is_file() and path.read_bytes().startswith(b"#!")]
+    assert scripts and [path.name for path in scripts if not os.access(path, os.X_OK)] == []
