@@ -87,7 +87,11 @@ def unhindered(method: Callable) -> Callable:
 
 def asked(call: Callable, *args):
     """A call of cuda-bindings: its result, or an error with the name that the driver gives it."""
-    status, *values = call(*args)
+    return answer(call.__name__, *call(*args))
+
+
+def answer(call: str, status, *values):
+    """What a call of that name has answered."""
     if int(status):
-        raise RuntimeError(f"{call.__name__}: {getattr(status, 'name', status)}")
+        raise RuntimeError(f"{call}: {getattr(status, 'name', status)}")
     return values[0] if len(values) == 1 else tuple(values)

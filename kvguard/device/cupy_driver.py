@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from kvguard.device import kernels
-from kvguard.device.cuda_errors import EXPLAINED, asked, explained, guarded, unhindered
+from kvguard.device.cuda_errors import EXPLAINED, answer, asked, explained, guarded, unhindered
 from kvguard.device.cuda_virtual import CudaVirtual
 from kvguard.device.driver import HANDLE_BYTES, Allocation
 from kvguard.device.kernels.plan import THREADS, Launch
@@ -31,7 +31,7 @@ DEFAULT_KIND = 4  # cudaMemcpyDefault: addresses say where they are
 COMPILER_OPTIONS = ("--std=c++11",)
 IN_MEMORY = "CUPY_CACHE_IN_MEMORY"  # cupy's: compiled code is written nowhere
 IMPLICIT = "STREAM_CAPTURE_IMPLICIT"  # the default stream, while one that it would wait for is captured: whatever is launched there ends that capture
-NOT_READY = 600  # cudaErrorNotReady, which cudaEventQuery answers and nobody raises
+NOT_READY = 600  # CUDA_ERROR_NOT_READY
 
 
 def load() -> tuple[Any, Any]:
@@ -193,10 +193,11 @@ class CupyDriver:
 
     @unhindered
     def is_done(self, event: Any) -> bool:
-        status = self._runtime.eventQuery(event.address)
-        if status not in (0, NOT_READY):
-            raise self._runtime.CUDARuntimeError(status)
-        return status == 0
+        (status,) = self._driver.cuEventQuery(event.address)  # cudaEventQuery would leave "not ready" as the thread's last error, for torch to find after a launch
+        if int(status) == NOT_READY:
+            return False
+        answer("cuEventQuery", status)
+        return True
 
     @guarded
     def synchronise(self, stream: int) -> None:

@@ -49,6 +49,7 @@ int cuThreadExchangeStreamCaptureMode(int *mode) { static int now = 0; int befor
 int cuCtxGetStreamPriorityRange(int *lowest, int *highest) { *lowest = 0; *highest = -5; return 0; }
 int cuStreamCreateWithPriority(u64 *stream, unsigned flags, int priority) { *stream = 0xabc000; return note("cuStreamCreateWithPriority %u %d", flags, priority); }
 int cuStreamIsCapturing(u64 stream, int *status) { *status = stream == 0xca97; note("cuStreamIsCapturing %llx", stream); return stream ? 0 : 906; }
+int cuEventQuery(u64 event) { note("cuEventQuery %llx", event); return event == 0xbad ? 700 : event == 0x1a7e ? 600 : 0; }
 int cuStreamDestroy(u64 stream) { return note("cuStreamDestroy %llx", stream); }
 int cuStreamDestroy_v2(u64 stream) { return cuStreamDestroy(stream); }
 int cuStreamWriteValue64(u64 stream, u64 address, uint64_t value, unsigned flags)

@@ -21,10 +21,7 @@ LAYOUT = Layout.paged("m", "float16", 1, 2, 4, 1, 8)
 
 
 class CUDARuntimeError(RuntimeError):
-    """As cupy's: a number, and a text that begins with its name."""
-
-    def __init__(self, status) -> None:
-        super().__init__(status if isinstance(status, str) else {700: "cudaErrorIllegalAddress: an illegal memory access was encountered"}[status])
+    """As cupy's: a text that begins with its name."""
 
 
 class Status(int):
@@ -32,7 +29,7 @@ class Status(int):
 
 
 class FakeRuntime:
-    """cupy.cuda.runtime, as far as it is called. `fails`: by name of a call, the text that it raises; `query`: what cudaEventQuery answers."""
+    """cupy.cuda.runtime, as far as it is called. `fails`: by name of a call, the text that it raises; `query`: what cuEventQuery answers."""
 
     CUDARuntimeError = CUDARuntimeError
 
@@ -46,6 +43,11 @@ class FakeRuntime:
         self.calls.append(("mode", mode))
         return Status(0), before
 
+    def queried(self, event: int):
+        status = Status(self.query)
+        status.name = {0: "CUDA_SUCCESS", 600: "CUDA_ERROR_NOT_READY", 700: "CUDA_ERROR_ILLEGAL_ADDRESS"}[self.query]
+        return (status,)
+
     def created(self, flags: int, priority: int):
         self.streams += 1
         return Status(0), 1000 + self.streams
@@ -55,7 +57,7 @@ class FakeRuntime:
             self.calls.append((name, *arguments))
             if name in self.fails:
                 raise CUDARuntimeError(self.fails[name])
-            return {"getDeviceCount": self.gpus, "getDeviceProperties": {"name": b"H200"}, "eventQuery": self.query, "malloc": 1 << 20}.get(name, 7)
+            return {"getDeviceCount": self.gpus, "getDeviceProperties": {"name": b"H200"}, "malloc": 1 << 20}.get(name, 7)
 
         return call
 
@@ -68,7 +70,7 @@ def installed(monkeypatch, runtime: FakeRuntime, writes_words: int = 1, **more) 
         cuDeviceGet=lambda number: (ok, number), cuDeviceGetUuid=lambda device: (ok, uuid), cuDeviceGetAttribute=lambda *_: (ok, writes_words),
         CUdevice_attribute=types.SimpleNamespace(CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS=1), cuCtxGetStreamPriorityRange=lambda: (ok, 0, -5),
         CUdeviceptr=int, cuStreamWriteValue64=lambda *_: (ok,), cuInit=lambda flags: (ok,), CUstreamCaptureMode=types.SimpleNamespace(
-            CU_STREAM_CAPTURE_MODE_RELAXED="relaxed"), cuThreadExchangeStreamCaptureMode=runtime.exchanged, cuStreamCreateWithPriority=runtime.created,
+            CU_STREAM_CAPTURE_MODE_RELAXED="relaxed"), cuThreadExchangeStreamCaptureMode=runtime.exchanged, cuStreamCreateWithPriority=runtime.created, cuEventQuery=runtime.queried,
         cuStreamDestroy=lambda stream: runtime.ended.append(stream) or (ok,),
     )  # fmt: skip
     vars(driver).update(more)

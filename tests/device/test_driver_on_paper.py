@@ -75,6 +75,18 @@ def test_a_stream_that_is_captured_is_known_and_so_is_the_default_one_beside_it(
     assert said == "[True, False, True]" and calls == [f"cuStreamIsCapturing {stream}" for stream in ("ca97", "abc000", "0")]
 
 
+def test_events(library):
+    code = """
+seen = [made.is_done(types.SimpleNamespace(address=event)) for event in (0x1a7e, 0xe7e47)]
+try:
+    made.is_done(types.SimpleNamespace(address=0xbad))
+except Exception as error:
+    print(seen, type(error).__name__)
+"""
+    said, calls = asked_for(library, code)
+    assert said == "[False, True] DeviceLost" and calls == [f"cuEventQuery {event}" for event in ("1a7e", "e7e47", "bad")]
+
+
 def test_only_calls_that_a_capture_forbids_change_its_mode(library):
     asked_for(library, "stream = made.stream(urgent=False); made.write_word(64, 1, stream); made.virtual.create(2 << 20)")
     lines = (library / "calls").read_text().splitlines()
