@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 _UNSET = (None, "", [], {}, (), 0, 0.0, False)
+_NEUTRAL: dict[str, Any] = {"response_format": {"type": "text"}, "best_of": 1}  # where another value means nothing, too
 
 # parameter -> why a resumed request would mean something else by it. Parameters at their neutral value (here: unset or zero) mean nothing.
 REFUSED = {
@@ -54,14 +55,11 @@ def refusal_of_parameters(parameters: dict[str, Any], samples_by_position: bool 
     """
     for name, reason in REFUSED.items():
         value = parameters.get(name)
-        if name == "response_format" and isinstance(value, dict) and value.get("type") == "text":
-            continue
-        if not _is_unset(value):
+        if not _is_unset(value) and value != _NEUTRAL.get(name):
             return f"{name}: {reason}"
     if (parameters.get("n") or 1) != 1:
         return "n: several answers of one request can't be told apart once they are prompts"
-    temperature = parameters.get("temperature")
-    if parameters.get("seed") is not None and (temperature is None or temperature > 0) and not samples_by_position:
+    if parameters.get("seed") is not None and parameters.get("temperature") != 0 and not samples_by_position:
         return "seed: the generator's state is lost with the engine, another one would draw other tokens"
     return ""
 
@@ -89,9 +87,10 @@ def refusal_of_request(request: Any, samples_by_position: bool = False) -> str:
 
 
 def parameters_of(sampling: Any) -> dict[str, Any]:
-    """A SamplingParams' public fields that aren't unset, by name."""
+    """A SamplingParams' public fields that aren't unset, by name; its temperature, of which 0 says most, in any case."""
     fields = getattr(sampling, "__struct_fields__", None) or vars(sampling)
-    return {name: value for name in fields if not name.startswith("_") and not _is_unset(value := getattr(sampling, name))}
+    said = {name: getattr(sampling, name) for name in fields if not name.startswith("_")}
+    return {name: value for name, value in said.items() if name == "temperature" or not _is_unset(value)}
 
 
 def _is_unset(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvguard.engine import vllm_policy
-from kvguard.gateway.policy import PASSED, BadRequest, Followed, Relayed, decide
+from kvguard.gateway.policy import LABELS, NEUTRAL, PASSED, UNDERSTOOD, BadRequest, Followed, Relayed, decide
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
@@ -112,5 +112,27 @@ def test_what_the_connector_refuses_is_not_followed():
         value = next(value for value in (1.5, [{"type": "x"}], {"type": "json_object"}) if vllm_policy.refusal_of_parameters({name: value}))
         assert isinstance(decide({**TEXT, name: value}, False), Relayed), name
         assert isinstance(decide({**CHAT, name: value}, True), Relayed), name
-    for name in PASSED:
-        assert name not in vllm_policy.REFUSED
+
+
+VALUES = (None, 0, 1, 1.5, 3, True, False, "x", ["x"], [], [{"type": "x"}], {"type": "json_object"}, {"type": "text"}, {"1": 2.0}, {})
+FIELDS = sorted({*PASSED, *UNDERSTOOD, *NEUTRAL, *LABELS, *vllm_policy.REFUSED, *vllm_policy.UNCHANGED} - {"model", "prompt", "messages", "stream"})
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("others", [{}, {"temperature": 0}, {"seed": 3}, {"seed": 3, "temperature": 0}], ids=str)
+def test_what_is_followed_the_connector_would_resume(others, by_position):
+    """The other direction, with every field at many values: what the gateway calls meaningless (best_of 1, once) must not be a reason to the connector."""
+    followed = 0
+    for field in FIELDS:
+        for value in VALUES:
+            for body, chat in ((TEXT, False), (CHAT, True)):
+                asked = {**body, **others, field: value}
+                if isinstance(decide(asked, chat, by_position), Followed):
+                    followed += 1
+                    assert vllm_policy.refusal_of_parameters(asked, by_position) == "", (field, value)
+    assert followed > 50 or (others.get("seed") and not by_position and "temperature" not in others)
+
+
+def test_what_is_passed_on_is_known_to_the_connector():
+    """Of an engine's own request a parameter that it doesn't know is refused; these three never become one."""
+    assert set(PASSED) - vllm_policy.UNCHANGED == {"user", "priority", "session_id"}

@@ -65,7 +65,8 @@ def test_an_engine_that_draws_by_position_may_go_on_with_a_seed():
 
 @pytest.mark.parametrize(
     ("sampling", "refused"),
-    [({}, ""), ({"novelty": 0.5}, "novelty: not known"), ({"extra_args": {"kv_transfer_params": {}}}, ""), ({"extra_args": {"own": 1}}, "extra_args: own")],
+    [({}, ""), ({"seed": 7}, ""), ({"seed": 7, "temperature": 0.5}, "seed: "), ({"novelty": 0.5}, "novelty: not known"),
+     ({"extra_args": {"kv_transfer_params": {}}}, ""), ({"extra_args": {"own": 1}}, "extra_args: own")],
 )
 def test_a_parameter_that_is_not_known_is_refused(sampling, refused):
     request = request_of("a", [1, 2, 3])
