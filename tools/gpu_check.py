@@ -2,7 +2,8 @@
 
 Knows: the steps' names, order and limits, the report's form. Must not know: how a step is done (gpu_step.py and its neighbours); cupy, torch, kvguard.
 Invariants: a step that fails, hangs, crashes, or loses the GPU never keeps the others from running, nor takes the time that is kept for those behind it; what
-it started ends with it; the report is written anew before and after every step, and names what has not run, and why; a dry run states no number; a report names the GPU, the driver, the packages and the commit; exit code 0 only where every step passed.
+it started ends with it; the report is written anew before and after every step, and names what has not run, and why; a dry run
+states no number; a report names the GPU, the driver, the packages and the commit; exit code 0 only where every step passed.
 """
 
 from __future__ import annotations

@@ -193,7 +193,8 @@ class CupyDriver:
 
     @unhindered
     def is_done(self, event: Any) -> bool:
-        (status,) = self._driver.cuEventQuery(event.address)  # cudaEventQuery would leave "not ready" as the thread's last error, for torch to find after a launch
+        # cudaEventQuery would leave "not ready" as the thread's last error, for torch to find after a launch where the two share a libcudart
+        (status,) = self._driver.cuEventQuery(event.address)
         if int(status) == NOT_READY:
             return False
         answer("cuEventQuery", status)

@@ -70,8 +70,8 @@ def installed(monkeypatch, runtime: FakeRuntime, writes_words: int = 1, **more) 
         cuDeviceGet=lambda number: (ok, number), cuDeviceGetUuid=lambda device: (ok, uuid), cuDeviceGetAttribute=lambda *_: (ok, writes_words),
         CUdevice_attribute=types.SimpleNamespace(CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS=1), cuCtxGetStreamPriorityRange=lambda: (ok, 0, -5),
         CUdeviceptr=int, cuStreamWriteValue64=lambda *_: (ok,), cuInit=lambda flags: (ok,), CUstreamCaptureMode=types.SimpleNamespace(
-            CU_STREAM_CAPTURE_MODE_RELAXED="relaxed"), cuThreadExchangeStreamCaptureMode=runtime.exchanged, cuStreamCreateWithPriority=runtime.created, cuEventQuery=runtime.queried,
-        cuStreamDestroy=lambda stream: runtime.ended.append(stream) or (ok,),
+            CU_STREAM_CAPTURE_MODE_RELAXED="relaxed"), cuThreadExchangeStreamCaptureMode=runtime.exchanged, cuStreamCreateWithPriority=runtime.created,
+        cuStreamDestroy=lambda stream: runtime.ended.append(stream) or (ok,), cuEventQuery=runtime.queried,
     )  # fmt: skip
     vars(driver).update(more)
     cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))

@@ -1,6 +1,6 @@
-"""Every call that the CUDA device makes of cupy and of cuda-bindings is there, with these arguments. Each is skipped where it isn't installed; CI has cuda-bindings.
+"""Every call that the CUDA device makes of cupy and of cuda-bindings is there, with these arguments. Skipped for the one that isn't installed.
 
-Read out of the sources' syntax: no call is made. cupy's runtime has no Python signatures; its docstrings begin with them.
+CI has cuda-bindings. Read out of the sources' syntax: no call is made. cupy's runtime has no Python signatures; its docstrings begin with them.
 """
 
 from __future__ import annotations
