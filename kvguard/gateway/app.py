@@ -1,7 +1,8 @@
 """The gateway's paths.
 
 Knows: starlette, which path is answered by what. Must not know: how.
-Invariants: whoever can't be served now hears it before his body is read (admission.py has the bounds); every error is in OpenAI's form.
+Invariants: whoever can't be served now hears it before his body is read (admission.py has the bounds; unread.py takes what he still sends); every error is in
+OpenAI's form.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kvguard.gateway.answering import RETRY_AFTER_S, Answering, failure_of
 from kvguard.gateway.events import Declined, Lost
 from kvguard.gateway.fleet import HEALTH_S
 from kvguard.gateway.journey import Surroundings
+from kvguard.gateway.unread import Unread
 
 PATH_CHARS_SAID = 100  # of a path that isn't there
 
@@ -89,7 +91,7 @@ async def a_bug(request: Request, error: Exception) -> Response:
     return json_response(replies.error("The gateway failed at this request. Try: again, and the gateway's log", "server_error", 500), 500)
 
 
-def build(paths: Paths, surroundings: Callable[[], contextlib.AbstractAsyncContextManager[Surroundings]]) -> Starlette:
+def build(paths: Paths, surroundings: Callable[[], contextlib.AbstractAsyncContextManager[Surroundings]]) -> Unread:
     """The application. `surroundings`: entered before the first request, left after the last."""
 
     @contextlib.asynccontextmanager
@@ -106,4 +108,4 @@ def build(paths: Paths, surroundings: Callable[[], contextlib.AbstractAsyncConte
         Route("/ready", paths.ready),
         Route("/metrics", paths.metrics),
     ]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: in_their_form, Exception: a_bug})
+    return Unread(Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: in_their_form, Exception: a_bug}))

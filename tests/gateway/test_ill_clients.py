@@ -8,7 +8,7 @@ import socket
 import httpx
 import pytest
 
-from kvguard.gateway import connections
+from kvguard.gateway import connections, unread
 from tests.gateway.conftest import until
 from tests.gateway.test_streams import PROMPT, expected
 
@@ -156,6 +156,7 @@ def test_a_body_that_does_not_come(world):
 def test_a_body_without_end_is_not_read_for_ever(world, monkeypatch):
     """It is refused as soon as it is too long; what comes after that is dropped for a while, then the connection."""
     monkeypatch.setattr(connections, "IDLE_CLIENT_S", 0.3)
+    monkeypatch.setattr(unread, "WHOLE_S", 0.3)
     world.start("a", body_bytes_max=65536)
     with dialled(world) as raw:
         raw.sendall(HEAD + b"transfer-encoding: chunked\r\n\r\n")

@@ -81,7 +81,7 @@ def still_open(raw: socket.socket) -> bool:
 
 def test_places_are_counted_when_bodies_are_whole(world):
     """Two come in while there is one place: the second hears so when its body has come, and its connection goes on."""
-    world.start("a", in_flight_max=1)
+    world.start("a", in_flight_max=1, fence_ms=100, resume_ms=200)
     world.backends["a"].set(stall=3)
     body = json.dumps({"prompt": PROMPT, "max_tokens": 5}).encode()
     with slow_ones(world, 1, len(body), body[:-1]) as (raw,):
