@@ -17,6 +17,7 @@ from pathlib import Path
 from gpu_steps import ROOT, Bench, needed, tested
 
 SEED = 20
+DEMO_S = 70
 # SmolLM2-135M's, from its config.json; a context as long as the demo needs.
 SMOLLM2 = {"layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64, "inner": 1536, "vocab": 49152, "context": 2048}
 TINY = {"layers": 4, "context": 512}
@@ -30,10 +31,16 @@ def models(bench: Bench) -> dict:
     with tempfile.TemporaryDirectory(prefix="kvguard-gpu-models.") as folder:
         model, weights = model_of(bench, Path(folder))
         found: dict[str, object] = {"weights": weights}
+        faults: list[str] = []
         for kill, rung in KILLS.items():
-            found[f"demo_kill_{kill}"] = demonstrated(bench, model, kill, rung, Path(folder))
+            try:
+                found[f"demo_kill_{kill}"] = demonstrated(bench, model, kill, rung, Path(folder))
+            except AssertionError as fault:  # said at the end: the others are worth knowing, too
+                faults.append(str(fault))
+            print(faults[-1:] or found, flush=True)
     selection = "on_a_gpu and rehearsal" if bench.dry else "on_a_gpu and cuda"
     found["transformers"] = tested("tests/adapters/test_transformers_resume.py", "-k", selection)["pytest"]
+    assert not faults, "; ".join(faults)
     return found
 
 
@@ -54,8 +61,11 @@ def demonstrated(bench: Bench, model: Path, kill: str, rung: str, folder: Path) 
     arguments = ["--model", str(model), "--device", bench.kind, "--stages", "2", "--sequences", "4", "--kill", kill, "--at-token", "10", "--max-tokens", "32"]
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "kvguard.cli", "demo", *arguments, "-o", "json"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    said = done.stderr[-800:] + "".join(f"\n{log.name}: {log.read_text(errors='replace')[-600:]}" for log in sorted(folder.glob("kvguard-demo.*/logs/*.log")))
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=None if bench.dry else DEMO_S)
+    except subprocess.TimeoutExpired as late:
+        raise AssertionError(f"the demo with {kill} killed took longer than {DEMO_S} s: {logs(folder)}") from late
+    said = done.stderr[-800:] + logs(folder)
     assert done.stdout.strip(), f"the demo with {kill} killed gave no document: {said}"
     document = json.loads(done.stdout)
     equal = {name: document[name] for name in ("identical", "logits_identical", "kv_identical")}
@@ -64,3 +74,8 @@ def demonstrated(bench: Bench, model: Path, kill: str, rung: str, folder: Path) 
     assert document["fault"]["fired"] and recovery["rung"] == rung and document["device"] == bench.kind, f"{kill} killed: {recovery}"
     ms = recovery["ms"]
     return f"identical, from {recovery['rung']}, rolled back {recovery['rolled_back']}, restore {ms['restore']:.0f} ms, total {ms['total']:.0f} ms"
+
+
+def logs(folder: Path) -> str:
+    """The end of what each process of the demo has said."""
+    return "".join(f"\n{log.name}: {log.read_text(errors='replace')[-600:]}" for log in sorted(folder.glob("kvguard-demo.*/logs/*.log")))

@@ -165,3 +165,22 @@ def test_missing_packages_are_named(tmp_path):
     bare.chmod(0o755)
     done = run("--dry-run", KVGUARD_PYTHON=str(bare), KVGUARD_WHEELS="")
     assert done.returncode == 78 and "msgspec" in done.stderr and "KVGUARD_WHEELS" in done.stderr
+
+
+def test_a_demo_that_does_not_end_is_told_with_what_its_processes_said(tmp_path):
+    """And the other one is tried, and transformers: what is known of them is in the step's words."""
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tools')!r}]; import gpu_models, types; from pathlib import Path\n"
+        f"folder = Path({str(tmp_path)!r}); logs = folder / 'kvguard-demo.1' / 'logs'\n"
+        "logs.mkdir(parents=True); (logs / 'node.log').write_text('waits for a GPU')\n"
+        "gpu_models.DEMO_S, gpu_models.needed = 0.01, lambda package: None\n"
+        "gpu_models.model_of = lambda bench, made: (made, 'none')\n"
+        "demonstrated = gpu_models.demonstrated\n"
+        "gpu_models.demonstrated = lambda bench, model, kill, rung, made: demonstrated(bench, model, kill, rung, folder)\n"
+        "gpu_models.tested = lambda *arguments: print('transformers are tried') or {'pytest': '1 passed'}\n"
+        "try: gpu_models.models(types.SimpleNamespace(dry=False, kind='rehearsal'))\n"
+        "except AssertionError as error: print('told:', error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    told = done.stdout.partition("told: ")[2]
+    assert "transformers are tried" in done.stdout and told.count("took longer than 0.01 s") == 2 and told.count("node.log: waits for a GPU") == 2
