@@ -2,7 +2,8 @@
 
 Knows: the ledgers of both, the mate's senders. Must not know: who decided that they are mates, links.
 Invariants: a row counts as held only as far as the mate's row of the same sequence (name and birth) is, below the fork that parts their lineages, and never
-beyond its own committed positions; rows are told by sequence, since their numbers can differ; a mate that is dead, fenced or of another epoch covers nothing.
+beyond its own committed positions; rows are told by sequence, since their numbers can differ; a mate that is dead, fenced, of another epoch or by now of
+another shape covers nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def able(local: LocalStream, mate: LocalStream | None) -> bool:
     """Whether the mate's holders say anything about this stream."""
-    return mate is not None and mate.watched and not mate.fenced and mate.epoch == local.epoch
+    return mate is not None and mate.watched and not mate.fenced and mate.epoch == local.epoch and mate.shape.fingerprint == local.shape.fingerprint
 
 
 def row_of(mate: LocalStream, number: int, row: Row) -> tuple[int, Position] | None:

@@ -111,5 +111,6 @@ class Moving:
         for at, value in enumerate(values):
             held = token_in(pages[at // BLOCK_TOKENS], at % BLOCK_TOKENS, world.addressable)
             assert held == slot_bytes(value, process.guard.rank.pp), f"I1: {process.name} fetched wrong bytes of {token.sequence} at {at} of {token.position}"
+        world.count("fetches_of_a_mate", message.layout is None and process.guard.rank.tp > 0)
         world.count("fetches_pool" if message.layout is not None else "fetches_replica")
         world.count("positions_fetched", token.position)
