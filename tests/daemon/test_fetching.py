@@ -37,9 +37,9 @@ def token(position: int) -> MovedToken:
 def test_a_mates_replica_is_given_where_its_bytes_are_the_same_and_its_pool_is_not():
     """The rank that asks takes tensor-parallel place 1; of its own there is nothing, of place 0 a replica."""
     shape, other = (msgspec.structs.replace(LAYOUT.shape(), fingerprint=fingerprint) for fingerprint in (77, 78))
-    held = {StreamId("dead", Rank(0, 0, tp), 5): tp for tp in (0, 1, 2)}
+    held = {StreamId("llama", Rank(0, 0, tp), 5): tp for tp in (0, 1, 2)}
     moved = SimpleNamespace(moved=(Rank(0, 0, 0), Rank(0, 0, 1), Rank(0, 0, 2)))
-    shell = SimpleNamespace(store=SimpleNamespace(streams=lambda: tuple(held)), moved={"dead": moved})
+    shell = SimpleNamespace(store=SimpleNamespace(streams=lambda: tuple(held)), moved={"llama": moved})
     asking = SimpleNamespace(connection=3, layout=LAYOUT, stream=SimpleNamespace(alive=True, id=StreamId("me", Rank(0, 0, 1), 9), shape=shape))
     answers = Fetching(shell, SimpleNamespace(ranks={asking.stream.id: asking}), lambda *_: True)
     answers._checked = lambda token: (LINEAGE, 0)
