@@ -24,38 +24,36 @@ def able(local: LocalStream, mate: LocalStream | None) -> bool:
     return mate is not None and mate.watched and not mate.fenced and mate.epoch == local.epoch and mate.shape.fingerprint == local.shape.fingerprint
 
 
-def row_of(mate: LocalStream, number: int, row: Row) -> tuple[int, Position] | None:
-    """The mate's row of the same sequence, and up to where the two are one; None where it has none. Most often it has the same number."""
-    there = mate.ledger.rows
-    same = there.get(number)
-    if same is None or same.sequence != row.sequence:
-        number = next((other for other, known in there.items() if known.sequence == row.sequence), -1)
-        same = there.get(number)
+def row_of(mate: LocalStream, row: Row) -> tuple[int, Position] | None:
+    """The mate's row of the same sequence, and up to where the two are one; None where it has none."""
+    number = mate.ledger.numbers.get(row.sequence, -1)
+    same = mate.ledger.rows.get(number)
     if same is None or (same.request != row.request and is_other(birth_of(same.request), birth_of(row.request))):
         return None
     return number, UNBOUNDED if same.lineage == row.lineage else agreed(same.lineage, row.lineage)
 
 
-def best(mate: LocalStream, number: int, row: Row) -> Position:
+def best(mate: LocalStream, row: Row) -> Position:
     """The furthest position of a row that a holder of the mate's has."""
-    found = row_of(mate, number, row)
+    found = row_of(mate, row)
     return min(mate.best(found[0]), found[1], row.committed) if found is not None else 0
 
 
-def caught(mate: LocalStream, number: int, row: Row) -> bool:
-    found = row_of(mate, number, row)
+def caught(mate: LocalStream, row: Row) -> bool:
+    found = row_of(mate, row)
     return found is not None and any(sender.flow.copies[found[0]].caught for sender in mate.senders.values())
 
 
-def releasable(mate: LocalStream, number: int, row: Row, life: Life) -> Position:
+def releasable(mate: LocalStream, row: Row, life: Life) -> Position:
     """How many ids of a row all holders of the mate's have."""
-    found = row_of(mate, number, row)
+    found = row_of(mate, row)
     return min(mate.releasable(life), found[1]) if found is not None else 0
 
 
 def whole(local: LocalStream, mate: LocalStream) -> tuple[NodeId, ...]:
     """The mate's holders that have everything but, of each sequence, the newest position at most."""
-    return tuple(node for node, sender in mate.senders.items() if sender.state == "stream" and all(_follows(mate, sender, *one) for one in _rows(local)))
+    rows = local.ledger.rows.values()
+    return tuple(node for node, sender in mate.senders.items() if sender.state == "stream" and all(_follows(mate, sender, row) for row in rows))
 
 
 def covers(local: LocalStream, mate: LocalStream, old: Sender) -> bool:
@@ -64,19 +62,15 @@ def covers(local: LocalStream, mate: LocalStream, old: Sender) -> bool:
     if not new or any(sender.state != "stream" for sender in new):
         return False
     had = old.flow.copies
-    return all(_has(mate, sender, number, row, had[number].acked, had[number].acked_ids) for sender in new for number, row in _rows(local))
+    return all(_has(mate, sender, row, had[number].acked, had[number].acked_ids) for sender in new for number, row in local.ledger.rows.items())
 
 
-def _rows(local: LocalStream):
-    return local.ledger.rows.items()
+def _follows(mate: LocalStream, sender: Sender, row: Row) -> bool:
+    return _has(mate, sender, row, max(row.committed - 1, min(row.committed, 1)), row.committed)
 
 
-def _follows(mate: LocalStream, sender: Sender, number: int, row: Row) -> bool:
-    return _has(mate, sender, number, row, max(row.committed - 1, min(row.committed, 1)), row.committed)
-
-
-def _has(mate: LocalStream, sender: Sender, number: int, row: Row, position: Position, ids: int) -> bool:
-    found = row_of(mate, number, row)
+def _has(mate: LocalStream, sender: Sender, row: Row, position: Position, ids: int) -> bool:
+    found = row_of(mate, row)
     if found is None:
         return not position and not ids
     copy = sender.flow.copies[found[0]]

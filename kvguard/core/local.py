@@ -100,13 +100,13 @@ class LocalStream:
         holders = [sender for node, sender in self.senders.items() if node not in self.ending]
         rows = [number for number, row in self.ledger.rows.items() if row.sequence == life.sequence and not is_other(birth_of(row.request), life.birth)]
         if self.cover is not None:
-            return min((covering.releasable(self.cover, number, self.ledger.rows[number], life) for number in rows), default=0)
+            return min((covering.releasable(self.cover, self.ledger.rows[number], life) for number in rows), default=0)
         return min((sender.flow.copies[number].acked_ids for sender in holders for number in rows), default=0)
 
     def best(self, number: int) -> int:
         """The furthest position of a row that a holder that answers has acknowledged."""
         own = max((sender.flow.copies[number].acked for sender in self.senders.values() if sender.state == "stream"), default=0)
-        return own if self.cover is None else max(own, covering.best(self.cover, number, self.ledger.rows[number]))
+        return own if self.cover is None else max(own, covering.best(self.cover, self.ledger.rows[number]))
 
     def tell_beat(self, now: int, promised: Epoch) -> RankBeat:
         """The beat that goes to the coordinator."""
@@ -173,7 +173,7 @@ class LocalStream:
 
     def _caught(self, number: int) -> bool:
         own = any(sender.flow.copies[number].caught for sender in self.senders.values())
-        return own or (self.cover is not None and covering.caught(self.cover, number, self.ledger.rows[number]))
+        return own or (self.cover is not None and covering.caught(self.cover, self.ledger.rows[number]))
 
     def check(self) -> None:
         self.ledger.check()

@@ -70,7 +70,7 @@ class World:
         self._number = 0
         self.instance = "sim"
         self.stages = random.choice((1, 2, 2, 3))
-        self.mates = 2 if Random(f"mates {seed}").random() < 0.2 else 1  # tensor-parallel ranks of a stage, whose bytes are equal
+        self.mates = Random(f"mates {seed}").choice((1, 1, 1, 1, 1, 1, 1, 1, 2, 3))  # tensor-parallel ranks of a stage, whose bytes are equal
         self.ranks = tuple(Rank(0, stage, tp) for stage in range(self.stages) for tp in range(self.mates))
         self.addressable = random.random() < 0.8
         self.sampled = random.random() < 0.4
