@@ -47,6 +47,9 @@ class Checks:
                 assert self._plans.setdefault(key, packed) == packed, f"I3: two plans in epoch {key}"
                 self._nothing_left_out(life, message)
                 self._of_the_dead_alone(message)
+                assert len(dict.fromkeys(message.transfers)) == len(message.transfers), f"I4: a replica is sent to one node twice: {message.transfers}"
+                pushed = [(holder, stream) for holder, _, _, stream in message.transfers]
+                self.world.count("pushed_to_two_nodes", len(pushed) - len(dict.fromkeys(pushed)))
             elif type(message) is messages.Report and message.instance == self.world.instance:
                 for holding in message.holdings:
                     pending = holding.kind == "pool" and holding.stream in message.pending
