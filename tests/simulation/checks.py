@@ -419,7 +419,8 @@ class Checks:
                 return f"rank {rank} is still fenced"
             if not local.senders and len(world.nodes) > 1 and local.cover is None:
                 return f"rank {rank} has no holder"
-            if local.cover is not None and local.senders:
+            full = local.cover is not None and any(copy.shed for sender in local.cover.senders.values() for copy in sender.flow.copies.values())
+            if local.cover is not None and local.senders and not full:  # what it has of its own stays as long as there is no room for the mate's
                 return f"rank {rank} is copied with rank {local.as_rank}, and {list(local.senders)} are still to end"
             for node, sender in local.senders.items():
                 copies = sender.flow.copies.values()  # what was refused is offered again and again: it counts only while it waits for that
