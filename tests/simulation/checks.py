@@ -428,7 +428,7 @@ class Checks:
                 if sender.state != "stream" or not whole:
                     return f"rank {rank}: {node} has not acknowledged all ({sender.state}: {sender.reason})"
             room = not any(copy.shed for node, sender in local.senders.items() if node not in local.ending for copy in sender.flow.copies.values())
-            if local.ending and room:  # a holder that is replaced stays as long as the new one has no room
+            if local.ending and room and not full:  # a holder that is replaced stays as long as the new one has no room
                 return f"rank {rank}: {list(local.ending)} are still to end"
         for host in world.nodes.values():
             if len(host.life.shell.buffers):
