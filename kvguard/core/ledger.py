@@ -33,12 +33,12 @@ class Row:
 
 
 class Ledger:
-    """`look` applies one event. `numbers`: rows by sequence. `unknown_rows` counts columns that named no row (a table that lies is not followed)."""
+    """`look` applies one event. `unknown_rows` counts columns that named no row (a table that lies is not followed)."""
 
     def __init__(self, shape: StreamShape) -> None:
+        self.numbers: dict[SequenceId, int] = {}  # rows by name
         self.shape = shape
         self.rows: dict[int, Row] = {}
-        self.numbers: dict[SequenceId, int] = {}
         self.unknown_rows = 0
 
     def look(self, event: Looked) -> None:
