@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from kvguard.core.ledger import Row
 from kvguard.core.sender import Sender
 from kvguard.format.lineage import UNBOUNDED, agreed, birth_of, is_other
+from kvguard.format.shapes import is_shared
 from kvguard.types import Life, NodeId, Position
 
 if TYPE_CHECKING:
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 
 def able(local: LocalStream, mate: LocalStream | None) -> bool:
     """Whether the mate's holders say anything about this stream."""
-    return mate is not None and mate.watched and not mate.fenced and mate.epoch == local.epoch and mate.shape.fingerprint == local.shape.fingerprint
+    return mate is not None and mate.watched and not mate.fenced and mate.epoch == local.epoch and _equal(mate, local)
+
+
+def _equal(mate: LocalStream, local: LocalStream) -> bool:
+    return mate.shape.fingerprint == local.shape.fingerprint and is_shared(local.shape.fingerprint)
 
 
 def row_of(mate: LocalStream, row: Row) -> tuple[int, Position] | None:

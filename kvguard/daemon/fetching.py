@@ -17,6 +17,7 @@ from kvguard.format import local, moves
 from kvguard.format.layout import Layout
 from kvguard.format.lineage import agreed, is_other
 from kvguard.format.messages import PlanOrder, StreamShape
+from kvguard.format.shapes import is_shared
 from kvguard.types import NO_EPOCH, Lineage, MovedToken, StreamId
 
 
@@ -63,7 +64,10 @@ class Fetching:
         place = asks.stream.id.rank
         streams = [*self._ranks.ranks, *self._shell.store.streams()]
         streams = [stream for stream in dict.fromkeys(streams) if self._is_of(stream, token.instance, place.pp)]
-        streams.sort(key=lambda stream: stream.rank.tp != place.tp)  # then those of mates, which hold the same bytes where they have one fingerprint
+        if is_shared(asks.stream.shape.fingerprint):  # its own first, then those of mates, which hold the same bytes where they have one fingerprint
+            streams.sort(key=lambda stream: stream.rank.tp != place.tp)
+        else:
+            streams = [stream for stream in streams if stream.rank.tp == place.tp]
         other = False
         for stream in streams:
             found = self._in_replica(stream, token, lineage, birth)

@@ -12,6 +12,7 @@ from kvguard.core.membership import Member
 from kvguard.core.moving import Host
 from kvguard.core.shards import copiers, mates
 from kvguard.format import messages as m
+from kvguard.format.layout import Layout, Shard
 from kvguard.types import Clash, Epoch, Fork, Life, Rank, StreamId
 from tests.core.cast import INSTANCE, Cast, Daemon, Emitter
 from tests.core.test_node import E1, MS, OLD, SHAPE, World, fence
@@ -47,6 +48,16 @@ def test_other_bytes_other_stages_other_groups_and_unknown_ones_are_no_mates():
         assert copiers(places) == {A: A, other: other} and mates(places, A) == []
 
 
+def test_ranks_that_only_forgot_to_name_their_parts_are_no_mates():
+    """Each would come back with the first one's bytes."""
+    careless = Layout.paged("m", "float32", 2, 4, 4, 1, 2).fingerprint
+    places = {rank: member(rank, "a", careless) for rank in (A, B)}
+    assert copiers(places) == {A: A, B: B} and mates(places, A) == []
+    meant = Layout.paged("m", "float32", 2, 4, 4, 1, 2, shard=Shard((0, 2, 2), (0, 1, 4), shared=True)).fingerprint
+    places = {rank: member(rank, "a", meant) for rank in (A, B)}
+    assert copiers(places) == {A: A, B: A} and mates(places, A) == [B]
+
+
 # ---- the coordinator assigns ----
 
 
@@ -56,12 +67,12 @@ def shaped(daemon: Daemon) -> Daemon:
 
     def beat(self) -> m.Beat:
         said = plain()
-        ranks = tuple(msgspec.structs.replace(one, fingerprint=PRINT + one.stream.rank.pp) for one in said.ranks)
-        standbys = tuple(msgspec.structs.replace(one, fingerprints={str(rank): PRINT + rank.pp for rank in (A, B, C, FAR)}) for one in said.standbys)
+        ranks = tuple(msgspec.structs.replace(one, fingerprint=PRINT + 2 * one.stream.rank.pp) for one in said.ranks)
+        standbys = tuple(msgspec.structs.replace(one, fingerprints={str(rank): PRINT + 2 * rank.pp for rank in (A, B, C, FAR)}) for one in said.standbys)
         return msgspec.structs.replace(said, ranks=ranks, standbys=standbys)
 
     def holdings(self) -> tuple[m.Holding, ...]:
-        return tuple(msgspec.structs.replace(one, fingerprint=PRINT + one.stream.rank.pp) for one in Daemon._holdings(self))
+        return tuple(msgspec.structs.replace(one, fingerprint=PRINT + 2 * one.stream.rank.pp) for one in Daemon._holdings(self))
 
     daemon.beat, daemon._holdings = types.MethodType(beat, daemon), types.MethodType(holdings, daemon)
     return daemon

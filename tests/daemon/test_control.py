@@ -70,6 +70,18 @@ def test_messages_and_descriptors_arrive_with_who_sent_them(server, dial) -> Non
     assert stat.S_IMODE(server.path.stat().st_mode) == 0o600
 
 
+def test_last_words_are_heard_of_a_client_that_left_ours_unread(server, dial) -> None:
+    """The kernel reports such an end as a reset, ahead of what was said before it: a clean detach was lost, and its process's end taken for a death."""
+    line = dial()
+    packets.send_packet(line, DETACH)
+    (incoming,) = server.receive()
+    assert server.send(incoming.connection, DETACH)
+    packets.send_packet(line, DETACH)
+    line.close()
+    assert [getattr(one, "message", None) for one in server.receive()] == [DETACH, None]
+
+
+
 def test_large_messages_travel_in_a_sealed_body_both_ways(server, dial) -> None:
     line = dial()
     large = restored(1_000_000)

@@ -56,6 +56,11 @@ def test_a_mates_replica_is_given_where_its_bytes_are_the_same_and_its_pool_is_n
     found = answers._find(3, token(9))
     assert (found.blocks, found.shape.fingerprint, pools) == ((0,), 77, [1]), "its own first, in a pool as well"
     os.close(found.descriptor)
+    shapes[0] = asking.stream.shape = msgspec.structs.replace(shape, fingerprint=76)
+    with pytest.raises(Refused, match="not on this node"):
+        answers._find(3, token(9))  # equal, but nobody says that the bytes of its mates are
+    shapes[0] = asking.stream.shape = shape
+    pools.pop()
     del shapes[0]
     with pytest.raises(Refused, match="not on this node"):
         answers._find(3, token(9))
