@@ -135,6 +135,8 @@ class ControlServer:
             self.counters[UNREAD] += 1
             self._lose(connection, "the client doesn't read")
             return False
+        except ConnectionError:
+            return False  # what it said last is still there, and comes by `receive`, as its end does
         except OSError as error:
             self._lose(connection, f"{error}")
             return False

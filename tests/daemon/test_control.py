@@ -78,6 +78,7 @@ def test_last_words_are_heard_of_a_client_that_left_ours_unread(server, dial) ->
     assert server.send(incoming.connection, DETACH)
     packets.send_packet(line, DETACH)
     line.close()
+    assert not server.send(incoming.connection, DETACH), "nobody is there"
     assert [getattr(one, "message", None) for one in server.receive()] == [DETACH, None]
 
 
