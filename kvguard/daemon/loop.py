@@ -102,8 +102,10 @@ class Loop:
     def turn(self, wait_s: float | None = None) -> int:
         """One turn that waits at most `wait_s` (until the next deadline where None). Returns how many events there were."""
         before = self.events
+        watched = self._selector.get_map()
         for key, _ in self._selector.select(self._wait_s() if wait_s is None else min(wait_s, self._wait_s())):
-            self._queue.extend(key.data())
+            if watched.get(key.fd) is key:  # else it was forgotten earlier in this turn; its number may be another's by now
+                self._queue.extend(key.data())
         now = self.clock()
         while self._timers and self._timers[0][0] <= now:
             self._queue.extend(heapq.heappop(self._timers)[2]())

@@ -85,6 +85,32 @@ def test_a_readable_descriptor_is_heard_before_the_tick(loops):
     assert loop.turn(0) == 0  # nothing happened: no turn to end
 
 
+def test_whoever_is_forgotten_in_a_turn_is_not_heard_in_it_any_more(loops):
+    """A standby said that it detaches, and its pidfd fired in the same turn: it was let go twice, and the daemon ended of it."""
+    loop = loops(Script())
+    bells = [os.eventfd(1, os.EFD_NONBLOCK) for _ in range(2)]
+    heard, other = [], []
+
+    def forgets(mine: int):
+        """The other one goes, and another descriptor takes its number: that one is not ready."""
+        theirs = bells[1 - bells.index(mine)]
+        heard.append(mine)
+        loop.forget(theirs)
+        os.close(theirs)
+        other.append(os.eventfd(0, os.EFD_NONBLOCK))
+        loop.watch(other[0], lambda: heard.append(other[0]) or ())
+        loop.forget(mine)
+        return ()
+
+    for bell in bells:
+        loop.watch(bell, lambda bell=bell: forgets(bell))
+    loop.turn(1.0)
+    loop.turn(0.0)
+    assert len(heard) == 1 and other[0] in bells and other[0] != heard[0], "a number that was used again"
+    for descriptor in (heard[0], other[0]):
+        os.close(descriptor)
+
+
 def test_a_turn_is_bounded_and_the_rest_waits(loops, monkeypatch):
     monkeypatch.setattr("kvguard.daemon.loop.EVENTS_PER_TURN_MAX", 5)
     core = Script({UP: (effects.HangUp("again"),)})
