@@ -64,6 +64,7 @@ class RankRow(msgspec.Struct):
     lag_bytes: int
     lag_ms: float
     figures_age_ms: float | None = None
+    copied_as: str = ""
 
 
 class SchedulerRow(msgspec.Struct):

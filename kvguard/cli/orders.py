@@ -166,7 +166,7 @@ def resync(reach: Reach, instance: str | None, rank: str | None, dry_run: bool, 
         as_rank(None, None, rank)
     found, silent = gathered(reach, "verify" if dry_run else "resync", {"instance": instance, "rank": rank})
     if not found["replicas"] and not silent:
-        raise Refused("no node holds a replica of that. Try: kvguard replicas list")
+        raise Refused("no node holds a replica of that. Try: kvguard replicas list; `copied_as` in kvguard status -o json says with which rank one is copied")
     if output == "json":
         show.document({**found, "schema": "kvguard.resync/1", "dry_run": dry_run, "unreachable": silent})
     elif dry_run:

@@ -134,6 +134,7 @@ class Known:
         self.failed: dict[str, str] = {}
         self.assigned: dict[tuple[str, Rank], tuple] = {}
         self.reasons: dict[tuple[str, Rank], str] = {}  # of placement
+        self.copiers: dict[str, dict[Rank, Rank]] = {}  # by living rank, who copies its bytes (core/shards.py), as assigned last
         self.strays: dict[tuple, bool] = {}
         self.unlisted: dict[tuple[NodeId, StreamId], int] = {}  # schedulers' replicas by holder: fair ns since when no node lists the scheduler
         self.paused = False

@@ -17,11 +17,15 @@ Ints = tuple[int, ...]
 
 
 class Offer(NamedTuple):
-    """A copy of a lost rank with its valid positions, capped by what the rest of the instance can reach."""
+    """A copy of a lost rank (or of a mate's, whose bytes are the same) with its valid positions, capped by what the rest of the instance can reach.
+
+    `stays`: it can't be sent to another node: a pool, or a replica that lies beside the pool that it is of.
+    """
 
     copy: Copy
     positions: Ints
     total: int
+    stays: bool = False
 
 
 class Choice(NamedTuple):
@@ -122,7 +126,7 @@ def _from_replicas(need: Need, node: NodeId, standby: int, size: int) -> Choice:
     pushed: dict[StreamId, NodeId] = {}
     for offer in offers:
         stream, far = offer.copy.stream, offer.copy.node != node
-        if far and stream in pushed:
+        if far and (offer.stays or stream in pushed):
             continue
         if not sources:
             if not offer.total:

@@ -36,13 +36,14 @@ class Ledger:
     """`look` applies one event. What it says of a row that nothing opened is not followed: a table may lie."""
 
     def __init__(self, shape: StreamShape) -> None:
+        self.numbers: dict[SequenceId, int] = {}  # rows by name
         self.shape = shape
         self.rows: dict[int, Row] = {}
 
     def look(self, event: Looked) -> None:
         rows = self.rows
         for number in event.released:
-            rows.pop(number, None)
+            self._close(number)
         for cut in event.cut:
             self._cut(cut)
         for opened in event.opened:
@@ -70,7 +71,14 @@ class Ledger:
         row = self.rows.get(opened.row)
         if row is not None and row.sequence == opened.sequence and row.generation == opened.generation:
             return  # a fresh reader of a known table says everything again
+        self._close(opened.row)
         self.rows[opened.row] = Row(opened.sequence, opened.generation, opened.lineage, opened.request)
+        self.numbers[opened.sequence] = opened.row
+
+    def _close(self, number: int) -> None:
+        row = self.rows.pop(number, None)
+        if row is not None and self.numbers.get(row.sequence) == number:  # else it was opened elsewhere before this one was seen to end
+            del self.numbers[row.sequence]
 
     def _cut(self, cut: Cut) -> None:
         row = self.rows.get(cut.row)
@@ -96,6 +104,7 @@ class Ledger:
         return min(cut.kept, cut.blocks * self.shape.block_tokens)
 
     def check(self) -> None:
+        assert all(self.rows[number].sequence == sequence for sequence, number in self.numbers.items())
         for row in self.rows.values():
             assert len(row.blocks) == len(row.generations), row.sequence
             assert row.committed <= row.ids, row.sequence

@@ -2,11 +2,13 @@
 
 Knows: its ledger, its senders by holder, its steps. Must not know: links beyond their names, the coordinator's plans.
 Invariants: `beat` is truthful: protected means acknowledged in the current epoch by a holder that answers, at most the newest step excepted; a holder that is
-replaced is ended only when every new one has acknowledged what it had.
+replaced is ended only when every new one has acknowledged what it had; where another stream's holders hold it too (`as_rank`), what they have counts as its
+own (covering.py).
 """
 
 from __future__ import annotations
 
+from kvguard.core import covering
 from kvguard.core.effects import Effect, KillProcess
 from kvguard.core.events import Event, Looked, StreamAttached
 from kvguard.core.ledger import Ledger
@@ -15,7 +17,7 @@ from kvguard.core.progress import Progress
 from kvguard.core.sender import Sender
 from kvguard.format.lineage import birth_of, is_other
 from kvguard.format.messages import RankBeat
-from kvguard.types import Epoch, Life, NodeId
+from kvguard.types import Epoch, Life, NodeId, Rank
 
 
 class LocalStream:
@@ -36,6 +38,8 @@ class LocalStream:
         self.ids_before: dict[int, int] = {}  # of a scheduler's rows, at the last beat (core/schedulers.py)
         self.fenced = False
         self.unheld_reason = "no other node"
+        self.as_rank: Rank | None = None  # whose stream on this node is copied for this one, too
+        self.mate: LocalStream | None = None  # that stream, as far as it is here
         self._unheld_ns: int | None = None
 
     def look(self, now: int, event: Looked) -> tuple[Effect, ...]:
@@ -73,8 +77,15 @@ class LocalStream:
         self.condemned = self.condemned or (kind, reason, since_ns)
         return KillProcess(self.incarnation, self.stream, reason)
 
+    @property
+    def cover(self) -> LocalStream | None:
+        """The stream whose holders count as this one's."""
+        return self.mate if covering.able(self, self.mate) else None
+
     def replaced(self) -> list[NodeId]:
         """Holders that may be ended now."""
+        if self.cover is not None:
+            return [node for node in self.ending if covering.covers(self, self.cover, self.senders[node])]
         new = [sender for node, sender in self.senders.items() if node not in self.ending]
         if not self.ending or not new or any(sender.state != "stream" for sender in new):
             return []
@@ -88,11 +99,14 @@ class LocalStream:
         """How many ids of it every holder has acknowledged; 0 where another life bears the name here."""
         holders = [sender for node, sender in self.senders.items() if node not in self.ending]
         rows = [number for number, row in self.ledger.rows.items() if row.sequence == life.sequence and not is_other(birth_of(row.request), life.birth)]
+        if self.cover is not None:
+            return min((covering.releasable(self.cover, self.ledger.rows[number], life) for number in rows), default=0)
         return min((sender.flow.copies[number].acked_ids for sender in holders for number in rows), default=0)
 
     def best(self, number: int) -> int:
         """The furthest position of a row that a holder that answers has acknowledged."""
-        return max((sender.flow.copies[number].acked for sender in self.senders.values() if sender.state == "stream"), default=0)
+        own = max((sender.flow.copies[number].acked for sender in self.senders.values() if sender.state == "stream"), default=0)
+        return own if self.cover is None else max(own, covering.best(self.cover, self.ledger.rows[number]))
 
     def tell_beat(self, now: int, promised: Epoch) -> RankBeat:
         """The beat that goes to the coordinator."""
@@ -109,7 +123,7 @@ class LocalStream:
                 unprotected += 1
             if best < row.previous and self._caught(number):
                 lag = max(lag, row.previous - best)
-        answering = [sender for sender in self.senders.values() if sender.state == "stream"]
+        answering = [sender for _, sender in self._holding() if sender.state == "stream"]
         if answering:
             self._unheld_ns, lag_ms = None, min(sender.lag_ms(now) for sender in answering)
         else:
@@ -118,13 +132,19 @@ class LocalStream:
         state, reason = self.judged(promised, bool(answering), unprotected)
         steps = self.progress.progress if self.progress is not None else 0
         return RankBeat(
-            self.stream, self.epoch, self.incarnation, self.endpoint, state, reason, tuple(self.senders), len(self.ledger.rows), unprotected, committed, acked,
-            lag, (committed - acked) * self.shape.token_bytes, lag_ms, steps + self.looks, self.shape.fingerprint, self.whole(),
+            self.stream, self.epoch, self.incarnation, self.endpoint, state, reason, tuple(dict.fromkeys(node for node, _ in self._holding())),
+            len(self.ledger.rows), unprotected, committed, acked, lag, (committed - acked) * self.shape.token_bytes, lag_ms, steps + self.looks,
+            self.shape.fingerprint, self.whole(), self.as_rank if not self.senders else None,
         )  # fmt: skip
+
+    def _holding(self) -> list[tuple[NodeId, Sender]]:
+        """Senders whose holders keep what this stream has: its own, and those of the stream that is copied for it."""
+        return [*self.senders.items(), *(self.cover.senders.items() if self.cover is not None else ())]
 
     def whole(self) -> tuple[NodeId, ...]:
         """Holders that have everything but, of each sequence, the newest position at most."""
-        return tuple(node for node, sender in self.senders.items() if sender.state == "stream" and all(_follows(copy) for copy in sender.flow.copies.values()))
+        own = [node for node, sender in self.senders.items() if sender.state == "stream" and all(_follows(copy) for copy in sender.flow.copies.values())]
+        return tuple(dict.fromkeys((*own, *(covering.whole(self, self.cover) if self.cover is not None else ()))))
 
     def judged(self, promised: Epoch, answering: bool, unprotected: int) -> tuple[str, str]:
         """State and reason, as a beat says them."""
@@ -134,19 +154,26 @@ class LocalStream:
             return "recovering", f"epoch {self.epoch.counter} is over, {promised.counter} is promised"
         if self.unreadable:
             return "unprotected", f"its pool can't be read: {self.unreadable}"
-        if not self.senders:
-            return "unprotected", self.unheld_reason
+        holding = self._holding()
+        if not holding:
+            return "unprotected", self._unheld()
         if not answering:
-            return "unprotected", "; ".join(f"{node}: {sender.reason}" for node, sender in self.senders.items())
+            return "unprotected", "; ".join(f"{node}: {sender.reason}" for node, sender in holding)
         if unprotected:
-            for node, sender in self.senders.items():
+            for node, sender in holding:
                 for copy in sender.flow.refused.values():
                     return "unprotected", f"store full at {node}: {copy.shed}"
             return "unprotected", f"catching up: {unprotected} of {len(self.ledger.rows)} sequences"
         return "protected", ""
 
+    def _unheld(self) -> str:
+        if self.as_rank is None:
+            return self.unheld_reason
+        return self.cover.unheld_reason if self.cover is not None else f"rank {self.as_rank}, whose copy is this one's too, is not attached here in this epoch"
+
     def _caught(self, number: int) -> bool:
-        return any(sender.flow.copies[number].caught for sender in self.senders.values())
+        own = any(sender.flow.copies[number].caught for sender in self.senders.values())
+        return own or (self.cover is not None and covering.caught(self.cover, self.ledger.rows[number]))
 
     def check(self) -> None:
         self.ledger.check()

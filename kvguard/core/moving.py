@@ -100,7 +100,7 @@ def _pushed(needs: list[Need], hosted: list[dict[Rank, NodeId]], size: int) -> t
     for nodes in hosted:
         sent = []
         for need in needs:
-            far = [offer for offer in need.offers if offer.copy.kind == "replica" and offer.copy.node != nodes[need.rank] and offer.total]
+            far = [offer for offer in need.offers if offer.copy.kind == "replica" and not offer.stays and offer.copy.node != nodes[need.rank] and offer.total]
             if far and not any(offer.total for offer in _at(need, nodes[need.rank])):
                 sent.append((need.rank, max(far, key=lambda offer: offer.total)))
         way = _way(needs, nodes, tuple(sent), size)

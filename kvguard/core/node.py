@@ -134,7 +134,8 @@ class Node:
         out = self.inbound.turn_ended(now, event) + self.outbound.end_replaced()
         for stream, local in self.outbound.pushes.items():
             orders = self.orders.get(stream.instance)
-            if orders is not None and all(local.transferred(node) for node in local.senders):
+            targets = orders.targets(stream) if orders is not None else ()
+            if targets and all(local.transferred(node) for node in targets):
                 out += orders.transferred(stream)
         return out
 
@@ -212,7 +213,9 @@ class Node:
         if verdict != SAME:
             return (Note("stale_epoch", str(event.stream), f"pushed in epoch {event.epoch.counter}"),)
         local = pushes.setdefault(event.stream, LocalStream(event, None))
-        return () if event.pushing in local.senders else self.outbound.send_to(now, local, event.pushing)
+        orders = self._current(event.stream.instance, event.epoch)
+        targets = dict.fromkeys((event.pushing, *(orders.targets(event.stream) if orders is not None else ())))
+        return tuple(effect for node in targets if node not in local.senders for effect in self.outbound.send_to(now, local, node))
 
     def _steps_seen(self, now: int, event: events.StepsSeen) -> Effects:
         local = self.outbound.streams.get(event.stream)

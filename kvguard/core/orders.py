@@ -47,11 +47,16 @@ class Orders:
         """What this node pushes: target, its address, stream."""
         return [(target, address, stream) for holder, target, address, stream in self.plan.transfers if holder == self._node and target != self._node]
 
+    def targets(self, stream: StreamId) -> list[NodeId]:
+        """Where this node pushes a stream: to several nodes where it is the source of several ranks."""
+        return [target for target, _, pushed in self.transfers() if pushed == stream]
+
     def carried(self, event: PlanCarried) -> tuple[Effect, ...]:
         if self._carried:
             return ()
         self._carried = True
-        pushes = tuple(PushReplica(stream, target, f"peer:{target}") for target, _, stream in self.transfers())
+        first = {stream: self.targets(stream)[0] for _, _, stream in self.transfers()}  # it is opened once, for all of them
+        pushes = tuple(PushReplica(stream, target, f"peer:{target}") for stream, target in first.items())
         return (*self._answer("holders", known=tuple(event.known)), *pushes)
 
     def transferred(self, stream: StreamId) -> tuple[Effect, ...]:

@@ -58,6 +58,8 @@ class Outbound:
         assert all(0 < len(ends) <= UNSAID_MAX for ends in self._unsaid.values())
         for local in self.all():
             local.check()
+            mate = local.mate
+            assert mate is None or (mate is self.streams.get(mate.stream) and mate.stream.rank == local.as_rank), "copied with a stranger"
             for sender in local.senders.values():
                 assert sender.linked == (sender.link in self._up), sender.link
 
@@ -76,9 +78,13 @@ class Outbound:
         return tuple(effect for local in locals_ for effect in self.place(now, local))
 
     def place(self, now: int, local: LocalStream) -> Effects:
-        """Senders for the holders that were assigned; those that aren't any more end once the new ones have what they had."""
+        """Senders for the holders that were assigned; those that aren't any more end once the new ones, or those of the rank that copies for it, have what they
+        had."""
         beside = is_scheduler(local.stream.rank)
         assign = self._wanted.get((local.stream.instance, self._first_beside(local) if beside else local.stream.rank))
+        if not beside:
+            local.as_rank = assign.as_rank if assign is not None else None
+            self._pair(local.stream.instance)
         if assign is None:
             local.unheld_reason = "no rank beside it has a holder yet" if beside else "no holder assigned yet"
             return ()
@@ -99,7 +105,15 @@ class Outbound:
         """The first living rank here of a scheduler's dp that has holders: its ids go where that rank's go."""
         instance, place = scheduler.stream.instance, scheduler.stream.rank
         ranks = [local.stream.rank for local in self.of(instance) if local.alive and scheduler_of(local.stream.rank.dp) == place]
-        return min((rank for rank in ranks if (instance, rank) in self._wanted), default=None)
+        return min((rank for rank in ranks if (instance, rank) in self._wanted and self._wanted[instance, rank].as_rank is None), default=None)
+
+    def _pair(self, instance: str) -> None:
+        """Whose holders count for whom: the last stream that attached as the rank that copies for it, one that isn't fenced before a former life."""
+        streams = self.of(instance)
+        streams.sort(key=lambda local: not local.fenced)
+        last = {local.stream.rank: local for local in streams if local.watched}
+        for local in streams:
+            local.mate = last.get(local.as_rank) if local.as_rank is not None else None
 
     def send_to(self, now: int, local: LocalStream, node: NodeId) -> Effects:
         link = f"peer:{node}"
@@ -150,11 +164,13 @@ class Outbound:
         for node in list(local.senders):
             out += self._end(local, node, reason)
         del self.streams[local.stream]
+        self._pair(local.stream.instance)
         return (*out, ForgetStream(local.stream))
 
     def forget(self, local: LocalStream, streams: dict[StreamId, LocalStream]) -> Effects:
         """It is no longer needed here; what holders have of it is the coordinator's to unpin."""
         del streams[local.stream]
+        self._pair(local.stream.instance)
         out: Effects = (ForgetStream(local.stream),)
         for sender in local.senders.values():
             out += self._hang_up(sender.link)

@@ -90,9 +90,10 @@ def _rank(known: Known, instance: str, rank: Rank, place: Place) -> dict:
     numbers = NOTHING
     if beat is not None:
         numbers = (beat.sequences, beat.unprotected_sequences, beat.committed, beat.acked, beat.lag_tokens, beat.lag_bytes, beat.lag_ms)
+    copier = known.copiers.get(instance, {}).get(rank, rank)
     return {
         "instance": instance, "rank": str(rank), "node": place.node, "holders": list(place.holders), "state": state, "reason": reason, **_numbers(numbers),
-        "figures_age_ms": _age_ms(known, place.beat_ns),
+        "figures_age_ms": _age_ms(known, place.beat_ns), "copied_as": str(copier),
     }  # fmt: skip
 
 

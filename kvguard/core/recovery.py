@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from kvguard.core import ladder, moving
 from kvguard.core.columns import Copy, Longest, align, authoritative, births, estrange, highest, lowest, newest_lives, not_over, table, valid, without_clashes
+from kvguard.core.shards import are_mates
 from kvguard.format.lineage import forked
 from kvguard.format.messages import Holding, PlanOrder, Rebuild, Report, StandbyBeat
 from kvguard.limits import FORKS_MAX
@@ -32,6 +33,7 @@ class Situation(NamedTuple):
     `excluded`: nodes whose copies don't count. `over`: what is known to be delivered, births by name. `emitter_lives`: the emitter knows ids that were never
     replicated. `moves`: it can submit sequences elsewhere, and needn't wait for a standby; `hosts`: to whom. `wishes`: which seats operators want.
     `clashes`: copies that can't stand in one pool with others beyond a position, as earlier rounds found when they were side by side.
+    `prints`: ranks' fingerprints as far as they are known: of a lost one what is held of its mates (shards.py) is as good as what is held of it.
     """
 
     instance: str
@@ -50,6 +52,7 @@ class Situation(NamedTuple):
     wishes: ladder.Wishes = ladder.Wishes()
     births: dict[SequenceId, int] = {}
     clashes: tuple[Clash, ...] = ()
+    prints: dict[Rank, int] = {}
 
 
 class Plan(NamedTuple):
@@ -129,7 +132,8 @@ def _live_pools(situation: Situation, held: list[tuple[NodeId, Holding]]) -> dic
 
 def _group(situation: Situation, dp: int, held: list, live: dict, lost: tuple[Rank, ...]) -> _Group:
     pools = [live[rank] for rank in sorted(live) if rank.dp == dp]
-    left = [(node, holding) for node, holding in held if holding.stream.rank in lost and holding.stream.rank.dp == dp]
+    mine = [rank for rank in lost if rank.dp == dp]
+    left = [(node, holding) for node, holding in held if any(_is_of(situation, holding, rank) for rank in mine)]
     of_lost = [(node, holding) for node, holding in left if holding.kind != "pool" or not holding.alive]
     beside = [(node, holding) for node, holding in held if holding.stream.rank == scheduler_of(dp)]
     base, aligned = table([*pools, *of_lost, *beside])
@@ -144,24 +148,27 @@ def _group(situation: Situation, dp: int, held: list, live: dict, lost: tuple[Ra
     # The input that comes next must be known: by the emitter, or it is the last of the ids, whose position is then computed once more.
     inputs = tuple(ids.counts) if situation.emitter_lives else tuple([count - 1 if count else 0 for count in ids.counts])
     caps = lowest([*solid, inputs])
-    needs, reaches = [], []
-    for rank in lost:
-        if rank.dp == dp:
-            column = highest([*(p for p, copy in zip(fragile, copies, strict=True) if copy.stream.rank == rank), (0,) * len(base)])
-            reaches.append(column)
+    of = {rank: [(p, copy) for p, copy in zip(fragile, copies, strict=True) if _is_of(situation, copy, rank)] for rank in mine}
+    reaches = [highest([*(positions for positions, _ in of[rank]), (0,) * len(base)]) for rank in mine]
     within = lowest([caps, *reaches])
-    for rank in (rank for rank in lost if rank.dp == dp):
+    needs, at_home = [], {(node, holding.stream): True for node, holding in held if holding.kind == "pool"}
+    for rank in mine:
         offers = []
-        for positions, copy in zip(fragile, copies, strict=True):
-            if copy.stream.rank == rank:
-                capped = lowest([positions, within])
-                offers.append(ladder.Offer(copy, capped, sum(capped)))
+        for positions, copy in of[rank]:
+            capped = lowest([positions, within])
+            offers.append(ladder.Offer(copy, capped, sum(capped), copy.kind == "pool" or (copy.node, copy.stream) in at_home))
         needs.append(ladder.Need(rank, situation.members[rank], tuple(offers)))
     strange = tuple((copy.node, copy.stream, base[i]) for copy in aligned for i in copy.strange)
     remarks = {sequence: f"; of another sequence that bore this name is what {node} has of {stream.rank}" for node, stream, sequence in strange}
     for stream, sequence, position in situation.clashes:
         remarks[sequence] = f"{remarks.get(sequence, '')}; from {position} on another sequence had its blocks in another life of {stream.rank}"
     return _Group(base, lineages, survivors, caps, [*solid, *fragile], ids, needs, reaches, born, strange, remarks)
+
+
+def _is_of(situation: Situation, held: Holding | Copy, rank: Rank) -> bool:
+    """Whether a lost rank can come back from this: from what is held of it, or from a replica of a mate, lost or not."""
+    theirs, known = held.stream.rank, situation.prints.get(rank, 0)
+    return theirs == rank or (held.kind == "replica" and are_mates(theirs, rank, held.fingerprint, known))
 
 
 def _births(situation: Situation, base: tuple[SequenceId, ...], lineages: tuple[Lineage, ...], copies: list[Copy], leads: list[Copy]) -> Ints:
@@ -219,6 +226,7 @@ def _compose(situation: Situation, groups: list[_Group], seats: dict, lost: tupl
             transfers += [(node, choice.node, address, stream) for node, stream in choice.transfers if (node, stream) in pushes]
         offset += len(kept)
     columns = [tuple(entry for part in parts for entry in part[k]) for k in range(9)] if len(parts) != 1 else parts[0]
+    transfers = dict.fromkeys(transfers)  # one that serves two ranks of a node goes there once
     order = PlanOrder(situation.instance, situation.epoch, *columns[:7], tuple(rebuilds), tuple(transfers), columns[7], survivors, births=columns[8])
     adopted = {source.stream for rebuild in rebuilds for source in rebuild.sources if source.kind == "pool"}
     former = dict.fromkeys(holding.stream for _, holding in held if holding.stream.rank in lost and holding.stream not in adopted)
@@ -320,7 +328,8 @@ def _sentence(group: _Group, choices: list[ladder.Choice], rung: str, limit: int
             came.append(f"{choice.rank} on {choice.node} starts empty")
             continue
         entry = choice.sources[at]
-        way = f"pulls the replica {'on' if entry.node == choice.node else 'sent from'} {entry.node}"
+        whose = "" if entry.stream.rank == choice.rank else f"of {entry.stream.rank}, whose bytes are the same, "
+        way = f"pulls the replica {whose}{'on' if entry.node == choice.node else 'sent from'} {entry.node}"
         if entry.kind == "pool":
             way = "adopts the pool of its dead process"
         came.append(f"{choice.rank} on {choice.node} {way}")

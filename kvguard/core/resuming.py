@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kvguard.core import settling
+from kvguard.core import settling, shards
 from kvguard.core.known import Failure, Known, Round
 from kvguard.core.membership import DEAD, MS
 from kvguard.core.membership import Member as Place
@@ -69,9 +69,13 @@ def on_done(known: Known, node: NodeId, done: Done, start) -> None:
 
 
 def _older(known: Known, done: Done, rank: Rank) -> tuple[Clash, ...]:
-    """Of two copies that can't stand in one pool the one of the rank's last life stays, whose sequences were served when it died; of two older ones neither."""
-    place = known.membership.members[done.instance].get(rank)
-    return tuple(clash for clash in done.clashes if place is None or clash.stream != place.stream)
+    """Of two copies that can't stand in one pool the one of the rank's last life stays, whose sequences were served when it died, else of a mate's present one;
+    of two older ones neither."""
+    places = known.membership.members[done.instance]
+    lives = [places[one].stream for one in (rank, *shards.mates(places, rank)) if one in places]
+    named = {clash.stream for clash in done.clashes}
+    kept = next((stream for stream in lives if stream in named), None)
+    return tuple(clash for clash in done.clashes if clash.stream != kept)
 
 
 def _what_is_missing(record: RecoveryRecord, done: Done) -> str:
@@ -168,7 +172,7 @@ def move_in(known: Known, current: Round, ranks) -> None:
         place = places[rank] = Place(rebuild.node, stream, rebuild.standby, done.endpoint)
         if old is not None:
             place.holders = tuple(node for node in old.holders if node != rebuild.node)
-            place.former = old.former
+            place.former, place.fingerprint = old.former, old.fingerprint
         known.assigned.pop((record.instance, rank), None)
         known.keep_member(record.instance, rank)
 
@@ -295,20 +299,24 @@ def _unpin(known: Known, instance: str) -> None:
     if known.rounds[instance].record.order is not None:
         _unpin_moved(known, instance)
         return
-    record, session = known.rounds[instance].record, known.membership.sessions.get(instance)
-    busy = session is not None and session.scheduled > 0
-    for rank in record.lost:
-        place = known.membership.members.get(instance, {}).get(rank)
-        beat = place.beat if place is not None else None
-        if record.former and (beat is None or beat.stream != place.stream or beat.state != "protected" or beat.epoch.counter < record.epoch.counter):
+    record, places = known.rounds[instance].record, known.membership.members.get(instance, {})
+    for rank in dict.fromkeys((*record.lost, *(mate for rank in record.lost for mate in shards.mates(places, rank)))) if record.former else ():
+        if not _is_protected(known, instance, places.get(rank), record.epoch.counter):
             return
-        if record.former and not beat.acked and (busy or known.sequences(instance)):
-            return  # a pool whose table nobody has looked at yet has nothing unprotected, and nothing protected either
     if record.former:
         for node in known.linked():
             known.tell_node(node, Resumed(instance, record.epoch, record.former))
         known.note("unpinned", instance, f"{_count(record.former)} of former lives may go: the rebuilt ranks are protected", epoch=record.epoch.counter)
     known.keep_round(instance, None)
+
+
+def _is_protected(known: Known, instance: str, place: Place | None, least_epoch: int) -> bool:
+    """By its own node's word, in this epoch or a later one, as the life that it is now."""
+    beat, session = place.beat if place is not None else None, known.membership.sessions.get(instance)
+    if beat is None or place.lost or beat.stream != place.stream or beat.state != "protected" or beat.epoch.counter < least_epoch:
+        return False
+    # a pool whose table nobody has looked at yet has nothing unprotected, and nothing protected either
+    return bool(beat.acked) or not (known.sequences(instance) or (session is not None and session.scheduled > 0))
 
 
 def sweep(known: Known, node: NodeId, held: tuple[StreamId, ...]) -> None:
@@ -333,13 +341,13 @@ def _is_left_behind(known: Known, node: NodeId, stream: StreamId) -> bool:
     place = known.membership.members.get(stream.instance, {}).get(stream.rank)
     if place is None:
         return is_ended(known, stream)  # and its round is over: nobody fetches from it any more
-    beat = place.beat
-    if beat is None or place.lost or beat.stream != place.stream or beat.state != "protected" or beat.epoch != known.epoch(stream.instance):
+    places, epoch = known.membership.members[stream.instance], known.epoch(stream.instance)
+    sharing = [place, *(places[mate] for mate in shards.mates(places, stream.rank))]  # of theirs it may be the last copy, too
+    if place.beat is None or place.beat.epoch != epoch or not all(_is_protected(known, stream.instance, one, epoch.counter) for one in sharing):
         return False
-    session = known.membership.sessions.get(stream.instance)
-    if not beat.acked and (known.sequences(stream.instance) or (session is not None and session.scheduled > 0)):
-        return False
-    return stream != place.stream or node == place.node or node not in (*place.holders, *place.former, *beat.holders)
+    if stream != place.stream or node == place.node or node not in (*place.holders, *place.former, *place.beat.holders):
+        return True
+    return place.beat.as_rank is not None and place.beat.as_rank == known.copiers.get(stream.instance, {}).get(stream.rank)
 
 
 def is_ended(known: Known, stream: StreamId, epoch: Epoch | None = None) -> bool:

@@ -242,7 +242,7 @@ def _try_plan(known: Known, instance: str) -> None:
         situation = Situation(
             instance, record.epoch, members, record.lost, dying.without(tuple(current.reports.values())), standbys, known.addresses(),
             known.forks.get(instance, {}), record.excluded, over, lives, may_move, hosts, Wishes(record.targets, tuple(known.drained)),
-            known.births.get(instance, {}), record.clashes,
+            known.births.get(instance, {}), record.clashes, {rank: place.fingerprint for rank, place in known.membership.members[instance].items()},
         )  # fmt: skip
         answer = plan(situation)
         if not isinstance(answer, Unplannable):

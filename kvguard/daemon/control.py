@@ -16,8 +16,8 @@ import os
 import select
 import socket
 import struct
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,14 +47,9 @@ class Lost(NamedTuple):
     reason: str
 
 
-@dataclass(slots=True)
-class Counters:
-    """What was refused, for metrics."""
-
-    garbage: int = 0  # packets that are not of this protocol
-    strangers: int = 0  # connections of users that are not allowed
-    crowded: int = 0  # connections over the bound
-    unread: int = 0  # connections dropped because the client didn't read
+# Why a connection was refused or dropped, as counted: a packet that is not of this protocol, a user who is not allowed, one connection too many, a client that
+# doesn't read.
+GARBAGE, STRANGER, CROWDED, UNREAD = "socket_garbage", "socket_stranger", "socket_crowded", "socket_unread"
 
 
 class ControlServer:
@@ -62,7 +57,7 @@ class ControlServer:
 
     def __init__(self, path: str | Path, allowed_uids: Iterable[int] = ()) -> None:
         self.path = Path(path)
-        self.counters = Counters()
+        self.counters = Counter[str]()
         self._uids = frozenset((os.getuid(), 0, *allowed_uids))
         self._lines: dict[int, tuple[socket.socket, int, int]] = {}  # connection -> socket, pid, uid
         self._dropped: list[Lost] = []
@@ -137,9 +132,11 @@ class ControlServer:
         try:
             send_packet(held[0], message, descriptors)
         except BlockingIOError:
-            self.counters.unread += 1
+            self.counters[UNREAD] += 1
             self._lose(connection, "the client doesn't read")
             return False
+        except ConnectionError:
+            return False  # what it said last is still there, and comes by `receive`, as its end does
         except OSError as error:
             self._lose(connection, f"{error}")
             return False
@@ -170,15 +167,15 @@ class ControlServer:
             except BlockingIOError:
                 return
             except OSError:  # out of descriptors, or the peer has gone: what is there goes on, the next turn tries again
-                self.counters.crowded += 1
+                self.counters[CROWDED] += 1
                 return
             line.setblocking(False)
             pid, uid, _ = _credentials.unpack(line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _credentials.size))
             if uid not in self._uids:
-                self.counters.strangers += 1
+                self.counters[STRANGER] += 1
                 line.close()
             elif len(self._lines) >= CONNECTIONS_MAX:
-                self.counters.crowded += 1
+                self.counters[CROWDED] += 1
                 line.close()
             else:
                 self._lines[self._next] = (line, pid, uid)
@@ -198,7 +195,7 @@ class ControlServer:
                 self._lose(connection, str(ended), found)
                 return
             except BadFrame as error:
-                self.counters.garbage += 1
+                self.counters[GARBAGE] += 1
                 self._lose(connection, str(error), found)
                 return
             except OSError as error:  # no descriptors left for those that came along: this client must say it again

@@ -17,6 +17,7 @@ from kvguard.format import local, moves
 from kvguard.format.layout import Layout
 from kvguard.format.lineage import agreed, is_other
 from kvguard.format.messages import PlanOrder, StreamShape
+from kvguard.format.shapes import is_shared
 from kvguard.types import NO_EPOCH, Lineage, MovedToken, StreamId
 
 
@@ -62,10 +63,19 @@ class Fetching:
         lineage, birth = self._checked(token)
         place = asks.stream.id.rank
         streams = [*self._ranks.ranks, *self._shell.store.streams()]
-        streams = [stream for stream in dict.fromkeys(streams) if self._is_of(stream, token.instance, (place.pp, place.tp))]
+        streams = [stream for stream in dict.fromkeys(streams) if self._is_of(stream, token.instance, place.pp)]
+        if is_shared(asks.stream.shape.fingerprint):  # its own first, then those of mates, which hold the same bytes where they have one fingerprint
+            streams.sort(key=lambda stream: stream.rank.tp != place.tp)
+        else:
+            streams = [stream for stream in streams if stream.rank.tp == place.tp]
         other = False
         for stream in streams:
-            found = self._in_replica(stream, token, lineage, birth) or self._in_pool(stream, token, lineage, birth)
+            found = self._in_replica(stream, token, lineage, birth)
+            if stream.rank.tp != place.tp and (found is None or found.shape.fingerprint != asks.stream.shape.fingerprint):
+                if found is not None:
+                    os.close(found.descriptor)
+                continue
+            found = found or self._in_pool(stream, token, lineage, birth)
             if found is not None and found.shape.fingerprint == asks.stream.shape.fingerprint:
                 return found
             if found is not None:
@@ -92,8 +102,8 @@ class Fetching:
             raise Refused(f"nothing of epoch {token.epoch.counter} is here, {promised.counter} is promised: the token is stale, or for another node")
         return plan
 
-    def _is_of(self, stream: StreamId, instance: str, place: tuple[int, int]) -> bool:
-        return stream.instance == instance and (stream.rank.pp, stream.rank.tp) == place and stream.rank in self._shell.moved[instance].moved
+    def _is_of(self, stream: StreamId, instance: str, stage: int) -> bool:
+        return stream.instance == instance and stream.rank.pp == stage and stream.rank in self._shell.moved[instance].moved
 
     # ---- what is here ---------------------------------------------------------------------------------------------------------------
 

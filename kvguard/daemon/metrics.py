@@ -160,7 +160,7 @@ def shared(shell: Shell, transport: dict[str, int]) -> Iterable[Metric]:
     yield frames
     yield CounterMetricFamily("kvguard_stale_epoch_rejections", "What came from an epoch that is over, and was refused", counters["note_stale_epoch"])
     handshakes = CounterMetricFamily("kvguard_handshake_failures", "Connections that were refused or not understood", labels=["reason"])
-    for reason in ("handshake_failed", "dial_failed"):
+    for reason in ("handshake_failed", "dial_failed", *(word for word in sorted(transport) if word.startswith("socket_"))):
         handshakes.add_metric([reason], transport.get(reason, 0))
     yield handshakes
     events = CounterMetricFamily("kvguard_notes", "Transitions that were noted in the log, by word", labels=["what"])

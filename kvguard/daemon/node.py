@@ -119,7 +119,7 @@ class NodeDaemon:
             promised(self.shell, instance, epoch)
         self.checking = Checking(self.shell, self.loop.after, ended=self._verified)
         self.measures = Measures(self.core, time.monotonic_ns)
-        verbs = NodeVerbs(config, self.core, self.shell, self.measures, lambda: dict(self.transport.counters), self.loop.feed, moments).verbs()
+        verbs = NodeVerbs(config, self.core, self.shell, self.measures, self._refusals, self.loop.feed, moments).verbs()
         self.questions = Questions(verbs, answering(self.shell), self.loop.after)
         self.mail = Mail(self.shell, self.questions, {Delivered: self._delivered})
         self.loop.watch(self.transport.fileno(), self._read)
@@ -132,10 +132,14 @@ class NodeDaemon:
             from kvguard.daemon.metrics import NodeFigures
             from kvguard.daemon.scrape import Scrapes
 
-            figures = NodeFigures(self.core, self.shell, self.measures, lambda: dict(self.transport.counters))
+            figures = NodeFigures(self.core, self.shell, self.measures, self._refusals)
             self.scrapes = Scrapes(config.metrics, self.loop, figures.families)
         if not store.unchecked():
             self._warm()
+
+    def _refusals(self) -> dict[str, int]:
+        """What the transport and the engines' socket dropped or refused, by word."""
+        return {**self.transport.counters, **self.control.counters}
 
     def _store(self, directory: Path, notifier: Notifier) -> ReplicaStore:
         """With what a former life of this daemon left."""

@@ -58,7 +58,10 @@ def _sealed(data: bytes) -> int:
 def receive_packet(line: socket.socket) -> tuple[local.Local, list[int]]:
     """One message and its descriptors, the caller's to close. Raises BlockingIOError (nothing there), Ended, BadFrame."""
     try:
-        data, ancillary, flags, _ = line.recvmsg(SOCKET_BYTES_MAX, socket.CMSG_SPACE(4 * SOCKET_FDS_MAX), _FLAGS)
+        try:
+            data, ancillary, flags, _ = _next(line)
+        except ConnectionResetError:  # the peer closed with words of ours unread: said once, and before its own last words, which are still there
+            data, ancillary, flags, _ = _next(line)
     except ConnectionError as error:
         raise Ended(str(error)) from error
     descriptors: list[int] = []
@@ -81,6 +84,10 @@ def receive_packet(line: socket.socket) -> tuple[local.Local, list[int]]:
         close_all(descriptors)
         raise
     return message, descriptors
+
+
+def _next(line: socket.socket) -> tuple:
+    return line.recvmsg(SOCKET_BYTES_MAX, socket.CMSG_SPACE(4 * SOCKET_FDS_MAX), _FLAGS)
 
 
 def _read_body(message: local.Body, descriptors: list[int]) -> bytes:

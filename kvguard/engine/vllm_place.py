@@ -3,8 +3,8 @@
 Knows: vLLM's configuration objects by attribute, names of attention layers. Must not know: torch, pools, guards, process groups.
 
 Invariants
-- Ranks that hold equal bytes name equal shards: every tensor-parallel rank of a model with latent attention, and groups of them where a model has fewer KV
-  heads than ranks, in the order in which vLLM gives heads out.
+- Ranks that hold equal bytes, and no others, name equal shards, and say that they are shared: every tensor-parallel rank of a model with latent attention, and
+  groups of them where a model has fewer KV heads than ranks, in the order in which vLLM gives heads out.
 - The shards of all ranks cover the model; a stage whose layers aren't one run of it is refused.
 """
 
@@ -26,8 +26,10 @@ def place_of(vllm_config: Any, layer_names: list[str], pp: int, tp: int) -> Plac
     """Of the worker `tp` of stage `pp`, whose KV belongs to `layer_names`. Raises BadConfig: layers or heads that are no plain part of the model."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     layers = _layers(layer_names, model.get_total_num_hidden_layers() if parallel.pipeline_parallel_size > 1 else 0)
-    heads = (0, 1, 1) if getattr(model, "use_mla", False) else heads_of(model.get_total_num_kv_heads(), parallel.tensor_parallel_size, tp)
-    return Place(Rank(0, pp, tp), Shard(layers, heads))
+    if getattr(model, "use_mla", False):
+        return Place(Rank(0, pp, tp), Shard(layers, (0, 1, 1), shared=True))
+    total, ranks = model.get_total_num_kv_heads(), parallel.tensor_parallel_size
+    return Place(Rank(0, pp, tp), Shard(layers, heads_of(total, ranks, tp), shared=total < ranks))
 
 
 def heads_of(total: int, ranks: int, tp: int) -> Part:

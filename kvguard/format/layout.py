@@ -23,7 +23,7 @@ import msgspec
 import xxhash
 
 from kvguard.errors import BadConfig
-from kvguard.format.messages import StreamShape
+from kvguard.format.shapes import SHARED, StreamShape
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1, "uint8": 1}
 REGIONS_MAX = 4096
@@ -38,10 +38,15 @@ _coordinate = re.compile(r"([a-z_]+?)(\d{1,9})")
 
 
 class Shard(msgspec.Struct, frozen=True, array_like=True):
-    """Which part of the model's KV a rank holds. Ranks with equal shards hold equal bytes (MLA under tp)."""
+    """Which part of the model's KV a rank holds.
+
+    `shared`: the engine's word that all tensor-parallel ranks that name this shard hold equal bytes (MLA, fewer KV heads than ranks), so that one of them is
+    copied for all. Never by default: of ranks that only forgot to name their parts each would come back with the first one's bytes.
+    """
 
     layers: Part
     heads: Part
+    shared: bool = False
 
 
 class Region(msgspec.Struct, frozen=True, array_like=True):
@@ -121,7 +126,7 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
         else:
             del sizes["layer"]
             regions, pool_bytes = _rowed([f"layer{layer}" for layer in range(layers)], None, sizes, order, ("dim",), dtype)
-        return cls._made(model, dtype, blocks, block_tokens, regions, shard or whole(layers, 1), True, pool_bytes)
+        return cls._made(model, dtype, blocks, block_tokens, regions, shard or Shard((0, layers, layers), (0, 1, 1), True), True, pool_bytes)
 
     @classmethod
     def opaque(cls, model: str, dtype: str, layers: int, blocks: int, block_tokens: int, page_bytes: int, *, shard: Shard | None = None) -> Layout:
@@ -156,7 +161,8 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def fingerprint(self) -> int:
-        """64 bits over model, dtype, shard and canonical order: only equal fingerprints hold interchangeable bytes."""
+        """64 bits over model, dtype, shard and canonical order: only equal fingerprints hold interchangeable bytes. The lowest bit is `shard.shared`
+        (shapes.is_shared)."""
         return _fingerprint(self)
 
     def shape(self) -> StreamShape:
@@ -235,8 +241,9 @@ def _fingerprint(layout: Layout) -> int:
         for index in itertools.product(*(range(size) for _, size, _ in leading)):
             named = region.coordinates() + tuple((dimension[0], i) for dimension, i in zip(leading, index, strict=True))
             content.append((named, rest))
-    said = (layout.model, layout.dtype, layout.itemsize, layout.block_tokens, layout.shard, layout.addressable, content)
-    return xxhash.xxh3_64_intdigest(msgspec.msgpack.encode(said))
+    parts = (layout.shard.layers, layout.shard.heads)
+    said = (layout.model, layout.dtype, layout.itemsize, layout.block_tokens, parts, layout.addressable, content)
+    return xxhash.xxh3_64_intdigest(msgspec.msgpack.encode(said)) & ~SHARED | SHARED * layout.shard.shared
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Knows: all of them (shapes.py, frames.py, orders.py, sessions.py) and their bytes; msgspec refuses anything else before it reaches the core.
 Must not know: framing (wire.py), what is done with a message (core/).
 Invariants: fields are only ever added at the end with a default (a peer one version older ignores them); columns of one message have equal length
-(`check_columns`); what a Done says of clashes is of the rank that it is about (`check_clashes`). Messages are values: two that say the same are equal.
+(`check_columns`); what a Done says of clashes is of the stage that it is about (`check_clashes`). Messages are values: two that say the same are equal.
 
 Conversations
 - stream, sender -> holder: Hello, IdsFrame, KvFrame, StreamEnd; holder -> sender: Held, Ack.
@@ -82,9 +82,10 @@ def check_epochs(message: Message) -> None:
 
 
 def check_clashes(message: Done) -> None:
-    """Raises BadFrame where a clash is of another rank than `part` names, or at no position: plans cut copies there, in every later round."""
+    """Raises BadFrame where a clash is of another dp or stage than the rank that `part` names, or at no position: plans cut copies there, in every later
+    round."""
     for stream, _, position in message.clashes:
-        if position < 0 or stream.instance != message.instance or message.part != f"rank {stream.rank}":
+        if position < 0 or stream.instance != message.instance or not message.part.startswith(f"rank {stream.rank.dp}.{stream.rank.pp}."):
             raise BadFrame(f"Done of {message.part!r}: a clash of {stream} at {position}")
 
 

@@ -18,6 +18,7 @@ class RankBeat(msgspec.Struct, frozen=True, array_like=True):
     `progress` rises whenever the engine does (steps left, pulses): frames prove the daemon alive, only this proves the engine.
     `endpoint`: opaque, what the engine advertised at attach, given to the emitter as the rank's address. `whole`: holders that have acknowledged everything, of
     each sequence the newest position at most excepted: the rank could be handed to one of them without loss.
+    `as_rank`: nothing of its own stream is sent; the holders are those of this rank beside it, whose bytes are the same.
     """
 
     stream: StreamId
@@ -37,6 +38,7 @@ class RankBeat(msgspec.Struct, frozen=True, array_like=True):
     progress: int
     fingerprint: int = 0  # of its shape: equal ones of two instances hold interchangeable bytes
     whole: tuple[NodeId, ...] = ()
+    as_rank: Rank | None = None
 
 
 class StandbyBeat(msgspec.Struct, frozen=True, array_like=True):
@@ -118,12 +120,16 @@ class Fault(Message, frozen=True):
 
 
 class Assign(Message, frozen=True):
-    """Who holds the replicas of a rank from now on: (node, address), best first. Others are ended once the new ones have acknowledged."""
+    """Who holds the replicas of a rank from now on: (node, address), best first. Others are ended once the new ones have acknowledged.
+
+    `as_rank`: then `holders` is empty; its bytes are those of this rank on the same node, and copied once, with that one's.
+    """
 
     instance: str
     rank: Rank
     holders: tuple[tuple[NodeId, str], ...]
     reason: str
+    as_rank: Rank | None = None
 
 
 class Fence(Message, frozen=True):

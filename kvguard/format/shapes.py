@@ -33,6 +33,14 @@ class StreamShape(msgspec.Struct, frozen=True, array_like=True):
     addressable: bool = True
 
 
+SHARED = 1  # the bit of a fingerprint that says so
+
+
+def is_shared(fingerprint: int) -> bool:
+    """Whether the ranks of a stage that have this fingerprint hold equal bytes, by their engine's word (layout.Shard). False for 0, which is no fingerprint."""
+    return bool(fingerprint & SHARED)
+
+
 IDS_ONLY = StreamShape(0, 65535, 0, 0, 1, False)  # of a scheduler's stream: ids, samplers and requests, no KV
 
 

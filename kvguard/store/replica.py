@@ -308,7 +308,7 @@ class Replica:
         live = self.live()
         return Holding(
             self.stream, "replica", False, tuple(s.name for s in live), tuple(s.generation for s in live), tuple(s.lineage for s in live),
-            tuple(map(self.stated, live)), tuple(s.known for s in live), births=tuple(s.birth for s in live),
+            tuple(map(self.stated, live)), tuple(s.known for s in live), self.shape.fingerprint, tuple(s.birth for s in live),
         )  # fmt: skip
 
     def pages(self) -> ReplicaPages:

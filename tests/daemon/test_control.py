@@ -70,6 +70,19 @@ def test_messages_and_descriptors_arrive_with_who_sent_them(server, dial) -> Non
     assert stat.S_IMODE(server.path.stat().st_mode) == 0o600
 
 
+def test_last_words_are_heard_of_a_client_that_left_ours_unread(server, dial) -> None:
+    """The kernel reports such an end as a reset, ahead of what was said before it: a clean detach was lost, and its process's end taken for a death."""
+    line = dial()
+    packets.send_packet(line, DETACH)
+    (incoming,) = server.receive()
+    assert server.send(incoming.connection, DETACH)
+    packets.send_packet(line, DETACH)
+    line.close()
+    assert not server.send(incoming.connection, DETACH), "nobody is there"
+    assert [getattr(one, "message", None) for one in server.receive()] == [DETACH, None]
+
+
+
 def test_large_messages_travel_in_a_sealed_body_both_ways(server, dial) -> None:
     line = dial()
     large = restored(1_000_000)
@@ -102,7 +115,7 @@ def test_garbage_ends_its_own_connection_only_and_leaks_nothing(server, dial, ki
     packets.send_packet(good, DETACH)
     found = server.receive()
     assert sorted(type(item).__name__ for item in found) == ["LocalIncoming", "Lost"]
-    assert server.counters.garbage == 1 and len(server.connections()) == 1
+    assert server.counters["socket_garbage"] == 1 and len(server.connections()) == 1
     assert descriptors() == before - 1  # the dropped connection
     os.close(body)
 
@@ -124,14 +137,14 @@ def test_a_client_that_does_not_read_is_dropped_never_waited_for(server, dial) -
     while server.send(connection, restored(50_000)):
         sent += 1
         assert sent < 10_000
-    assert server.counters.unread == 1
+    assert server.counters["socket_unread"] == 1
     assert server.receive() == [Lost(connection, "the client doesn't read")]
 
 
 def test_strangers_are_refused_before_a_byte_is_decoded(server, dial) -> None:
     server._uids = frozenset({os.getuid() + 1})
     line = dial()
-    assert server.counters.strangers == 1 and not server.connections()
+    assert server.counters["socket_stranger"] == 1 and not server.connections()
     with pytest.raises(packets.Ended):
         packets.receive_packet(line)
 
@@ -140,7 +153,7 @@ def test_connections_are_bounded(server, dial, monkeypatch) -> None:
     monkeypatch.setattr(control, "CONNECTIONS_MAX", 3)
     for _ in range(5):
         dial()
-    assert len(server.connections()) == 3 and server.counters.crowded == 2
+    assert len(server.connections()) == 3 and server.counters["socket_crowded"] == 2
 
 
 def test_one_call_takes_a_bounded_number_of_packets_and_loses_none(server, dial) -> None:

@@ -26,7 +26,15 @@ IN_PIECES = "ENGINE_IN_PIECES" in os.environ  # its pool in virtual memory that 
 
 
 def layout_of(rank: str, model: str = "numpy") -> Layout:
+    """Of the model "latent" the tensor-parallel ranks of a stage hold the same latent vectors, as MLA's do."""
+    if model == "latent":
+        return Layout.latent(f"{model} {whose(rank, model)}", "float32", 3, BLOCKS, TOKENS, 64)
     return Layout.paged(f"{model} {rank}", "float32", 3, BLOCKS, TOKENS, 2, 16)
+
+
+def whose(rank: str, model: str) -> str:
+    """What the bytes of a slot depend on."""
+    return rank.rpartition(".")[0] if model == "latent" else rank
 
 
 def slot_bytes(sequence: str, position: int, rank: str, size: int) -> bytes:
@@ -238,14 +246,14 @@ def main(role: str, instance: str, rank: str, socket: str, model: str = "numpy")
         engine = Lead(attach_scheduler(instance, BLOCKS, TOKENS, dp=Rank.parse(rank).dp, socket=socket))
         say({"attached": True})
     elif role == "standby":
-        spare = attach_standby(instance, {rank: layout_of(rank)}, endpoint=f"spare of {rank}", socket=socket, device=DEVICE)
+        spare = attach_standby(instance, {rank: layout_of(rank, model)}, endpoint=f"spare of {rank}", socket=socket, device=DEVICE)
         say({"standby": True})
         claim = None
         while claim is None:
             claim = spare.wait(1.0)
-        pool = claim.adopt[1] if claim.adopt is not None else allocate(layout_of(rank), DEVICE)
+        pool = claim.adopt[1] if claim.adopt is not None else allocate(layout_of(rank, model), DEVICE)
         guard = attach(instance, Rank.parse(rank), pool, claim=claim, endpoint=f"engine of {rank}")
-        engine = Engine(rank, guard, pool)
+        engine = Engine(whose(rank, model), guard, pool)
         adopted = claim.adopt is not None
         engine.take(guard.restore(10.0))
         say({"claimed": True, "adopted": adopted, "lengths": engine.lengths})
@@ -253,7 +261,7 @@ def main(role: str, instance: str, rank: str, socket: str, model: str = "numpy")
         pool = pool_of(rank, model, socket)
         pool.scatter_blocks(range(BLOCKS), memoryview(b"\xa5" * pool.layout.pool_bytes))  # what nobody wrote is no zero
         guard = attach(instance, Rank.parse(rank), pool, endpoint=f"engine of {rank}", socket=socket, positions_max=1024)
-        engine = Engine(rank, guard, pool)
+        engine = Engine(whose(rank, model), guard, pool)
         say({"attached": True})
     serve(engine)
 

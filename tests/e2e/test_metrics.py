@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import urllib.error
 import urllib.request
 
@@ -50,7 +51,12 @@ def test_a_scrape_says_what_the_status_says_and_a_recovery_is_counted(cluster):
     assert first.value("kvguard_sequences", **RANK, state="protected") == 2 and first.value("kvguard_sequences", **RANK, state="unprotected") == 0
     assert first.value("kvguard_replicated_bytes_total") == cluster.ask("a", "stats")["replicated_bytes"] > 0
     assert first.value("kvguard_time_to_protected_seconds_count") == 2
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
+        stranger.connect(str(cluster.directory / "b" / "kvguard.sock"))
+        stranger.send(b"what nobody understands")
+        assert stranger.recv(1) == b"", "it is hung up on"
     held = Scraped(ports["b"])
+    assert held.value("kvguard_handshake_failures_total", reason="socket_garbage") == 1 == cluster.ask("b", "stats")["transport"]["socket_garbage"]
     assert held.value("kvguard_arena_bytes", state="used") == cluster.ask("b", "status")["arena_bytes"] > 0
     before = Scraped(ports["coordinator"])
     assert COORDINATOR <= before.families

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvguard.errors import BadConfig
 from kvguard.format.layout import Layout, Region, Shard
 from kvguard.format.reshard import reshard
+from kvguard.format.shapes import is_shared
 
 SIZES = {"layers": 3, "blocks": 5, "block_tokens": 4, "kv_heads": 2, "head_dim": 8}
 ORDERS = ["layer,kv,block,slot,head,dim", "block,slot,layer,kv,head,dim", "block,head,slot,kv,dim,layer", "dim,slot,block,layer,head,kv"]
@@ -43,8 +44,10 @@ def test_only_the_canonical_content_makes_the_fingerprint():
     same += [Layout.per_layer("m", "float16", **SIZES, order=order) for order in ("kv,block,slot,head,dim", "block,slot,head,dim", "block,head,slot,kv,dim")]
     assert {layout.fingerprint for layout in same} == {first.fingerprint}
     others = [paged(head_dim=16), paged(block_tokens=8), Layout.paged("m", "bfloat16", **SIZES), Layout.paged("n", "float16", **SIZES)]
-    others += [paged(shard=Shard((3, 6, 6), (0, 2, 2))), Layout.latent("m", "float16", 3, 5, 4, 32), Layout.opaque("m", "float16", 3, 5, 4, 256)]
+    others += [paged(shard=Shard((3, 6, 6), (0, 2, 2))), paged(shard=Shard((3, 6, 6), (0, 2, 2), shared=True)), Layout.latent("m", "float16", 3, 5, 4, 32), Layout.opaque("m", "float16", 3, 5, 4, 256)]
     assert len({layout.fingerprint for layout in (first, *others)}) == len(others) + 1
+    assert [layout.fingerprint for layout in others if is_shared(layout.fingerprint)] == [layout.fingerprint for layout in others if layout.shard.shared]
+    assert not is_shared(first.fingerprint) and is_shared(Layout.latent("m", "float16", 3, 5, 4, 32).fingerprint), "an engine's word, or what latent vectors are"
 
 
 def test_a_shape_says_what_a_holder_needs():

@@ -12,7 +12,6 @@ from simulation.content import BLOCK_TOKENS, chain, read_slots, slot_bytes, toke
 from kvguard.core import effects
 from kvguard.format import messages
 from kvguard.limits import HELD_FRAMES_MAX
-from kvguard.types import Rank
 
 MS = 1_000_000
 
@@ -48,6 +47,9 @@ class Checks:
                 assert self._plans.setdefault(key, packed) == packed, f"I3: two plans in epoch {key}"
                 self._nothing_left_out(life, message)
                 self._of_the_dead_alone(message)
+                assert len(dict.fromkeys(message.transfers)) == len(message.transfers), f"I4: a replica is sent to one node twice: {message.transfers}"
+                pushed = [(holder, stream) for holder, _, _, stream in message.transfers]
+                self.world.count("pushed_to_two_nodes", len(pushed) - len(dict.fromkeys(pushed)))
             elif type(message) is messages.Report and message.instance == self.world.instance:
                 for holding in message.holdings:
                     pending = holding.kind == "pool" and holding.stream in message.pending
@@ -60,6 +62,9 @@ class Checks:
         elif kind is effects.Claim:
             taken = {source.stream for at, source in enumerate(effect.rebuild.sources) if at in effect.rebuild.source}
             self.world.count("claims_of_two_lives", len(taken) > 1)
+            mates = [stream for stream in taken if stream.rank != effect.rebuild.rank]
+            assert all((stream.rank.dp, stream.rank.pp) == (effect.rebuild.rank.dp, effect.rebuild.rank.pp) for stream in mates), f"I1: {effect.rebuild} takes {mates}"
+            self.world.count("claims_of_a_mate", len(mates) > 0)
         elif kind is effects.CarryPlan:
             places = dict(zip(effect.plan.sequences, effect.plan.positions, strict=True))
             for replica in life.shell.store._replicas.values():
@@ -239,10 +244,18 @@ class Checks:
             self.world.count("beats_protected")
             local = life.core.outbound.streams[rank.stream]
             assert rank.epoch == life.core.promises.of(rank.stream.instance), "I8: protected in an epoch that is over"
-            assert any(node != life.name for node in local.senders), "I8: protected by nobody"
+            streams = [local, *([local.cover] if local.cover is not None else [])]
+            assert any(node != life.name for one in streams for node in one.senders), "I8: protected by nobody"
+            assert rank.as_rank is None or (local.cover.stream.rank == rank.as_rank and not local.senders), "I8: copied by nobody"
+            self.world.count("beats_protected_with_a_mate", rank.as_rank is not None and rank.committed > 0)
             for row in local.ledger.rows.values():
-                best = max((copy.acked for sender in local.senders.values() for copy in sender.flow.copies.values() if copy.row is row), default=0)
+                best = self._held_of(streams, row)
                 assert best >= min(row.previous, row.committed), f"I8: {rank.stream} is called protected, {row.sequence}: {best} of {row.committed} ({row.previous} before)"
+
+    def _held_of(self, streams, row) -> int:
+        """How far any holder of these streams has acknowledged the sequence of this row: told by name and birth alone, as a plan would find it."""
+        copies = [copy for one in streams for sender in one.senders.values() if sender.state == "stream" for copy in sender.flow.copies.values()]
+        return max((copy.acked for copy in copies if (copy.row.sequence, copy.row.request) == (row.sequence, row.request)), default=0)
 
     # ---- resumption ----
 
@@ -256,7 +269,7 @@ class Checks:
         members = {member.rank: member for member in resume.members}
         named = {entry.sequence: True for entry in resume.sequences}
         begun = world.moving.on and not resume.sequences  # not all of its new processes have attached yet
-        assert begun or sorted(members) == [Rank(0, stage, 0) for stage in range(world.stages)], f"I7: resumed with {sorted(members)}"
+        assert begun or sorted(members) == list(world.ranks), f"I7: resumed with {sorted(members)}"
         for rank, member in members.items():
             process = world.processes[member.endpoint]
             guard = process.guard
@@ -374,8 +387,8 @@ class Checks:
         if driver.announced.counter > driver.adopted.counter or not driver.welcomed:
             return f"the driver waits for {driver.announced}, adopted {driver.adopted}"
         members = known.membership.members.get(world.instance, {})
-        if sorted(members) != [Rank(0, stage, 0) for stage in range(world.stages)] or any(member.lost for member in members.values()):
-            return f"ranks {sorted(members)} of {world.stages}"
+        if sorted(members) != list(world.ranks) or any(member.lost for member in members.values()):
+            return f"ranks {sorted(members)} of {len(world.ranks)}"
         if driver.waiting:
             return f"a step of epoch {driver.adopted.counter} waits for {[str(rank) for rank in driver.waiting]}"
         return self._unacked(members)
@@ -404,15 +417,18 @@ class Checks:
                 return f"rank {rank} is not attached at {member.node}"
             if local.fenced:
                 return f"rank {rank} is still fenced"
-            if not local.senders and len(world.nodes) > 1:
+            if not local.senders and len(world.nodes) > 1 and local.cover is None:
                 return f"rank {rank} has no holder"
+            full = local.cover is not None and any(copy.shed for sender in local.cover.senders.values() for copy in sender.flow.copies.values())
+            if local.cover is not None and local.senders and not full:  # what it has of its own stays as long as there is no room for the mate's
+                return f"rank {rank} is copied with rank {local.as_rank}, and {list(local.senders)} are still to end"
             for node, sender in local.senders.items():
                 copies = sender.flow.copies.values()  # what was refused is offered again and again: it counts only while it waits for that
                 whole = all(copy.shed or copy.acked >= copy.row.committed and copy.acked_ids >= copy.row.ids for copy in copies)
                 if sender.state != "stream" or not whole:
                     return f"rank {rank}: {node} has not acknowledged all ({sender.state}: {sender.reason})"
             room = not any(copy.shed for node, sender in local.senders.items() if node not in local.ending for copy in sender.flow.copies.values())
-            if local.ending and room:  # a holder that is replaced stays as long as the new one has no room
+            if local.ending and room and not full:  # a holder that is replaced stays as long as the new one has no room
                 return f"rank {rank}: {list(local.ending)} are still to end"
         for host in world.nodes.values():
             if len(host.life.shell.buffers):
@@ -431,17 +447,24 @@ class Checks:
             for sequence in world.driver.sequences.values():
                 if sequence.kv and sequence.opened and (sequence.name, sequence.kv) not in world.driver.cuts:  # the cut goes with the next step
                     assert table.accepted(live[sequence.name]) == sequence.kv, f"I1: {rank} has {table.accepted(live[sequence.name])} of {sequence.name}"
-            for node, sender in local.senders.items():
+            world.count("ranks_copied_with_a_mate", local.cover is not None)
+            assert local.cover is None or rank.tp, "a mate of another rank than the first copies"
+            for node, sender in (local.cover or local).senders.items():
                 holder = world.nodes[node].life
-                replica = holder.shell.store._replicas[member.stream]
+                replica = holder.shell.store._replicas[(local.cover or local).stream]
                 held = {one.name: one for one in replica.live()}
+                begun = [name for name in live if table.accepted(live[name])]  # what one of them alone had opened when a fence fell between them is at 0
+                shed = [copy.row.sequence for copy in sender.flow.copies.values() if copy.shed]
+                assert local.cover is None or all(name in held or name in shed for name in begun), f"I9: {node} has {sorted(held)}, {rank} is copied with another and has {begun}"
                 for copy in sender.flow.copies.values():
                     if copy.shed:
                         world.count("shed_at_rest")
                         continue
                     name = copy.row.sequence
                     assert held[name].position == table.accepted(live[name]), f"I9: {node} holds {held[name].position} of {name}"
-                    assert bytes(held[name].ids) == b"".join(int(token).to_bytes(4, "little") for token in table.ids(live[name])), f"I9: ids of {name}"
+                    here, there = b"".join(int(token).to_bytes(4, "little") for token in table.ids(live[name])), bytes(held[name].ids)
+                    common = min(len(here), len(there)) if local.cover is not None else max(len(here), len(there))  # a mate may know of more that come
+                    assert here[:common] == there[:common] and common >= 4 * table.accepted(live[name]), f"I9: ids of {name}: {len(here)} and {len(there)}"
                 assert len(held) <= len(live), f"I6: {node} holds {sorted(held)}, alive are {sorted(live)}"
         for host in world.nodes.values():
             self.whole_store(host.life)

@@ -19,7 +19,7 @@ LAYERS, TOKEN_BYTES = 2, 32
 @lru_cache(maxsize=64)
 def layout_of(stage: int, stages: int, addressable: bool) -> Layout:
     """The pool of one pipeline stage: BLOCKS blocks of BLOCK_TOKENS tokens of TOKEN_BYTES bytes."""
-    shard = Shard((stage * LAYERS, (stage + 1) * LAYERS, stages * LAYERS), (0, 1, 1))
+    shard = Shard((stage * LAYERS, (stage + 1) * LAYERS, stages * LAYERS), (0, 1, 1), shared=True)
     if addressable:
         return Layout.paged("simulated", "float32", LAYERS, BLOCKS, BLOCK_TOKENS, 1, 2, shard=shard)
     return Layout.opaque("simulated", "packed", LAYERS, BLOCKS, BLOCK_TOKENS, BLOCK_TOKENS * TOKEN_BYTES // LAYERS, shard=shard)

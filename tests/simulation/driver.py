@@ -118,7 +118,7 @@ class Driver:
             first, self.welcomed = not self.welcomed, True
             if message.members and not message.recovering:
                 self.members = {member.rank: member.endpoint for member in message.members}
-                self.world.moving.homeless &= len(self.members) < self.world.stages
+                self.world.moving.homeless &= len(self.members) < len(self.world.ranks)
             if first and not message.recovering and self.adopted == NO_EPOCH:
                 self.adopted = message.epoch
             self._announce(message.epoch)
@@ -150,7 +150,7 @@ class Driver:
             return
         if self.announced.counter > self.adopted.counter or not self.welcomed:
             return
-        if set(self.members) != {Rank(0, stage, 0) for stage in range(self.world.stages)}:
+        if set(self.members) != set(self.world.ranks):
             return
         if not self.waiting and not self.world.quiet:
             self._schedule()

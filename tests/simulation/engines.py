@@ -291,7 +291,7 @@ class RankProcess(Process):
     # ---- a spare's life ----
 
     def _spare_attachment(self):
-        layouts = {str(Rank(0, stage, 0)): layout_of(stage, self.world.stages, self.world.addressable) for stage in range(self.world.stages)}
+        layouts = {str(rank): layout_of(rank.pp, self.world.stages, self.world.addressable) for rank in self.world.ranks}
         return local.Attach("standby", self.world.instance, self.incarnation, NO_EPOCH, self.name, None, layouts), [os.dup(self.death)]
 
     def _spare_received(self, message, descriptors: list[int]) -> None:

@@ -14,7 +14,7 @@ from simulation.content import BLOCK_TOKENS, chain, read_slots, slot_bytes, toke
 from kvguard.engine.fetch import Fetch
 from kvguard.format import local, messages
 from kvguard.format.lineage import life_of
-from kvguard.types import Life, MovedToken, Rank
+from kvguard.types import Life, MovedToken
 
 MS = 1_000_000
 SHARE = 0.12
@@ -43,17 +43,17 @@ class Moving:
         world.after(SUPERVISE_NS, self._supervise)
         hosts = self._living(f"host{self._hosts}")
         nodes = list(world.nodes)
-        if len(hosts) != world.stages and not world.faults.calmed or not self._hosts:
+        if len(hosts) != len(world.ranks) and not world.faults.calmed or not self._hosts:
             for process in hosts.values():
                 process.kill("another process of its instance died")
             self._hosts += 1
-            for stage in range(world.stages):
-                world.process(nodes[(stage + 1) % len(nodes)], f"host{self._hosts}").start_as_rank(Rank(0, stage, 0))
+            for rank in world.ranks:
+                world.process(nodes[(rank.pp + 1) % len(nodes)], f"host{self._hosts}").start_as_rank(rank)
         if self.homeless and world.now >= self.resumed_ns:
             living = self._living(world.instance)
-            for stage in range(world.stages):
-                if Rank(0, stage, 0) not in living:
-                    world.process(nodes[stage % len(nodes)]).start_as_rank(Rank(0, stage, 0))
+            for rank in world.ranks:
+                if rank not in living:
+                    world.process(nodes[rank.pp % len(nodes)]).start_as_rank(rank)
                     world.count("started_empty_after_a_move")
 
     def _living(self, instance: str) -> dict:
@@ -111,5 +111,6 @@ class Moving:
         for at, value in enumerate(values):
             held = token_in(pages[at // BLOCK_TOKENS], at % BLOCK_TOKENS, world.addressable)
             assert held == slot_bytes(value, process.guard.rank.pp), f"I1: {process.name} fetched wrong bytes of {token.sequence} at {at} of {token.position}"
+        world.count("fetches_of_a_mate", message.layout is None and process.guard.rank.tp > 0)
         world.count("fetches_pool" if message.layout is not None else "fetches_replica")
         world.count("positions_fetched", token.position)

@@ -45,7 +45,8 @@ class Operator:
 
     def _handoff(self) -> None:
         stage = self.random.randrange(self.world.stages)
-        self._ask("handoff", instance=self.world.instance, rank=f"0.{stage}.0", to=self.random.choice(sorted(self.world.nodes)))
+        tp = self.random.randrange(self.world.mates) if self.world.mates > 1 else 0
+        self._ask("handoff", instance=self.world.instance, rank=f"0.{stage}.{tp}", to=self.random.choice(sorted(self.world.nodes)))
 
     def _drain(self) -> None:
         self._ask("drain", node=self.random.choice(sorted(self.world.nodes)))

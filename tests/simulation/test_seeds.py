@@ -32,7 +32,8 @@ FIRED = {
     "moves": 10, "moved_replica": 10, "moved_tokens": 10, "fetches_replica": 20, "fetches_forged_refused": 4, "started_empty_after_a_move": 20,
     "suspected_early": 100, "suspected_alive": 20, "sequences_read_back": 40, "names_reused_while_left": 100, "delivered_again_of_a_reused_name": 50,
     "deaths_seen_late": 100, "planned_before_the_death": 100, "waited_for_a_death": 20,
-    "captured_later": 1000, "captures_late": 20, "second_lives_lost": 20, "claims_of_two_lives": 5, "clashes": 5, "drained": FIXED, "finished": FIXED,
+    "captured_later": 1000, "captures_late": 20, "second_lives_lost": 20, "claims_of_two_lives": 5, "clashes": 5,
+    "beats_protected_with_a_mate": 1000, "ranks_copied_with_a_mate": 50, "claims_of_a_mate": 20, "drained": FIXED, "finished": FIXED,
 }  # fmt: skip
 
 

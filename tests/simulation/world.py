@@ -70,6 +70,8 @@ class World:
         self._number = 0
         self.instance = "sim"
         self.stages = random.choice((1, 2, 2, 3))
+        self.mates = Random(f"mates {seed}").choice((1, 1, 1, 1, 1, 1, 1, 1, 2, 3))  # tensor-parallel ranks of a stage, whose bytes are equal
+        self.ranks = tuple(Rank(0, stage, tp) for stage in range(self.stages) for tp in range(self.mates))
         self.addressable = random.random() < 0.8
         self.sampled = random.random() < 0.4
         self.late_words = random.random() < 0.3
@@ -110,11 +112,12 @@ class World:
         self.start(self.coordinator)
         for host in self.nodes.values():
             self.start(host)
-        for stage in range(self.stages):
-            self.process(list(self.nodes)[stage % len(self.nodes)]).start_as_rank(Rank(0, stage, 0))
+        for rank in self.ranks:
+            self.process(list(self.nodes)[rank.pp % len(self.nodes)]).start_as_rank(rank)
         for name in self.nodes:
             if name not in self.barren and not self.moving.on:
-                self.spare(name)
+                for _ in range(self.mates):
+                    self.spare(name)
         self.start(self.driver_host)
         self.moving.start()
 
@@ -171,7 +174,7 @@ class World:
             return
         if self.nodes[node].life is None:
             self.after(100 * MS, lambda: self._supervise(node))
-        elif sum(1 for process in self.processes.values() if process.node == node and process.alive and process.guard is None) < max(2, self.stages):
+        elif sum(1 for process in self.processes.values() if process.node == node and process.alive and process.guard is None) < max(2, len(self.ranks)):
             self.spare(node)
 
     def to_rank(self, endpoint: str, order) -> None:

@@ -158,8 +158,9 @@ def test_a_worker_is_a_rank_with_its_shard():
 def test_heads_that_ranks_hold_alike_are_one_shard():
     assert [heads_of(3, 3, tp) for tp in range(3)] == [(0, 1, 3), (1, 2, 3), (2, 3, 3)]
     assert [heads_of(2, 4, tp) for tp in range(4)] == [(0, 1, 2), (0, 1, 2), (1, 2, 2), (1, 2, 2)]
-    assert placed(tp=0, ranks=4, heads=1).shard == placed(tp=3, ranks=4, heads=1).shard
-    assert placed(tp=0, ranks=4, mla=True).shard == placed(tp=3, ranks=4, mla=True).shard == whole(1, 1)
+    assert placed(tp=0, ranks=4, heads=1).shard == placed(tp=3, ranks=4, heads=1).shard == Shard((0, 1, 1), (0, 1, 1), shared=True)
+    assert placed(tp=0, ranks=4, mla=True).shard == placed(tp=3, ranks=4, mla=True).shard == Shard((0, 1, 1), (0, 1, 1), shared=True)
+    assert not placed(tp=1, ranks=4, heads=4).shard.shared and not placed(tp=1, ranks=4, heads=8).shard.shared, "parts that differ"
     with pytest.raises(BadConfig, match="3 KV heads can't be shared evenly by 2"):
         heads_of(3, 2, 0)
 
