@@ -246,16 +246,25 @@ class Workers:
         """Raises DeviceLost where no thread can be had."""
         worker = self._by_gpu.get(gpu)
         if worker is None:
-            if self._bell < 0:
-                self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-                self._turns.watch(self._bell, self._rung)
-                sys.setswitchinterval(SWITCH_S)
-            bell = self._bell
             try:
+                bell = self._watched_bell()
                 worker = self._by_gpu[gpu] = Worker(gpu, lambda: os.eventfd_write(bell, 1), self._clock)
-            except RuntimeError as error:
-                raise DeviceLost(f"no thread can be had to read {gpu}: {error}. Try: a higher TasksMax in the unit") from error
+            except (RuntimeError, OSError) as error:
+                raise DeviceLost(f"no thread can be had to read {gpu}: {error}. Try: a higher TasksMax, and LimitNOFILE, in the unit") from error
         return worker
+
+    def _watched_bell(self) -> int:
+        """What all threads ring. Raises OSError where there can be none; then there is none."""
+        if self._bell < 0:
+            bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            try:
+                self._turns.watch(bell, self._rung)
+            except OSError:
+                os.close(bell)
+                raise
+            self._bell = bell
+            sys.setswitchinterval(SWITCH_S)
+        return self._bell
 
     # ---- devices ------------------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from kvguard.device.driver import Event, Stream
-from kvguard.device.gpu_pool import ALIGNMENT, GpuPool
+from kvguard.device.gpu_pool import ALIGNMENT, CAPTURED, GpuPool
 from kvguard.device.paced import finished, settled, strand
 from kvguard.errors import KvguardError, Refused, TimedOut
 
@@ -64,8 +64,11 @@ class LayeredRestore:
         self.close()
 
     def wait(self, layer: int, stream: Stream | None = None) -> None:
-        """What `stream` (the engine's own) runs from now on finds the layer in the pool; the caller doesn't wait."""
-        self._driver.wait(self._pool.current() if stream is None else stream, self._events[layer])
+        """What `stream` (the engine's own) runs from now on finds the layer in the pool; the caller doesn't wait. Raises Refused while it is captured."""
+        behind = self._pool.current() if stream is None else stream
+        if self._driver.is_captured(behind):  # an event from outside would end the capture
+            raise Refused(CAPTURED)
+        self._driver.wait(behind, self._events[layer])
 
     def is_there(self, layer: int) -> bool:
         return self._driver.is_done(self._events[layer])

@@ -60,7 +60,9 @@ class Arriving:
         self.close()
 
     def wait(self, layer: int, stream: Stream | None = None) -> None:
-        """What `stream` (by default the one that the pool says the engine launches on) runs from now on finds the layer in the pool. Returns at once."""
+        """What `stream` (by default the one that the pool says the engine launches on) runs from now on finds the layer in the pool. Returns at once.
+
+        Raises Refused while that stream is captured into a graph."""
         assert self._restore is not None, "closed"
         self._restore.wait(layer, stream)
 

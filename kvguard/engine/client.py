@@ -174,7 +174,7 @@ class Client:
                 except BlockingIOError:
                     break
                 self._take(session, message, descriptors)
-            if session.attached_anew:
+            if session.attached_anew and not session.ending:  # who has just ended, by what was read, has nothing left to attach with
                 self._say_attachment(session)
             while session.outgoing:
                 packets.send_packet(session.line, session.outgoing[0])

@@ -17,6 +17,7 @@ from kvguard.gateway.continuation import Chunk
 from kvguard.limits import MIB
 
 EVENT_BYTES_MAX = 16 * MIB  # the first event of a prompt brings all its ids: two million of them
+EVENT_LINES_MAX = 4096  # a line of three bytes costs twenty times as much memory once it is one
 DONE = b"[DONE]"
 _END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")  # atomic: one CRLF is not two ends
 _FIELD = re.compile(rb"[\w-]*(?::|$)")  # what a line begins with; b"" and comments included
@@ -57,7 +58,7 @@ class Events:
         self._begun = False
 
     def feed(self, some: bytes) -> list[Event]:
-        """Raises Lost for an event without an end, and for lines that are no fields."""
+        """Raises Lost for an event without an end, or of too many lines, and for lines that are no fields."""
         at = max(0, len(self._rest) - 3)  # an end may have begun there; a long line is looked through once, not again with each of its parts
         self._rest += some
         events, begun = [], 0
@@ -73,6 +74,8 @@ class Events:
     def _event(self, raw: bytes) -> Event:
         if not self._begun:
             self._begun, raw = True, raw.removeprefix(codecs.BOM_UTF8)
+        if raw.count(b"\n") + raw.count(b"\r") > EVENT_LINES_MAX:
+            raise Lost("garbage", f"an event of more than {EVENT_LINES_MAX} lines")
         lines = raw.splitlines()
         if not all(map(_FIELD.match, lines)):
             raise Lost("garbage", "what is no server-sent event")

@@ -1,15 +1,15 @@
 """One relayed request: passed to an instance as it came, and its answer passed back as it comes. Not resumable, and it says so.
 
-Knows: fleet, bytes. Must not know: what the bytes mean, beyond JSON and the form of server-sent events: nonsense is an instance's, and lost, not a client's.
+Knows: fleet, bytes. Must not know: what the bytes mean, beyond JSON and whole events: nonsense is an instance's, and lost, not a client's.
 Invariant: as long as no byte has reached the client another instance is asked; after that a loss ends the answer in an error, never in a second beginning.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 
-from kvguard.gateway.events import DONE, Events, Lost, json_object
+from kvguard.gateway.events import DONE, Lost, json_object
 from kvguard.gateway.fleet import Member, NoInstance, unless
 from kvguard.gateway.journey import Surroundings
 from kvguard.gateway.watching import key_of
@@ -28,7 +28,7 @@ class Relay:
         while True:
             member, key = self._begin()
             try:
-                async with aclosing(self._parts(member, key, bounded=True)) as parts:
+                async with aclosing(self._parts(member, key, member.upstream.passed)) as parts:
                     answer = b"".join([some async for some in parts])
                 json_object(answer)
                 return answer
@@ -42,16 +42,14 @@ class Relay:
         good."""
         given = False
         while True:
-            taken, last = Events(), b""
             member, key = self._begin()
+            last = b""
             try:
-                async with aclosing(self._parts(member, key, bounded=False)) as parts:
-                    async for some in parts:
+                async with aclosing(self._parts(member, key, member.upstream.streamed)) as parts:
+                    async for part in parts:
                         member.watch.heard()
-                        whole = [event for event in taken.feed(some) if event.data]
-                        if whole:
-                            given, last = True, whole[-1].data
-                            yield b"".join([event.raw for event in whole])
+                        given, last = True, part[-1].data
+                        yield b"".join([event.raw for event in part])
                 if last != DONE:
                     raise Lost("ended", "the stream ended without [DONE]")
                 return
@@ -77,8 +75,8 @@ class Relay:
         member.watch.begin(key, resumable=False)
         return member, key
 
-    def _parts(self, member: Member, key: str, bounded: bool) -> AsyncGenerator[bytes]:
-        return unless(member.watch.fenced, member.upstream.passed(self._path, self._body, key, self._headers, bounded))
+    def _parts(self, member: Member, key: str, asked: Callable[..., AsyncGenerator]) -> AsyncGenerator:
+        return unless(member.watch.fenced, asked(self._path, self._body, key, self._headers))
 
     def _lost(self, member: Member, lost: Lost) -> None:
         self._around.counters.lost.labels(lost.kind).inc()

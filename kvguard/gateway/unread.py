@@ -45,10 +45,17 @@ class Unread:
             held = not whole and message["type"] == "http.response.body" and not message.get("more_body", False)
             await send({**message, "more_body": True} if held else message)
 
-        await self._app(scope, heard, said)
-        if held:
-            await self._take_rest(receive)
-            await send({"type": "http.response.body", "body": b""})
+        async def end() -> None:
+            if held:
+                await self._take_rest(receive)
+                await send({"type": "http.response.body", "body": b""})
+
+        try:
+            await self._app(scope, heard, said)
+        except Exception:  # a bug: starlette answers it, then raises it for the server's log
+            await end()
+            raise
+        await end()
 
     async def _take_rest(self, receive: Receive) -> None:
         if self._under_way >= AT_ONCE_MAX:

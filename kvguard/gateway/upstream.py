@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 
 import httpx
@@ -17,7 +17,7 @@ import msgspec
 
 from kvguard.gateway import events, replies
 from kvguard.gateway.continuation import IDS_END, Chunk
-from kvguard.gateway.events import DONE, Declined, Events, Lost, json_object
+from kvguard.gateway.events import DONE, Declined, Event, Events, Lost, json_object
 from kvguard.limits import KIB, MIB
 
 ANSWER_BYTES_MAX = 64 * MIB  # whole answers (relayed, tokenized): bounded, whatever the instance says
@@ -42,15 +42,26 @@ class Upstream:
 
     async def completion(self, body: dict, request_id: str, headers: Mapping[str, str]) -> AsyncIterator[Chunk]:
         """The chunks of a streamed completion, to its [DONE]. Raises Lost, Declined."""
-        async with self.opened("/v1/completions", body, request_id, headers) as response:
-            taken = Events()
-            async for some in self.bytes_of(response):
-                for event in taken.feed(some):
+        async with contextlib.aclosing(self.streamed("/v1/completions", body, request_id, headers)) as parts:
+            async for part in parts:
+                for event in part:
                     if event.data == DONE:
                         return
-                    if event.data and (news := events.chunk(event.data)) is not None:
+                    if (news := events.chunk(event.data)) is not None:
                         yield news
         raise Lost("ended", "the stream ended without [DONE]")
+
+    async def streamed(self, path: str, body: dict, request_id: str, headers: Mapping[str, str]) -> AsyncGenerator[list[Event]]:
+        """The events of the answer to `body`, as they come, those that have data: whoever says comments alone says nothing. Raises Lost, Declined."""
+        taken, now = Events(), asyncio.get_running_loop().time
+        async with self.opened(path, body, request_id, headers) as response:
+            due = now() + self._idle_s
+            async for some in self.bytes_of(response):
+                if part := [event for event in taken.feed(some) if event.data]:
+                    yield part
+                    due = now() + self._idle_s
+                elif now() > due:
+                    raise Lost("idle", f"no event with data for {self._idle_s:g} s")
 
     @contextlib.asynccontextmanager
     async def opened(self, path: str, body: dict, request_id: str, headers: Mapping[str, str]) -> AsyncIterator[httpx.Response]:
@@ -68,10 +79,10 @@ class Upstream:
         finally:
             await response.aclose()
 
-    async def passed(self, path: str, body: dict, request_id: str, headers: Mapping[str, str], bounded: bool) -> AsyncIterator[bytes]:
-        """The bytes of the answer to `body`, as they come. Raises Lost, Declined."""
+    async def passed(self, path: str, body: dict, request_id: str, headers: Mapping[str, str]) -> AsyncGenerator[bytes]:
+        """The bytes of the answer to `body`, as they come, within their bound. Raises Lost, Declined."""
         async with self.opened(path, body, request_id, headers) as response:
-            async for some in self.bytes_of(response, bounded):
+            async for some in self.bytes_of(response, bounded=True):
                 yield some
 
     async def bytes_of(self, response: httpx.Response, bounded: bool = False) -> AsyncIterator[bytes]:

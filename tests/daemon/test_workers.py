@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import select
@@ -161,6 +162,24 @@ def test_host_memory_is_given_back_at_once_where_no_thread_can_be_had(workers, m
     monkeypatch.setattr(threading.Thread, "start", no_thread)
     workers.release("", lambda: ran.append(1))
     assert ran == [1] and not workers.releasing
+
+
+@pytest.mark.parametrize("missing", ["eventfd", "watch"])
+def test_host_memory_is_given_back_at_once_where_no_bell_can_be_had(turns, workers, monkeypatch, missing):
+    """It raised, and what was to be forgotten stayed open; a bell that nobody watched was taken for one that somebody does."""
+    def none_left(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    ran = []
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, "eventfd") if missing == "eventfd" else (turns, "watch")), none_left)
+        workers.release("", lambda: ran.append(1))
+        [refused, _fault] = workers.put("GPU-1", Job(lambda: 1, told("none")))
+    assert ran == [1] and not workers.releasing and "Too many open files" in refused.reason
+    workers.release("", lambda: ran.append(2))
+    while workers.releasing:
+        turns.rung()
+    assert ran == [1, 2]
 
 
 def test_one_that_stands_still_is_given_up_with_all_that_waits_and_comes_back(turns, workers):

@@ -109,6 +109,19 @@ def test_nothing_is_gathered_scattered_or_restored_within_one(pair):
     assert len(pair.driver._mapped) == held and not [page for page in pair.driver.held_pages.values() if len(page) > 1]
 
 
+def test_a_layer_is_not_waited_for_within_one(pair):
+    """CUDA forbids a captured stream to wait for an event from outside: the engine's capture ended with it."""
+    memory = memoryview(mmap.mmap(-1, 1 << 14))
+    with LayeredRestore(pair.pool, memory, np.array([0]), np.array([0]), 5.0) as restore:
+        pair.driver.captured = True
+        for stream in (None, pair.driver.current()):
+            with pytest.raises(Refused, match="CUDA graph"):
+                restore.wait(0, stream)
+        pair.driver.captured = False
+        restore.wait(0)
+        restore.finish()
+
+
 def test_a_pool_that_is_closed_within_one_goes_with_its_process(caplog):
     driver = Rehearsal()
     pool = CudaDevice(lambda: (driver,)).allocate(LAYOUT)

@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from kvguard.gateway import unread
+from kvguard.gateway.admission import Admission
 from tests.gateway.conftest import until
 from tests.gateway.test_ill_clients import HEAD, answers, dialled, ended
 from tests.gateway.test_streams import PROMPT, Clients
@@ -92,6 +93,19 @@ def test_a_body_that_is_too_large_is_named_so(world):
         status, said = ask(world.url)
         assert status == 413 and "more than 65536 bytes" in json.loads(said)["error"]["message"]
     assert world.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 5}).status_code == 200
+
+
+def test_a_bug_before_a_body_was_read_is_told_of_whoever_sends_it_first(world, monkeypatch):
+    """starlette answers and raises: the connection was closed with the body unread, and its client saw it reset."""
+
+    def bug(_admission):
+        raise ZeroDivisionError
+
+    world.start("a")
+    monkeypatch.setattr(Admission, "check", bug)
+    for ask in (with_http_client, with_urllib):
+        status, said = ask(world.url)
+        assert status == 500 and "failed at this request" in json.loads(said)["error"]["message"]
 
 
 @pytest.mark.parametrize("bound", ["QUIET_S", "WHOLE_S", "BYTES_MAX", "AT_ONCE_MAX"])

@@ -57,7 +57,7 @@ def test_pieces_change_nothing(lines, sizes):
     assert whole[0] == [joined for joined in (b"\n".join(value).strip() for value in values) if joined]
 
 
-@pytest.mark.parametrize("said", [b"<html>\n\n", b'{"error": 1}\n\n', b"data: a\nInternal Server Error: x\n\n", b"data: " + b"x" * EVENT_BYTES_MAX])
+@pytest.mark.parametrize("said", [b"<html>\n\n", b'{"error": 1}\n\n', b"data: a\nInternal Server Error: x\n\n", b"data: " + b"x" * EVENT_BYTES_MAX, b"data: a\n" * 5000 + b"\n"])
 def test_what_is_not(said):
     with pytest.raises(Lost) as lost:
         Events().feed(said)

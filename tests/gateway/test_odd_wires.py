@@ -187,6 +187,30 @@ def test_models_that_never_end_are_a_lost_answer():
         asked(endless, lambda up: up.models({}, 0.5))
 
 
+async def pings(writer, over) -> None:
+    """A server, or a proxy, that lives before an engine that doesn't."""
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n")
+    while not over.is_set():
+        writer.write(b": ping\r\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("way", ["followed", "relayed"])
+def test_comments_alone_are_no_sign_of_life(way):
+    """They kept an answer waiting for ever, and told the coordinator of progress."""
+
+    async def ask(up):
+        hasty = Upstream(up._client, up._url, 0.3)
+        source = hasty.completion({}, "r", {}) if way == "followed" else hasty.streamed("/v1/chat/completions", {}, "r", {})
+        async with contextlib.aclosing(source) as items:
+            return [item async for item in items]
+
+    with pytest.raises(upstream.Lost, match="no event with data") as lost:
+        asked(pings, ask)
+    assert lost.value.kind == "idle"
+
+
 @pytest.mark.parametrize("form", ["crlf", "comments"])
 def test_a_relayed_stream_in_another_of_its_legal_forms(world, form):
     """It was lost, as garbage or for want of an end that it had."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -301,6 +302,18 @@ def test_a_fault_of_its_own_between_two_steps_ends_the_attachment(rows, daemon, 
     with pytest.raises(ZeroDivisionError):  # whoever calls this ends its own part, as with any fault: see vllm.py, harmless
         rows.before(StepFacts(size=1, nos=[1], lengths=[6], ids=[6]))
     rows.after()
+
+
+def test_such_an_end_is_said_though_the_attachment_was_to_be_said_again(rows, daemon, monkeypatch):
+    """With descriptors that were closed by then: the line failed, and the daemon never heard that nobody steps there any more."""
+    begin(rows)
+    connection = daemon.until(lambda: list(daemon.readers))[0]
+    monkeypatch.setattr(rows.guard, "restore", lambda timeout_s: 1 // 0)
+    with rows.guard._changed:  # both are read in one go
+        daemon.server.send(connection, local.Attached(Epoch(5, "c")))
+        daemon.server.send(connection, local.RestoreOrder(msgspec.structs.replace(PLAN, epoch=Epoch(6, "c"))))
+    daemon.until(lambda: daemon.lost)
+    assert [type(message) for message in daemon.messages] == [local.Detach]
 
 
 def test_a_fenced_engine_serves_on_and_joins_the_new_epoch(rows, daemon):
