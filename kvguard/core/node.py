@@ -392,7 +392,7 @@ class Node:
                 out += self.outbound.forget(local, self.outbound.streams)
         out += self.outbound.end_pushes(resumed.instance)
         why = f"unpinned in epoch {resumed.epoch.counter}"
-        return out + tuple(effect for stream in resumed.unpinned for effect in self.inbound.forget(stream, why))
+        return out + tuple(effect for stream in resumed.unpinned for effect in self.inbound.unpin(stream, why))
 
 
 def _given_away(now: int, ranks: list[LocalStream], reason: str) -> Effects:
