@@ -214,8 +214,8 @@ class Node:
             return (Note("stale_epoch", str(event.stream), f"pushed in epoch {event.epoch.counter}"),)
         local = pushes.setdefault(event.stream, LocalStream(event, None))
         orders = self._current(event.stream.instance, event.epoch)
-        targets = dict.fromkeys((event.pushing, *(orders.targets(event.stream) if orders is not None else ())))
-        return tuple(effect for node in targets if node not in local.senders for effect in self.outbound.send_to(now, local, node))
+        targets = [(node, address) for node, address, stream in orders.transfers() if stream == event.stream] if orders is not None else []
+        return tuple(effect for node, address in targets if node not in local.senders for effect in self.outbound.push_to(now, local, node, address))
 
     def _steps_seen(self, now: int, event: events.StepsSeen) -> Effects:
         local = self.outbound.streams.get(event.stream)
