@@ -420,8 +420,8 @@ class Checks:
                 return f"rank {rank} is still fenced"
             if not local.senders and len(world.nodes) > 1 and local.cover is None:
                 return f"rank {rank} has no holder"
-            full = local.cover is not None and any(copy.shed for sender in local.cover.senders.values() for copy in sender.flow.copies.values())
-            if local.cover is not None and local.senders and not full:  # what it has of its own stays as long as there is no room for the mate's
+            full = local.cover is not None and self._is_without(local)
+            if local.cover is not None and local.senders and not full:
                 return f"rank {rank} is copied with rank {local.as_rank}, and {list(local.senders)} are still to end"
             for node, sender in local.senders.items():
                 copies = sender.flow.copies.values()  # what was refused is offered again and again: it counts only while it waits for that
@@ -429,12 +429,17 @@ class Checks:
                 if sender.state != "stream" or not whole:
                     return f"rank {rank}: {node} has not acknowledged all ({sender.state}: {sender.reason})"
             room = not any(copy.shed for node, sender in local.senders.items() if node not in local.ending for copy in sender.flow.copies.values())
-            if local.ending and room and not full:  # a holder that is replaced stays as long as the new one has no room
+            if local.ending and room and not full:
                 return f"rank {rank}: {list(local.ending)} are still to end"
         for host in world.nodes.values():
             if len(host.life.shell.buffers):
                 return f"{host.name} has {len(host.life.shell.buffers)} buffers"
         return ""
+
+    def _is_without(self, local) -> bool:
+        """What a rank has of its own stays as long as its mate's holder has no room for it, or the mate hasn't begun what this one has begun."""
+        shed = any(copy.shed for sender in local.cover.senders.values() for copy in sender.flow.copies.values())
+        return shed or any(row.sequence not in local.cover.ledger.numbers for row in local.ledger.rows.values())
 
     def drained(self) -> None:
         """I9: at rest replica bytes = pool bytes for everything that is committed; I6: nothing is held for nobody."""
