@@ -437,9 +437,10 @@ class Checks:
         return ""
 
     def _is_without(self, local) -> bool:
-        """What a rank has of its own stays as long as its mate's holder has no room for it, or the mate hasn't begun what this one has begun."""
+        """What a rank has of its own stays as long as its mate's holder has no room for it, or the mate knows less of it: at rest it learns nothing."""
         shed = any(copy.shed for sender in local.cover.senders.values() for copy in sender.flow.copies.values())
-        return shed or any(row.sequence not in local.cover.ledger.numbers for row in local.ledger.rows.values())
+        known = {row.sequence: row.ids for row in local.cover.ledger.rows.values()}
+        return shed or any(known.get(row.sequence, -1) < row.ids for row in local.ledger.rows.values())
 
     def drained(self) -> None:
         """I9: at rest replica bytes = pool bytes for everything that is committed; I6: nothing is held for nobody."""
