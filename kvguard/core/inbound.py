@@ -108,6 +108,12 @@ class Inbound:
         ended = self._end(receiver, "after_end", reason) if receiver is not None else ()
         return (*ended, DropReplica(stream, reason))
 
+    def unpin(self, stream: StreamId, reason: str) -> tuple[Effect, ...]:
+        """Nobody asks for the replica any more. Whoever writes it all the same hears that it has begun anew, and doesn't count on it until then."""
+        receiver = self._streams.get(stream)
+        said = () if receiver is None else (Send(receiver.link, Ack(receiver.session, receiver.epoch, 0, 0, (), reason)),)
+        return (*self.forget(stream, reason), *said)
+
     def check(self) -> None:
         assert set(self._sessions.values()) == set(self._streams.values())
         for receiver in self._streams.values():

@@ -19,7 +19,7 @@ Ints = tuple[int, ...]
 class Offer(NamedTuple):
     """A copy of a lost rank (or of a mate's, whose bytes are the same) with its valid positions, capped by what the rest of the instance can reach.
 
-    `stays`: it can't be sent to another node: a pool, or a replica that lies beside the pool that it is of.
+    `stays`: it can't be sent to another node: a pool, a replica that lies beside the pool that it is of, or one that could not be sent before.
     """
 
     copy: Copy

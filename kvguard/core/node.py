@@ -214,8 +214,8 @@ class Node:
             return (Note("stale_epoch", str(event.stream), f"pushed in epoch {event.epoch.counter}"),)
         local = pushes.setdefault(event.stream, LocalStream(event, None))
         orders = self._current(event.stream.instance, event.epoch)
-        targets = dict.fromkeys((event.pushing, *(orders.targets(event.stream) if orders is not None else ())))
-        return tuple(effect for node in targets if node not in local.senders for effect in self.outbound.send_to(now, local, node))
+        targets = [(node, address) for node, address, stream in orders.transfers() if stream == event.stream] if orders is not None else []
+        return tuple(effect for node, address in targets if node not in local.senders for effect in self.outbound.push_to(now, local, node, address))
 
     def _steps_seen(self, now: int, event: events.StepsSeen) -> Effects:
         local = self.outbound.streams.get(event.stream)
@@ -392,7 +392,7 @@ class Node:
                 out += self.outbound.forget(local, self.outbound.streams)
         out += self.outbound.end_pushes(resumed.instance)
         why = f"unpinned in epoch {resumed.epoch.counter}"
-        return out + tuple(effect for stream in resumed.unpinned for effect in self.inbound.forget(stream, why))
+        return out + tuple(effect for stream in resumed.unpinned for effect in self.inbound.unpin(stream, why))
 
 
 def _given_away(now: int, ranks: list[LocalStream], reason: str) -> Effects:

@@ -126,6 +126,11 @@ class Outbound:
             sender.fence()
         return sender.step(now, LinkUp(link)) if link in self._up else ()
 
+    def push_to(self, now: int, local: LocalStream, node: NodeId, address: str) -> Effects:
+        """The plan had the node dialled; the link may have lost its last user before this one was there."""
+        dialled = () if f"peer:{node}" in self._dialled else self.dial(node, address)
+        return (*dialled, *self.send_to(now, local, node))
+
     def end_replaced(self) -> Effects:
         out: Effects = ()
         for local in self.streams.values():

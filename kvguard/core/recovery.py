@@ -34,6 +34,7 @@ class Situation(NamedTuple):
     replicated. `moves`: it can submit sequences elsewhere, and needn't wait for a standby; `hosts`: to whom. `wishes`: which seats operators want.
     `clashes`: copies that can't stand in one pool with others beyond a position, as earlier rounds found when they were side by side.
     `prints`: ranks' fingerprints as far as they are known: of a lost one what is held of its mates (shards.py) is as good as what is held of it.
+    `stuck`: replicas by holder that could not be brought elsewhere in an earlier round: they serve where they lie, or two of them would take turns to fail.
     """
 
     instance: str
@@ -53,6 +54,7 @@ class Situation(NamedTuple):
     births: dict[SequenceId, int] = {}
     clashes: tuple[Clash, ...] = ()
     prints: dict[Rank, int] = {}
+    stuck: tuple[tuple[NodeId, StreamId], ...] = ()
 
 
 class Plan(NamedTuple):
@@ -151,12 +153,14 @@ def _group(situation: Situation, dp: int, held: list, live: dict, lost: tuple[Ra
     of = {rank: [(p, copy) for p, copy in zip(fragile, copies, strict=True) if _is_of(situation, copy, rank)] for rank in mine}
     reaches = [highest([*(positions for positions, _ in of[rank]), (0,) * len(base)]) for rank in mine]
     within = lowest([caps, *reaches])
-    needs, at_home = [], {(node, holding.stream): True for node, holding in held if holding.kind == "pool"}
+    pools_at = [(report.node, stream) for report in situation.reports for stream in report.pending]  # of those that die nothing else is told yet
+    pools_at += [(node, holding.stream) for node, holding in held if holding.kind == "pool"]
+    needs, stay = [], dict.fromkeys((*pools_at, *situation.stuck))
     for rank in mine:
         offers = []
         for positions, copy in of[rank]:
             capped = lowest([positions, within])
-            offers.append(ladder.Offer(copy, capped, sum(capped), copy.kind == "pool" or (copy.node, copy.stream) in at_home))
+            offers.append(ladder.Offer(copy, capped, sum(capped), copy.kind == "pool" or (copy.node, copy.stream) in stay))
         needs.append(ladder.Need(rank, situation.members[rank], tuple(offers)))
     strange = tuple((copy.node, copy.stream, base[i]) for copy in aligned for i in copy.strange)
     remarks = {sequence: f"; of another sequence that bore this name is what {node} has of {stream.rank}" for node, stream, sequence in strange}

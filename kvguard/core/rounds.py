@@ -40,14 +40,17 @@ def start(
     if before is not None and before.settling is not None:
         failure = Failure(ranks, reason, 0.0, dead_writers, excluded, refused, clashes)
         ranks, _, _, dead_writers, excluded, refused, clashes = failure.and_also(before.settling.failure)
-    attempt, timing = 1, {"detect": detect_ms}
+    attempt, timing, stuck = 1, {"detect": detect_ms}, ()
     away = resuming.away(known, instance)
     if before is not None and before.record.phase != ledger.RESUMED:
         record = before.record
         attempt, timing = record.attempt + 1, {**record.timing_ms, "earlier": record.timing_ms.get("earlier", 0.0) + (known.now_ns - before.mark_ns) / MS}
         ranks, targets = (*ranks, *record.lost), targets or record.targets
         dead_writers, refused, clashes = (*dead_writers, *record.dead_writers), (*refused, *record.refused), (*clashes, *record.clashes)
+        stuck = record.stuck
         if record.phase == PLANNED:
+            late = [(holder, stream) for holder, _, _, stream in record.order.transfers if holder in excluded]
+            stuck += tuple((holder, stream) for holder, stream in late if (holder, f"transfer {stream}") not in before.dones)
             back = [rank for rank in record.lost if resuming.rank_done(before, rank) and rank not in ranks[: len(ranks) - len(record.lost)]]
             ranks = tuple(rank for rank in ranks if rank not in back)
             resuming.move_in(known, before, back)
@@ -59,7 +62,7 @@ def start(
         instance, epoch, FENCING, reason, tuple(sorted(dict.fromkeys(ranks))), {str(rank): member_record(place) for rank, place in sorted(places.items())},
         tuple(dict.fromkeys(excluded)), tuple(sorted(dict.fromkeys(dead_writers))), attempt, tuple(dict.fromkeys(refused)), timing_ms=timing,
         verdict_ns=known.now_ns, away=tuple(life.sequence for life in away), targets=targets, away_births=tuple(life.birth for life in away),
-        clashes=tuple(dict.fromkeys(clashes)),
+        clashes=tuple(dict.fromkeys(clashes)), stuck=tuple(dict.fromkeys(stuck)),
     )  # fmt: skip
     current = known.rounds[instance] = Round(record, known.fair_ns, known.now_ns)
     known.epochs[instance] = epoch
@@ -243,6 +246,7 @@ def _try_plan(known: Known, instance: str) -> None:
             instance, record.epoch, members, record.lost, dying.without(tuple(current.reports.values())), standbys, known.addresses(),
             known.forks.get(instance, {}), record.excluded, over, lives, may_move, hosts, Wishes(record.targets, tuple(known.drained)),
             known.births.get(instance, {}), record.clashes, {rank: place.fingerprint for rank, place in known.membership.members[instance].items()},
+            record.stuck,
         )  # fmt: skip
         answer = plan(situation)
         if not isinstance(answer, Unplannable):

@@ -21,7 +21,8 @@ def begin(known: Known, current: Round, failure: Failure) -> None:
         waits = tuple(rebuild.rank for rebuild in current.record.order.rebuilds if rebuild.rank in current.ordered)
         current.settling = Settling(failure, waits, known.fair_ns)
         return
-    current.settling = before._replace(failure=before.failure.and_also(failure))
+    waits = tuple(rank for rank in before.waits if rank in current.ordered)  # one whose standby was told of nothing may have been among them
+    current.settling = before._replace(failure=before.failure.and_also(failure), waits=waits)
 
 
 def under_way(known: Known, current: Round) -> list[Rebuild]:

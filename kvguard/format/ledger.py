@@ -38,6 +38,7 @@ class RecoveryRecord(msgspec.Struct, frozen=True, array_like=True):
     `order` of sequences that moved stays until they are delivered; `away`: what earlier recoveries moved elsewhere, which no later one brings back
     (`away_births`: which life of each name; empty: unknown).
     `targets`: where an operator wants ranks to go, if a standby is there. `clashes`: copies that are of use below a position only, found in earlier rounds.
+    `stuck`: replicas (holder, stream) that an earlier round didn't get to where they were wanted.
     """
 
     instance: str
@@ -59,6 +60,7 @@ class RecoveryRecord(msgspec.Struct, frozen=True, array_like=True):
     targets: tuple[tuple[Rank, NodeId], ...] = ()
     away_births: Ints = ()
     clashes: tuple[Clash, ...] = ()
+    stuck: tuple[tuple[NodeId, StreamId], ...] = ()
 
     def away_lives(self) -> tuple[Life, ...]:
         return tuple(map(Life, self.away, self.away_births or (0,) * len(self.away)))

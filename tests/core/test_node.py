@@ -296,6 +296,25 @@ def test_plan_cuts_restores_and_pushes_once() -> None:
     assert out == (ForgetStream(OTHER), HangUp("peer:d"), DropReplica(OTHER, "unpinned in epoch 1"))
 
 
+def test_a_push_dials_where_the_last_user_of_its_link_ended_before_it_came() -> None:
+    world, mine = World(), StreamId("j", R0, 3)
+    world.coordinator()
+    world.attach(mine)
+    world.say(ms.Assign("j", R0, (("d", "tcp://d"),), ""))
+    world.look(4, mine)
+    world.ack(world.holder("d"), "d")
+    world.say(ms.Assign("j", R0, (("e", "tcp://e"),), "another"))
+    out = world.holder("e")
+    world.say(plan(transfers=[("a", "d", "tcp://d", OTHER)]))
+    world.ack(out, "e")
+    assert HangUp("peer:d") in world.step(ev.TurnEnded())
+    world.step(ev.PlanCarried("i", E1, ()))
+    assert world.step(ev.StreamAttached(OTHER, SHAPE, 0, E1, "", "d")) == (Dial("peer:d", "tcp://d"),)
+    world.look(4, OTHER)
+    world.ack(world.holder("d"), "d")
+    assert [effect.message.part for effect in world.step(ev.TurnEnded())] == [f"transfer {OTHER}"]
+
+
 def test_rebuild_claims_a_standby_once_and_answers_again() -> None:
     world = World()
     world.coordinator()

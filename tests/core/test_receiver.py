@@ -149,6 +149,15 @@ def test_a_newer_session_ends_the_older_one() -> None:
     assert node.turn_ended(0, TurnEnded()) == ()
 
 
+def test_who_still_writes_what_is_unpinned_hears_of_it() -> None:
+    """An idle sender has nothing more to send that could be refused, and would go on to call its rank protected by what is gone."""
+    node = inbound()
+    grant(node, hello(5))
+    assert node.unpin(STREAM, "unpinned") == (DropReplica(STREAM, "unpinned"), Send(LINK, Ack(5, NO_EPOCH, 0, 0, (), "unpinned")))
+    node.check()
+    assert node.unpin(STREAM, "unpinned") == (DropReplica(STREAM, "unpinned"),), "nobody writes it any more"
+
+
 def test_unknown_session_is_told_once_a_turn() -> None:
     node = inbound()
     for number in (1, 2):

@@ -7,7 +7,7 @@ import pytest
 from kvguard.core.events import Arrived
 from kvguard.core.known import Settings
 from kvguard.format import messages as m
-from kvguard.types import Epoch, Rank
+from kvguard.types import Clash, Epoch, Rank, StreamId
 from tests.core.cast import INSTANCE, MS, Cast, Daemon, three_stages
 
 R0, R1, R2 = (Rank(0, pp, 0) for pp in range(3))
@@ -122,6 +122,21 @@ def test_it_doesn_t_wait_for_what_died_or_failed_too():
     arrive(cast, a)
     cast.run(500)
     assert not cast.emitter.resumes[-1].error and (a.ranks[R0]["incarnation"], c.ranks[R2]["incarnation"]) == (1001, 3001)
+
+
+def test_nor_for_one_whose_standby_was_told_of_nothing():
+    """Mates pull the same replicas: where two of those clash they clash for each of the mates."""
+    cast, a, c = two_lost()
+    c.errors["rank 0.2.0"] = "out of memory"
+    cast.run(300)
+    (done,), ordered = a.slow, len(cast.sent(m.RebuildOrder))
+    a.slow = [m.Done(INSTANCE, done.epoch, "a", done.part, "two lives", clashes=(Clash(StreamId(INSTANCE, R0, 77), "s", 4),))]
+    a.standbys.insert(0, 1000)
+    a.ranks[R0]["alive"] = False
+    arrive(cast, a)
+    cast.run(100)
+    again = [order for order in cast.sent(m.RebuildOrder)[ordered:] if order.epoch.counter == 2]
+    assert cast.epoch() == 3 and not again, "it isn't ordered again, to be refused again, until the wait is over"
 
 
 def test_nothing_new_is_given_away_meanwhile():

@@ -8,15 +8,17 @@ import msgspec
 
 from kvguard.core import events as ev
 from kvguard.core.effects import Dial, PushReplica, Send
+from kvguard.core.known import Settings
 from kvguard.core.membership import Member
 from kvguard.core.moving import Host
+from kvguard.core.recovery import Situation, plan
 from kvguard.core.shards import copiers, mates
 from kvguard.format import messages as m
 from kvguard.format.layout import Layout, Shard
 from kvguard.types import Clash, Epoch, Fork, Life, Rank, StreamId
 from tests.core.cast import INSTANCE, Cast, Daemon, Emitter
 from tests.core.test_node import E1, MS, OLD, SHAPE, World, fence
-from tests.core.test_recovery import Has, ask, column, standby, stream
+from tests.core.test_recovery import Has, ask, column, reports, standby, stream
 
 A, B, C = (Rank(0, 0, tp) for tp in range(3))
 FAR = Rank(0, 1, 0)
@@ -194,6 +196,25 @@ def test_both_come_back_from_the_one_replica_when_their_node_dies_at_any_point_o
         resume = cast.emitter.resumes[-1]
         assert (resume.error, [(entry.sequence, entry.position) for entry in resume.sequences]) == ("", [("s", 8)]), kill_after
         assert {rank: place.node for rank, place in cast.coordinator.known.membership.members[INSTANCE].items()} == {A: "b", B: "b"}
+
+
+def test_two_copies_that_do_not_get_there_do_not_take_turns_to_fail():
+    """The only node with a spare process has no room: what lies elsewhere is of no use in this recovery, and is computed again."""
+    cast = cast_of(settings=Settings(restore_ns=500 * MS))
+    a, b = cast.daemons["a"], cast.daemons["b"]
+    former = StreamId(INSTANCE, B, 99)
+    for rank in (A, B):
+        a.ranks[rank]["rows"]["s"] = (9, 11)
+    b.replicas[a.ranks[A]["stream"]], a.replicas[former] = {"s": (9, 11)}, {"s": (7, 9)}
+    a.standbys, b.standbys = [], []
+    a.silent_parts, b.silent_parts = (f"transfer {former}",), (f"transfer {a.ranks[A]['stream']}",)
+    cast.run(200)
+    lost = a.ranks.pop(B)
+    cast.say(a, m.Fault("a", lost["stream"], lost["incarnation"], "died", "signal 9", False, 3.0))
+    cast.run(3000)
+    plans = {order.epoch.counter: (order.positions, [holder for holder, *_ in order.transfers]) for order in cast.sent(m.PlanOrder)}
+    assert plans == {1: ((9,), ["b"]), 2: ((7,), ["a"]), 3: ((0,), [])}
+    assert [(resume.epoch.counter, resume.error) for resume in cast.emitter.resumes] == [(3, "")]
 
 
 # ---- a node that copies one for two ----
@@ -374,6 +395,10 @@ def test_a_replica_beside_its_own_pool_is_not_sent_on():
     pool = Has("a", A, {"s": (14, 15)}, fingerprint=PRINT)
     answer = planned([pool, held_of("a", A, 12), held_of("d", A, 9)], (B,))
     assert column(answer, "positions") == {"s": 9} and [source.node for source in answer.order.rebuilds[0].sources] == ["d"]
+    dying = [Has("c", FAR, {"s": (20, 21)}, fingerprint=1), held_of("a", A, 12), held_of("d", A, 9)]
+    pending = tuple(msgspec.structs.replace(report, pending=(stream(A),)) if report.node == "a" else report for report in reports(*dying))
+    late = plan(Situation("i", Epoch(8, "c"), MEMBERS, (A, B), pending, (spare("b", 11), spare("b", 12)), prints=BOTH))
+    assert column(late, "positions") == {"s": 9}, "nor beside one that is told of as pending alone"
     local = planned([pool, held_of("a", A, 12), held_of("d", A, 9)], (B,), (spare("a", 11),))
     assert column(local, "positions") == {"s": 12} and local.order.transfers == ()
 

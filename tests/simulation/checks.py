@@ -244,9 +244,10 @@ class Checks:
             self.world.count("beats_protected")
             local = life.core.outbound.streams[rank.stream]
             assert rank.epoch == life.core.promises.of(rank.stream.instance), "I8: protected in an epoch that is over"
-            streams = [local, *([local.cover] if local.cover is not None else [])]
+            cover = local.mate if local.mate is not None and not local.mate.watched else local.cover  # it may have died after the beat was made
+            streams = [local, *([cover] if cover is not None else [])]
             assert any(node != life.name for one in streams for node in one.senders), "I8: protected by nobody"
-            assert rank.as_rank is None or (local.cover.stream.rank == rank.as_rank and not local.senders), "I8: copied by nobody"
+            assert rank.as_rank is None or (cover.stream.rank == rank.as_rank and not local.senders), "I8: copied by nobody"
             self.world.count("beats_protected_with_a_mate", rank.as_rank is not None and rank.committed > 0)
             for row in local.ledger.rows.values():
                 best = self._held_of(streams, row)
@@ -419,8 +420,8 @@ class Checks:
                 return f"rank {rank} is still fenced"
             if not local.senders and len(world.nodes) > 1 and local.cover is None:
                 return f"rank {rank} has no holder"
-            full = local.cover is not None and any(copy.shed for sender in local.cover.senders.values() for copy in sender.flow.copies.values())
-            if local.cover is not None and local.senders and not full:  # what it has of its own stays as long as there is no room for the mate's
+            full = local.cover is not None and self._is_without(local)
+            if local.cover is not None and local.senders and not full:
                 return f"rank {rank} is copied with rank {local.as_rank}, and {list(local.senders)} are still to end"
             for node, sender in local.senders.items():
                 copies = sender.flow.copies.values()  # what was refused is offered again and again: it counts only while it waits for that
@@ -428,12 +429,18 @@ class Checks:
                 if sender.state != "stream" or not whole:
                     return f"rank {rank}: {node} has not acknowledged all ({sender.state}: {sender.reason})"
             room = not any(copy.shed for node, sender in local.senders.items() if node not in local.ending for copy in sender.flow.copies.values())
-            if local.ending and room and not full:  # a holder that is replaced stays as long as the new one has no room
+            if local.ending and room and not full:
                 return f"rank {rank}: {list(local.ending)} are still to end"
         for host in world.nodes.values():
             if len(host.life.shell.buffers):
                 return f"{host.name} has {len(host.life.shell.buffers)} buffers"
         return ""
+
+    def _is_without(self, local) -> bool:
+        """What a rank has of its own stays as long as its mate's holder has no room for it, or the mate knows less of it: at rest it learns nothing."""
+        shed = any(copy.shed for sender in local.cover.senders.values() for copy in sender.flow.copies.values())
+        known = {row.sequence: row.ids for row in local.cover.ledger.rows.values()}
+        return shed or any(known.get(row.sequence, -1) < row.ids for row in local.ledger.rows.values())
 
     def drained(self) -> None:
         """I9: at rest replica bytes = pool bytes for everything that is committed; I6: nothing is held for nobody."""
@@ -461,11 +468,14 @@ class Checks:
                         world.count("shed_at_rest")
                         continue
                     name = copy.row.sequence
+                    if local.cover is not None and name not in live:  # the other way round: its mate alone had opened it
+                        assert not copy.row.committed, f"I9: {rank} is copied with a rank that has {copy.row.committed} of {name}, and has none"
+                        continue
                     assert held[name].position == table.accepted(live[name]), f"I9: {node} holds {held[name].position} of {name}"
                     here, there = b"".join(int(token).to_bytes(4, "little") for token in table.ids(live[name])), bytes(held[name].ids)
                     common = min(len(here), len(there)) if local.cover is not None else max(len(here), len(there))  # a mate may know of more that come
                     assert here[:common] == there[:common] and common >= 4 * table.accepted(live[name]), f"I9: ids of {name}: {len(here)} and {len(there)}"
-                assert len(held) <= len(live), f"I6: {node} holds {sorted(held)}, alive are {sorted(live)}"
+                assert local.cover is not None or len(held) <= len(live), f"I6: {node} holds {sorted(held)}, alive are {sorted(live)}"
         for host in world.nodes.values():
             self.whole_store(host.life)
         world.count("drained")
