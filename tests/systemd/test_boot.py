@@ -132,7 +132,8 @@ class Cluster:
     def replaced(self, pid: int) -> None:
         """Another life of the service runs, with everything that was held, of which nothing was sent again."""
         self.machine.until("another life", lambda: (now := self.holder("MainPID", "ActiveState")) and now["ActiveState"] == "active" and now["MainPID"] != str(pid))
-        width = self.sent_bytes() // self.positions
+        width, twice_bytes = divmod(self.sent_bytes(), self.positions)
+        assert not twice_bytes, f"sent twice: {self.machine.ask(OTHER, 'stats')['counters']}\n{self.machine.journal('kvguard-a')[-4000:]}"
         self.commit(3)
         self.protected()
         assert self.sent_bytes() == width * self.positions
