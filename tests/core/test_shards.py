@@ -236,6 +236,13 @@ class Node(World):
         opened, grown = (ev.Opened(number, name, 5, lineage, request),), (ev.Grown(number, 0, (10 * number, 10 * number + 1), (100, 101)),)
         return self.step(ev.Looked(stream_, (), (), opened, grown, (number,), (committed,), (committed + 1,)))
 
+    def covered(self) -> None:
+        """Both have a sequence of four positions, and the one holder has acknowledged it."""
+        self.two()
+        for stream_ in (MINE, HIS):
+            self.row(stream_, 0, "s", 4)
+        self.ack(self.holder())
+
     def said(self, rank: Rank) -> m.RankBeat:
         return next(one for one in self.beat().ranks if one.stream.rank == rank)
 
@@ -274,10 +281,7 @@ def test_another_life_or_a_fork_of_the_mates_row_protects_nothing():
 
 def test_without_its_mate_it_says_so():
     world = Node()
-    world.two()
-    world.row(MINE, 0, "s", 4)
-    world.row(HIS, 0, "s", 4)
-    world.ack(world.holder())
+    world.covered()
     assert world.said(B).state == "protected"
     world.step(ev.StreamDetached(MINE, 3))
     assert (world.said(B).state, world.said(B).reason) == ("unprotected", "rank 0.0.0, whose copy is this one's too, is not attached here in this epoch")
@@ -290,10 +294,7 @@ def test_without_its_mate_it_says_so():
 
 def test_a_fence_ends_the_mates_word_too():
     world = Node()
-    world.two()
-    world.row(MINE, 0, "s", 4)
-    world.row(HIS, 0, "s", 4)
-    world.ack(world.holder())
+    world.covered()
     world.say(fence())
     assert [world.said(rank).state for rank in (A, B)] == ["recovering"] * 2
     world.node.outbound.streams[HIS].adopt(world.now, E1)
