@@ -34,6 +34,7 @@ class Loads:
         self._ended: deque[LoadEnd] = deque()
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
+        self._under_way = 0
         self._idle = 0
         self._closing = False
 
@@ -41,15 +42,18 @@ class Loads:
         """Ends in `ended`, within the timeout."""
         with self._changed:
             self._waiting.append((load, time.monotonic() + self._timeout_s))
+            self._under_way += 1
             if not self._idle and len(self._threads) < AT_ONCE_MAX:
                 thread = threading.Thread(target=self._run, name=f"kvguard-load-{len(self._threads)}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
             self._changed.notify()
 
-    def ended(self) -> list[LoadEnd]:
-        """What has ended since the last call."""
+    def ended(self, wait_s: float = 0.0) -> list[LoadEnd]:
+        """What has ended since the last call. With nothing to say, but a load under way, it waits so long for one."""
         with self._changed:
+            if self._under_way:
+                self._changed.wait_for(lambda: self._ended or self._closing, wait_s)
             found = list(self._ended)
             self._ended.clear()
         return found
@@ -78,6 +82,8 @@ class Loads:
                 _log.info("kvguard: %s goes on from position %d: %d bytes in %.1f ms", load.request_id, end.position, end.moved_bytes, end.load_ms)
             with self._changed:
                 self._ended.append(end)
+                self._under_way -= 1
+                self._changed.notify_all()
 
     def _load(self, load: Load, deadline: float) -> LoadEnd:
         began = time.monotonic()

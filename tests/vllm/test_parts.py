@@ -470,6 +470,31 @@ def test_every_load_ends_and_none_after_its_deadline_begins(monkeypatch):
     loads.close()
 
 
+def test_who_has_nothing_else_to_do_waits_for_a_load_only_while_one_is_under_way():
+    gate, waits = threading.Event(), threading.Event()
+
+    def fetch(moved, blocks, timeout_s):
+        assert gate.wait(20)
+        return Fetched(6, 100, 1.0)
+
+    class Watched(threading.Condition):
+        def wait_for(self, predicate, timeout=None):
+            if timeout == 60.0:
+                waits.set()
+            return super().wait_for(predicate, timeout)
+
+    loads = Loads(fetch, 5.0)
+    loads._changed = Watched()
+    assert loads.ended(60.0) == [] and not waits.is_set(), "nothing will ever end"
+    loads.begin(Load("slow", TOKEN, [1, 2], 6))
+    assert loads.ended() == [], "with something else to do nobody waits"
+    threading.Thread(target=lambda: waits.wait(20) and gate.set()).start()
+    assert [end.request_id for end in loads.ended(60.0)] == ["slow"], "it ends while somebody waits for it"
+    waits.clear()
+    assert loads.ended(60.0) == [] and not waits.is_set()
+    loads.close()
+
+
 def test_a_load_that_is_refused_or_has_no_token_ends_with_the_reason():
     def fetch(moved, blocks, timeout_s):
         raise Refused("gone")
