@@ -28,7 +28,8 @@ class Gateway:
         file.write_text(config.template(config.GatewayConfig, values))
         self.log = world.directory / "gateway.log"
         with open(self.log, "ab") as log, whole():
-            self.popen = subprocess.Popen([sys.executable, "-m", "kvguard.cli", "gateway", "--config", str(file)], stdout=log, stderr=log, cwd=ROOT)
+            arguments = [sys.executable, "-m", "kvguard.cli", "gateway", "--config", str(file)]
+            self.popen = subprocess.Popen(arguments, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
             weighted(self.popen.pid)
             world.fronts.append(self)
         try:

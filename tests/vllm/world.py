@@ -70,7 +70,10 @@ def living(group: int) -> list[int]:
 
 
 def weighted(pid: int) -> None:
-    """What the units' CPUWeight=1000 gives a daemon beside engines that take every core, where this user may give it, and this kernel weighs sessions."""
+    """What the units' CPUWeight=1000 gives a daemon beside engines that take every core, where this user may give it, and this kernel weighs sessions.
+
+    The session must be the process's own: whatever else is in it (a user's shell) would get the weight, too, and keep it.
+    """
     with contextlib.suppress(OSError):
         Path(f"/proc/{pid}/autogroup").write_text("-10")
 
@@ -163,7 +166,9 @@ class World:
             with open(self.directory / f"{name}.log", "ab") as log, whole():
                 arguments = [sys.executable, "-m", "kvguard.cli", verb, "--config", str(self.directory / f"{name}.toml")]
                 environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-                self.running[name] = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=environment)
+                self.running[name] = subprocess.Popen(
+                    arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=environment, start_new_session=True
+                )
                 weighted(self.running[name].pid)
         self.until("nodes", lambda: len([one for one in self.status()["nodes"] if one["state"] == "alive"]) >= len(self.addresses))
 
