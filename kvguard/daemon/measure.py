@@ -2,7 +2,8 @@
 
 Knows: the core's streams, read only. Must not know: how it is published.
 Invariants: lag is committed - acked just before the next commit is taken in (house: names of numbers), of sequences that have caught up once,
-at a holder that answers (without one they are UNPROTECTED, which is said elsewhere); memory is bounded.
+at a holder that answers (without one they are UNPROTECTED, which is said elsewhere): one of the rank's own, or of the mate's that is copied for it; memory is
+bounded.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
-from kvguard.core import events
+from kvguard.core import covering, events
+from kvguard.core.ledger import Row
+from kvguard.core.local import LocalStream
 from kvguard.core.node import Node
 from kvguard.types import StreamId, is_scheduler
 
@@ -59,9 +62,7 @@ class Measures:
         waiting = self._opened
         for row in event.rows if local is not None else ():
             known = local.ledger.rows.get(row)
-            answering = [sender.flow.copies for sender in local.senders.values() if sender.state == "stream"]
-            caught = any(row in copies and copies[row].caught for copies in answering)
-            if known is not None and known.committed and caught and not (waiting and (event.stream, row) in waiting):
+            if known is not None and known.committed and not (waiting and (event.stream, row) in waiting) and _followed(local, row, known):
                 self._lags[known.committed - min(local.best(row), known.committed)] += 1
         for row in event.released:
             self._opened.pop((event.stream, row), None)
@@ -98,6 +99,18 @@ class Measures:
     def reset(self) -> None:
         self._lags.clear()
         self._waits_ms.clear()
+
+
+def _followed(local: LocalStream, number: int, row: Row) -> bool:
+    """Whether a holder that answers has caught up with a row once."""
+    if _caught(local, number):
+        return True
+    same = covering.row_of(local.cover, row) if local.cover is not None else None
+    return same is not None and _caught(local.cover, same[0])
+
+
+def _caught(local: LocalStream, number: int) -> bool:
+    return any(sender.state == "stream" and number in sender.flow.copies and sender.flow.copies[number].caught for sender in local.senders.values())
 
 
 def percentile(counts: Counter, share: float) -> int | None:
