@@ -223,7 +223,9 @@ class Answering(Response):
 
     async def _relay(self, body: dict, reason: str, send) -> str:
         self._route = "relayed"
-        relay = Relay(self._around, self._request.url.path, body, self._id, self._request.headers)
+        # The path is ours: the request's own URL has the client's Host in it, and older starlettes take a path out of that.
+        path = "/v1/chat/completions" if self._chat else "/v1/completions"
+        relay = Relay(self._around, path, body, self._id, self._request.headers)
         try:
             if body.get("stream") is True:
                 async with aclosing(relay.stream()) as parts:

@@ -16,7 +16,7 @@ from kvguard.gateway.watching import key_of
 
 
 class Relay:
-    """`path`: of the request. `body`: the client's, refused fields already refused."""
+    """`path`: at the instance. `body`: the client's, refused fields already refused."""
 
     def __init__(self, around: Surroundings, path: str, body: dict, request: str, headers: Mapping[str, str]) -> None:
         self._around, self._path, self.request, self._headers = around, path, request, headers

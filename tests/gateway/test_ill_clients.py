@@ -90,6 +90,18 @@ def test_bodies_of_every_kind(world):
     assert world.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 5, "ignore_eos": True}).json()["choices"][0]["text"] == expected(PROMPT, 5, False)
 
 
+@pytest.mark.parametrize("host", [b"a/control?", b"a/tokenize#", b"a/v1/completions?x="])
+def test_a_host_names_no_path(world, host):
+    """Any path of the instances' servers could be asked for so, with a starlette before 1.0: sleep, load_lora_adapter, whatever is theirs alone."""
+    world.start("a")
+    content = json.dumps({"model": "toy", "messages": [{"role": "user", "content": "x"}], "n": 2}).encode()
+    with dialled(world) as raw:
+        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: " + host + b"\r\ncontent-length: %d\r\n\r\n" % len(content) + content)
+        ((status, said),) = answers(raw, 1)
+    assert [one["path"] for one in world.backends["a"].seen["requests"]] == ["/v1/chat/completions"], said
+    assert status == 200 and said["choices"][0]["message"]["content"] == "one two three"
+
+
 def test_what_nobody_foresaw_has_openais_form(world, monkeypatch):
     from kvguard.gateway import policy
 
