@@ -284,8 +284,6 @@ class BulkPort:
             self._wakeup.watch(connection.fileno(), lambda events, stranger=stranger: self._hear(stranger))
 
     def _hear(self, stranger: _Stranger) -> None:
-        if stranger.socket.fileno() < 0:
-            return
         try:
             got = stranger.socket.recv(KNOCK_BYTES - len(stranger.knock))
         except BlockingIOError:

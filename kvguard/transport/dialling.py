@@ -162,8 +162,6 @@ class Dialled:
     # ---- what woke us ----
 
     def _on_watch(self, events: int) -> None:
-        if self._watch is None:
-            return
         for event, value in self._watch.events():
             if event == zmq.EVENT_CONNECTED:
                 address = watching.peer_address(value)
@@ -262,8 +260,6 @@ class Dialled:
             self._without_bulk()
 
     def _on_bulk(self, events: int) -> None:
-        if self._bulk is None:
-            return
         try:
             sent = 0 if self._bulk.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) else self._bulk.send(bulk.MAGIC + self._ticket)
         except OSError:

@@ -166,8 +166,6 @@ class Link:
         self.channel = self.bulk = BulkChannel(connection, self._shared.wakeup, self.bulk_ready, self._shared.settings.queue_bytes_max)
 
     def bulk_ready(self, events: int) -> None:
-        if self.bulk is None:
-            return
         with self._guarded("bulk channel"):
             if events & OUT:
                 self.bulk.flush()

@@ -1,7 +1,7 @@
 """One descriptor that is readable whenever a transport has something to do: sockets, a bell for what a socket's own descriptor no longer tells, a timer.
 
 Knows: epoll, eventfd, timerfd. Must not know: frames, links.
-Invariants: ready() never blocks; a descriptor that was forgotten is never reported again; close() leaves none open.
+Invariants: ready() never blocks; whoever is forgotten is not called any more, also not in the turn in which that happens; close() leaves none open.
 
 ZeroMQ's descriptors are edge-triggered in effect: any call on a socket may swallow the edge while messages still wait inside. Whoever touches a socket looks at
 EVENTS afterwards and calls `again` for it.
@@ -13,7 +13,7 @@ import ctypes
 import os
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -42,6 +42,7 @@ class Wakeup:
         self._clock = _timer()
         self._calls: dict[int, Callable[[int], None]] = {}
         self._again: dict[Callable[[int], None], None] = {}
+        self._due: dict[Callable[[int], None], int] = {}  # of the last ready(): not called yet, with their events
         self._armed_ns = 0
         for fd in (self._bell, self._clock):
             self._epoll.register(fd, IN)
@@ -63,7 +64,9 @@ class Wakeup:
 
     def forget(self, fd: int) -> None:
         """Before the descriptor is closed."""
-        self._again.pop(self._calls.pop(fd), None)
+        call = self._calls.pop(fd)
+        self._again.pop(call, None)
+        self._due.pop(call, None)
         self._epoll.unregister(fd)
 
     def again(self, call: Callable[[int], None]) -> None:
@@ -83,19 +86,25 @@ class Wakeup:
         if _libc.timerfd_settime(self._clock, 0, ctypes.byref(value), None) != 0:
             raise OSError(ctypes.get_errno(), "timerfd_settime failed")
 
-    def ready(self) -> list[tuple[Callable[[int], None], int]]:
-        """What to call now, with its epoll events (IN for what was asked for again). The timer only wakes: whoever armed it looks at the clock."""
-        due = dict.fromkeys(self._again, IN)
-        if due:
-            self._again.clear()
-            os.eventfd_read(self._bell)
+    def ready(self) -> Iterator[tuple[Callable[[int], None], int]]:
+        """What to call now, one after the other, with its epoll events (IN for what was asked for again): what an earlier call makes stale is left out. The timer
+        only wakes: whoever armed it looks at the clock."""
+        due = self._due = dict.fromkeys(self._again, IN)
+        self._again.clear()
         for fd, events in self._epoll.poll(0):
-            if fd == self._clock:
+            if fd == self._bell:  # also where who asked was forgotten since: it would ring for ever
+                os.eventfd_read(fd)
+            elif fd == self._clock:
                 os.read(fd, 8)
                 self._armed_ns = 0
             elif fd in self._calls:
                 due[self._calls[fd]] = due.get(self._calls[fd], 0) | events
-        return list(due.items())
+        return self._still_due()
+
+    def _still_due(self) -> Iterator[tuple[Callable[[int], None], int]]:
+        while self._due:
+            call = next(iter(self._due))
+            yield call, self._due.pop(call)
 
     def wait(self, timeout_s: float) -> bool:
         """Block until fileno() is readable: for callers that have no loop of their own."""
@@ -104,6 +113,7 @@ class Wakeup:
     def close(self) -> None:
         self._calls.clear()
         self._again.clear()
+        self._due.clear()
         self._epoll.close()
         os.close(self._bell)
         os.close(self._clock)
