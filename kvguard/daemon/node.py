@@ -110,8 +110,9 @@ class NodeDaemon:
         for event in self.workers.prepared(config.device, device.said, SILENT):
             self.loop.feed(event)
         self.ranks = Ranks(
-            device, store, self, self.control.send, self.shell.streams, self.shell.local, self.shell.epochs, config.salvage_ms_max, self.workers
-        )
+            device, store, self, self.control.send, self.shell.streams, self.shell.local, self.shell.epochs, config.salvage_ms_max, self.workers,
+            self.shell.counters,
+        )  # fmt: skip
         self.shell.engines = self.ranks
         self.lending = Lending(device, self.workers, self.control.send)
         self.fetching = Fetching(self.shell, self.ranks, self.control.send)

@@ -47,7 +47,7 @@ class Engines(Protocol):
     def claim(self, plan: PlanOrder, rebuild: Rebuild) -> None:
         """Raises Refused where the standby or the sources aren't here."""
 
-    def kill(self, incarnation: int) -> bool: ...
+    def kill(self, incarnation: int) -> None: ...
 
     def forget(self, stream: StreamId) -> None: ...
 
@@ -277,7 +277,7 @@ def go_on(shell: NodeShell, push: Push) -> Events | None:
 
 
 def kill_process(shell: NodeShell, effect: effects.KillProcess) -> Events:
-    shell.counters["processes_killed"] += shell.engines.kill(effect.incarnation)
+    shell.engines.kill(effect.incarnation)
     return ()
 
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -44,11 +45,11 @@ SALVAGE_MS_MAX = 300
 
 
 class Ranks:
-    """`streams`, `local`, `epochs`: the shell's (perform_node.NodeShell). Implements perform_node.Engines."""
+    """`streams`, `local`, `epochs`, `counters`: the shell's (perform_node.NodeShell). Implements perform_node.Engines."""
 
     def __init__(
         self, device: Device, store: ReplicaStore, watches: Watches, tell: Tells, streams: dict[StreamId, Stream], local_streams: dict[StreamId, Stream],
-        epochs: dict[str, Epoch], salvage_ms_max: int = SALVAGE_MS_MAX, workers: Workers | None = None,
+        epochs: dict[str, Epoch], salvage_ms_max: int = SALVAGE_MS_MAX, workers: Workers | None = None, counters: Counter | None = None,
     ) -> None:  # fmt: skip
         self._store = store
         self._watches = watches
@@ -56,6 +57,7 @@ class Ranks:
         self._tell = tell
         self._streams, self._local, self._epochs = streams, local_streams, epochs
         self._workers = workers or Workers()
+        self._counters = Counter() if counters is None else counters
         self._salvaging = Salvaging(self._workers, salvage_ms_max, lambda rank: self.ranks.get(rank.stream.id) is rank)
         self.ranks: dict[StreamId, LocalRank] = {}
         self._standbys = Spares(watches)
@@ -336,7 +338,10 @@ class Ranks:
         if message.error:
             self._scrub(connection)
         error = message.error or ("" if rank else "restored, but not attached as this rank")
-        return [*told, events.EngineRestored(message.instance, stream.rank, message.epoch, stream, endpoint, error, by_rung, message.restore_ms)]
+        answer = events.EngineRestored(
+            message.instance, stream.rank, message.epoch, stream, endpoint, error, by_rung, message.restore_ms, behind=message.behind
+        )
+        return [*told, answer]
 
     def _scrub(self, connection: int) -> None:
         """A pull failed: whatever the replicas hold that their sums don't vouch for goes before anybody plans with it again."""
@@ -344,17 +349,16 @@ class Ranks:
             log.warning("a pull from the replica of %s failed: it is verified", stream)
             self._store.damaged(stream)
 
-    def kill(self, incarnation: int) -> bool:
-        """SIGKILL through the pidfd: never through a number that may be another's by now. Whether it is the first that the process gets from here: it is told
-        to die as often as a fence is said while it does."""
+    def kill(self, incarnation: int) -> None:
+        """SIGKILL through the pidfd: never through a number that may be another's by now. Processes are counted, not signals: one is told to die as often as a
+        fence is said while it does."""
         ranks = [rank for rank in self.ranks.values() if rank.stream.alive and rank.stream.incarnation == incarnation]
         everyone = [*ranks, *(spare for spare in self.spares.values() if spare.incarnation == incarnation)]
-        first = any(not one.killed for one in everyone)
+        self._counters["processes_killed"] += any(not one.killed for one in everyone)
         for one in everyone:
             one.killed = "killed by its node's daemon"
             with contextlib.suppress(ProcessLookupError):  # dead and buried: its pidfd says so
                 signal.pidfd_send_signal(one.pidfd, signal.SIGKILL)
-        return first
 
 
 def _table(arrival: Arrival, layout: Layout | None) -> tuple[TableReader, int]:

@@ -41,7 +41,9 @@ class Desk:
         self.told = []
         self.store = ReplicaStore(None, 1 << 20, 0)
         self.shell = NodeShell(transport=None, journal=None, clock=lambda: 0, node="a", store=self.store, engines=None)
-        self.ranks = Ranks(HostDevice(), self.store, self, self.tell, self.shell.streams, self.shell.local, self.shell.epochs)
+        self.ranks = Ranks(
+            HostDevice(), self.store, self, self.tell, self.shell.streams, self.shell.local, self.shell.epochs, counters=self.shell.counters
+        )
 
     def watch(self, descriptor, ready):
         if len(self.watched) >= self.room:
@@ -347,10 +349,12 @@ def test_a_stopped_standby_that_was_handed_the_memory_is_ended_before_another_is
     list(desk.ranks.restored(5, local.Restored("llama", ID.rank, Epoch(1, "c"), "it says so")))
     desk.ranks.claim(plan(orders[6]), orders[6])
     list(desk.ranks.restored(6, local.Restored("llama", ID.rank, Epoch(1, "c"), "it says so")))
-    assert slow.poll() is None, "who has given up writes nothing"
+    assert slow.poll() is None and not desk.shell.counters["processes_killed"], "who has given up writes nothing"
     desk.ranks.claim(plan(orders[5]), orders[5])
     desk.ranks.claim(plan(orders[6]), orders[6])
     assert slow.wait(10) == -signal.SIGKILL and desk.told[-1][0] == 6
+    desk.ranks.kill(5)
+    assert desk.shell.counters["processes_killed"] == 1, "processes, whoever ends them; not signals"
     [died] = desk.watched[desk.ranks.spares[5].pidfd]()
     assert (died.incarnation, died.reason) == (5, "killed by its node's daemon")
     for program in programs:

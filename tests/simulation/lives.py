@@ -154,8 +154,7 @@ class SimulatedRanks(Ranks):
                 return process
         return None
 
-    def kill(self, incarnation: int) -> bool:
-        found = False
+    def kill(self, incarnation: int) -> None:
         for process in list(self._world.processes.values()):
             if incarnation in (process.incarnation, process.guard.incarnation if process.guard is not None else None):
                 for one in [*self.ranks.values(), *self.spares.values()]:
@@ -163,8 +162,6 @@ class SimulatedRanks(Ranks):
                         one.killed = "killed by its node's daemon"
                 self._world.count("killed_by_the_daemon")
                 process.kill("by its daemon")
-                found = True
-        return found
 
 
 class RacingPool:
