@@ -196,7 +196,7 @@ class Captured(Event, frozen=True):
 class EngineRestored(Event, frozen=True):
     """A survivor has truncated itself as the plan says, or a claimed standby has its KV and is now the rank on `stream`. `error`: it can't.
 
-    `clashes`: copies that can't all be pulled into one pool; the standby was told of nothing.
+    `clashes`: copies that can't all be pulled into one pool; the standby was told of nothing. `behind`: format/local.py, Restored.
     """
 
     instance: str
@@ -208,6 +208,7 @@ class EngineRestored(Event, frozen=True):
     bytes_by_rung: tuple[tuple[str, int], ...] = ()
     restore_ms: float = 0.0
     clashes: tuple[Clash, ...] = ()
+    behind: bool = False
 
 
 # ---- the node: replicas ---------------------------------------------------------------------------------------------------------

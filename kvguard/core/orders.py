@@ -95,7 +95,7 @@ class Orders:
         moved = dict(event.bytes_by_rung)
         return self._answer(
             f"rank {event.rank}", error=event.error, endpoint=event.endpoint, stream=event.stream, bytes_by_rung=moved, restore_ms=event.restore_ms,
-            clashes=event.clashes,
+            clashes=event.clashes, behind=event.behind,
         )  # fmt: skip
 
     def untold(self, event: EngineRestored) -> StandbyBeat | None:

@@ -63,7 +63,7 @@ def on_done(known: Known, node: NodeId, done: Done, start) -> None:
             current.ordered.pop(rebuild.rank, None)  # its standby was told of nothing
             clashes += _older(known, done, rebuild.rank)
     refused = () if done.clashes else tuple((rebuild.node, rebuild.standby) for rebuild in failed)
-    survivors = tuple(rank for rank in _survivors(current.record) if done.part == f"rank {rank}")
+    survivors = tuple(rank for rank in _survivors(current.record) if done.part == f"rank {rank}" and not done.behind)
     excluded = (node,) if done.error and not done.part.startswith("rank ") else ()
     give_up(known, done.instance, Failure(survivors, reason, refused=refused, excluded=excluded, clashes=clashes), start)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -144,6 +145,7 @@ class Guard:
         self._said = 0  # how often the attachment was said to a daemon
         self._order: PlanOrder | None = None
         self._restored: local.Restored | None = None
+        self.behind: Epoch | None = None  # whose plan counted on what this rank's last step had taken back
         self._changed = threading.Condition()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._step = Step(self)
@@ -241,20 +243,22 @@ class Guard:
     def restore(self, timeout_s: float):
         """A survivor, or a claimed rank: wait for what the plan says of this rank. A survivor's rows are truncated and released when this returns.
 
-        Returns engine.restore.Restored: `.epoch`, `.sequences`, `.pull()` for a claim without a pool, then `.done()`. Raises TimedOut; Refused where the plan
-        asks for more than is here (said to the daemon, too).
+        Returns engine.restore.Restored: `.epoch`, `.sequences`, `.pull()` for a claim without a pool, then `.done()`. Where the plan asks for more than is here
+        the daemon is told, and another plan waited for: the fence fell into a step that truncated or released. Raises TimedOut; Refused where that plan does so
+        again.
         """
         from kvguard.engine.restore import Restored
 
         if self.claim is not None:
             return Restored.of_claim(self, self.claim)
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._has_order() or not self.fenced, timeout_s):
-                raise TimedOut(f"no restore order for {self.rank} of {self.instance!r} within {timeout_s} s. Try: kvguard status; is the coordinator there?")
-            order, self._order = (self._order, None) if self._has_order() else (None, self._order)
-        if order is None:
-            return Restored.of_nothing(self)
-        return Restored.of_order(self, order)
+        deadline, restored = time.monotonic() + timeout_s, None
+        while restored is None:
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._has_order() or not self.fenced, deadline - time.monotonic()):
+                    raise TimedOut(f"no restore order for {self.rank} of {self.instance!r} within {timeout_s} s. Try: kvguard status; is the coordinator there?")
+                order, self._order = (self._order, None) if self._has_order() else (None, self._order)
+            restored = Restored.of_nothing(self) if order is None else Restored.of_order(self, order)
+        return restored
 
     def _has_order(self) -> bool:
         return self._order is not None and self._order.epoch.counter > self.epoch.counter and self._order.epoch.counter >= self._step.words[_EPOCH]
@@ -262,7 +266,7 @@ class Guard:
     def adopt(self, epoch: Epoch, restored: local.Restored) -> None:
         """The epoch in which this guard goes on, and the answer that is said now, and again when asked again. Called by Restored.done()."""
         with self._changed:
-            self.claim = None
+            self.claim = self.behind = None
             self.epoch = epoch
             self._restored = restored
         if self.session is not None:

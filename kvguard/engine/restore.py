@@ -56,11 +56,10 @@ class Restored:
         return cls(guard, guard.epoch, None)
 
     @classmethod
-    def of_order(cls, guard, plan: PlanOrder) -> Restored:
-        """A survivor, cut to the plan."""
+    def of_order(cls, guard, plan: PlanOrder) -> Restored | None:
+        """A survivor, cut to the plan; None where another plan must come first."""
         restored = cls(guard, plan.epoch, plan)
-        restored._cut()
-        return restored
+        return restored if restored._cut() else None
 
     @classmethod
     def of_claim(cls, guard, claim) -> Restored:
@@ -76,19 +75,26 @@ class Restored:
 
     # ---- survivors ----------------------------------------------------------------------------------------------------------------
 
-    def _cut(self) -> None:
+    def _cut(self) -> bool:
+        """False where a survivor has less than was reported of it. A step that was entered before the fence may truncate and release after the report, once:
+        what is reported for the next plan is what the plan finds."""
         plan, table = self._plan, self._guard.table
         live = self._live_of_the_plan()
         if self._guard.pool is None:
             self._cut_ids(live)
-            return
+            return True
         short = [
             f"{name}: {table.accepted(live[name]) if name in live else 0} < {position}"
             for name, position in zip(plan.sequences, plan.positions, strict=True)
             if position > (table.accepted(live[name]) if name in live else 0)
         ]
         if short:
-            self.failed(f"the plan wants more than this rank has: {', '.join(short[:3])}")
+            reason = f"the plan wants more than this rank has: {', '.join(short[:3])}"
+            if self._claim is not None or self._guard.behind not in (None, self.epoch):
+                self.failed(reason)
+            self._guard.behind = self.epoch
+            self._say_failed(reason, behind=True)
+            return False
         for name, row in live.items():
             if name not in set(plan.sequences):
                 table.release(row)
@@ -98,6 +104,7 @@ class Restored:
                 table.truncate(live[name], position, lineage, keep_ids=ids)  # beyond what the plan knows, whoever goes on may choose others
                 found.append(RestoredSequence(name, position, lineage, tuple(table.blocks(live[name]))))
         self.sequences = tuple(found)
+        return True
 
     def _live_of_the_plan(self) -> dict[str, int]:
         """Names and rows, when those that are of another birth than the plan says have been released: the scheduler had given their names away again."""
@@ -190,12 +197,15 @@ class Restored:
 
     def failed(self, reason: str) -> None:
         """Tell the daemon that this rank can't be restored; raises Refused."""
+        raise Refused(f"{self._say_failed(reason)}. Try: kvguard history, and starting the rank empty")
+
+    def _say_failed(self, reason: str, behind: bool = False) -> str:
         guard = self._guard
         message = f"rank {guard.rank} of {guard.instance!r}: {reason}"
         session = guard.session or (self._claim.session if self._claim is not None else None)
         if session is not None:
-            session.say(local.Restored(guard.instance, guard.rank, self.epoch, message))
-        raise Refused(f"{message}. Try: kvguard history, and starting the rank empty")
+            session.say(local.Restored(guard.instance, guard.rank, self.epoch, message, behind=behind))
+        return message
 
 
 class _Pull:

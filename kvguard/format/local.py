@@ -97,7 +97,10 @@ class ClaimOrder(Local, frozen=True):
 
 
 class Restored(Local, frozen=True):
-    """engine -> daemon: truncated, or pulled and ready as `rank` (after the Attach of its new stream). `error`: it can't."""
+    """engine -> daemon: truncated, or pulled and ready as `rank` (after the Attach of its new stream). `error`: it can't.
+
+    `behind`: only because a step that was under way at the fence went back behind what the report had said; the next report says what is there.
+    """
 
     instance: str
     rank: Rank
@@ -105,6 +108,7 @@ class Restored(Local, frozen=True):
     error: str = ""
     bytes_by_rung: dict[str, int] = {}
     restore_ms: float = 0.0
+    behind: bool = False
 
 
 class Fetch(Local, frozen=True):

@@ -231,6 +231,7 @@ class Done(Message, frozen=True):
     `part`: "holders" (replicas truncated; carries `known` for the sequences whose ids_node this is), "rank D.P.T" (restored and ready, at `endpoint`, on
     `stream`), "transfer STREAM" (all planned positions acknowledged by the target). `error`: not empty when it failed for good. `bytes`: KV moved, by rung.
     `clashes`: it failed because these copies claim blocks for different sequences; no standby was given away.
+    `behind`: it failed because a survivor's last step went back behind what the report had said: the rank lives, and the next report is true.
     """
 
     instance: str
@@ -244,6 +245,7 @@ class Done(Message, frozen=True):
     bytes_by_rung: dict[str, int] = {}
     restore_ms: float = 0.0
     clashes: tuple[Clash, ...] = ()
+    behind: bool = False
 
 
 class Resumed(Message, frozen=True):

@@ -285,3 +285,22 @@ def test_a_pause_keeps_what_had_failed():
     assert record.epoch.counter == 3 and record.lost == (R1, R2) and R1 in record.dead_writers and record.refused == (("c", 3000),)
     cast.run(500)
     assert not cast.emitter.resumes[-1].error and c.ranks[R2]["incarnation"] == 3001 and a.ranks[R0]["incarnation"] == 1000
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_survivor_whose_last_step_went_back_is_planned_with_anew_and_one_that_fails_is_lost(behind):
+    cast = three_stages()
+    b = cast.daemons["b"]
+    has, b.silent_parts = b.ranks[R1], ["rank 0.1.0"]
+    cast.run(200)
+    cast.say(cast.daemons["a"], cast.daemons["a"].kill_rank(R0))
+    cast.run(300)
+    assert cast.epoch() == 1 and not cast.emitter.resumes
+    for sequence, (position, ids) in has["rows"].items():
+        has["rows"][sequence] = (position - 1, ids)
+    b.silent_parts = []
+    cast.say(b, m.Done(INSTANCE, b.promise, "b", "rank 0.1.0", "the plan wants more than this rank has", stream=has["stream"], behind=behind))
+    cast.run(500)
+    assert cast.epoch() == 2 and cast.emitter.resumes[-1].epoch.counter == 2 and not cast.emitter.resumes[-1].error
+    assert cast.coordinator.history()[-1]["ranks"] == ([] if behind else ["0.1.0"])
+    assert (b.standbys == [2000]) == behind, "no standby is spent on a rank that lives"

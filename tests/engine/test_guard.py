@@ -22,7 +22,7 @@ from tests.engine.tiny_daemon import TinyDaemon
 
 LAYOUT = Layout.paged("model", "float32", 2, 32, 4, 1, 4)
 RANK = Rank(0, 1, 0)
-FIVE = Epoch(5, "coordinator")
+FIVE, SIX = Epoch(5, "coordinator"), Epoch(6, "coordinator")
 
 
 @pytest.fixture
@@ -196,15 +196,45 @@ def test_a_survivor_gives_up_what_bears_a_planned_name_and_is_another_sequence(d
     assert guard.table.meta(guard.row("a")).request == b"another request"
 
 
-def test_a_plan_that_wants_more_than_is_here_is_refused_loudly(daemon, guard) -> None:
+def test_a_plan_that_wants_more_than_is_here_twice_is_refused_loudly(daemon, guard) -> None:
     open_two(guard)
     connection = attached(daemon)
     daemon.readers[connection].set_epoch(5)
-    daemon.server.send(connection, local.RestoreOrder(plan_of(FIVE, a=8)))
+    for _ in range(2):  # its answer may have been lost with a line, and is asked for again
+        daemon.server.send(connection, local.RestoreOrder(plan_of(FIVE, a=8)))
+        daemon.until(guard._has_order)
+        with pytest.raises(TimedOut):
+            guard.restore(0.0)
+    daemon.readers[connection].set_epoch(6)
+    daemon.server.send(connection, local.RestoreOrder(plan_of(SIX, a=7)))
     with pytest.raises(Refused, match="wants more"):
         guard.restore(10.0)
-    daemon.until(lambda: daemon.messages)
+    daemon.until(lambda: len(daemon.messages) == 3)
+    assert [(said.epoch.counter, said.behind) for said in daemon.messages] == [(5, True), (5, True), (6, False)]
     assert "a: 6 < 8" in daemon.messages[0].error and guard.fenced
+
+
+def test_a_step_that_goes_back_after_the_report_costs_another_plan_and_no_rank(daemon, guard) -> None:
+    open_two(guard)
+    connection = attached(daemon)
+    reader = daemon.readers[connection]
+    with pytest.raises(Fenced), guard.step(1) as step:
+        reader.set_epoch(5)  # and the report is made: a has 6 positions, b 3
+        step.truncate("a", 4)
+        step.release("b")
+    daemon.server.send(connection, local.RestoreOrder(plan_of(FIVE, a=6, b=3)))
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(guard.restore(10.0)))
+    waiting.start()
+    daemon.until(lambda: daemon.messages)
+    assert daemon.messages[0].behind and daemon.messages[0].epoch == FIVE and "a: 4 < 6, b: 0 < 3" in daemon.messages[0].error
+    reader.set_epoch(6)
+    daemon.server.send(connection, local.RestoreOrder(plan_of(SIX, a=4)))
+    waiting.join(10.0)
+    assert [(s.name, s.position) for s in found[0].sequences] == [("a", 4)] and found[0].epoch.counter == 6
+    found[0].done()
+    daemon.until(lambda: len(daemon.messages) == 2)
+    assert not daemon.messages[1].error and not daemon.messages[1].behind and not guard.fenced
 
 
 def test_an_empty_rank_lives_in_the_epoch_that_it_finds(path) -> None:

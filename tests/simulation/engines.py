@@ -19,7 +19,7 @@ from kvguard.engine import memory
 from kvguard.engine.guard import Guard
 from kvguard.engine.standby import Claim
 from kvguard.engine.table import TableWriter
-from kvguard.errors import Fenced, KvguardError
+from kvguard.errors import Fenced, KvguardError, TimedOut
 from kvguard.format import local
 from kvguard.format import rows as fmt
 from kvguard.format.rows import Geometry
@@ -339,9 +339,14 @@ class RankProcess(Process):
         self.refresh()
         if guard is None or self.step is not None or not guard._has_order():
             return
+        self.settle()  # what it says now comes behind all that it has stored
         try:
             restored = guard.restore(0.0)
             restored.done()
+        except TimedOut:  # its last step had gone back behind what was reported: another plan follows
+            assert guard.behind is not None
+            self.world.count("survivors_behind")
+            return
         except KvguardError as error:
             raise AssertionError(f"I1: a survivor can't do what the plan asks: {error}") from error
         self._orders.clear()
