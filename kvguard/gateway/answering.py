@@ -101,7 +101,8 @@ class Answering(Response):
         try:
             return await self._while_there(receive, self._answer(body, send))
         except Declined as error:
-            return await self._pass_on(send, error)
+            await self._json(send, error.status, error.body)
+            return "declined"
         except KvguardError as error:
             return await self._fail(send, failure_of(error))
 
@@ -169,12 +170,6 @@ class Answering(Response):
             self._around.counters.unresumed.labels(failure.outcome).inc()
             await self._send(send, {"type": "http.response.body", "body": replies.event(failure.document) + replies.DONE})
         return failure.outcome
-
-    async def _pass_on(self, send, declined: Declined) -> str:
-        if self._begun:  # a continuation that an instance refuses, although another one took the whole
-            return await self._fail(send, failure_of(Lost("status", str(declined))))
-        await self._json(send, declined.status, declined.body)
-        return "declined"
 
     # ---- the answer ----
 

@@ -26,7 +26,7 @@ from kvguard.emitter import moves
 from kvguard.errors import BadFrame, KvguardError
 from kvguard.gateway.continuation import Chunk, Continuation, Piece
 from kvguard.gateway.counters import Counters
-from kvguard.gateway.events import Lost
+from kvguard.gateway.events import Declined, Lost
 from kvguard.gateway.fleet import UNREACHABLE, Fleet, Member, NoInstance
 from kvguard.gateway.policy import Followed
 from kvguard.gateway.routing import Standing, is_place
@@ -87,7 +87,7 @@ class Journey:
         return self.answer
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """The answer. Raises Declined (before the first piece), NoInstance, Lost (when too many instances failed)."""
+        """The answer. Raises Declined (before the first id), NoInstance, Lost (when too many instances failed)."""
         answer, around = self.answer, self._around
         member, moved = await self._somebody(), None
         while True:
@@ -106,8 +106,12 @@ class Journey:
                             cached = await _told(chunks) if moved is not None and chunk.finish_reason else None
                             return
                 raise Lost("ended", "[DONE] before the end of the answer")
-            except Lost as lost:
-                asked = lost.kind != "unreached"
+            except (Lost, Declined) as error:
+                if isinstance(error, Declined) and not answer.ids:
+                    raise
+                # Who refuses the rest of what another one took (a smaller context, another model) lives, and has nothing of it.
+                lost = error if isinstance(error, Lost) else Lost("status", str(error))
+                asked = isinstance(error, Lost) and lost.kind != "unreached"
                 if not asked:
                     self._asked_rung = ""
                 self._lost(member, life, lost)

@@ -4,7 +4,8 @@ descriptor, and keeps its KV beside the kvguard node at SOCKET.
 POST /control changes it: delay_ms a token, garbage (how its answers are wrong), stall (after so many ids nothing comes), garbage_after ([DONE] instead),
 chunk (ids at once), healthy, restores (whether KV comes where it is asked for), tells (usage says how much of the prompt wasn't computed, as vLLM with
 --enable-prompt-tokens-details), chat_bytes (of an answer that isn't streamed), html (instead of a chat's stream), form
-(how a chat's stream is written: "crlf", or "comments", and events without anything); reset.
+(how a chat's stream is written: "crlf", or "comments", and events without anything), refuses (with which status every completion is refused in good form);
+reset.
 GET /control: the bodies and headers that came, how many streams were broken off, how often somebody looked at its health.
 """
 
@@ -26,7 +27,7 @@ from tests.gateway.toy_model import CONTEXT_TOKENS, EOS
 
 MODEL = "toy"
 DEFAULTS = {"delay_ms": 1, "garbage": "", "stall": -1, "garbage_after": -1, "chunk": 1, "healthy": True, "status": 200, "restores": True, "tells": True,
-            "chat_bytes": 0, "html": False, "form": ""}
+            "chat_bytes": 0, "html": False, "form": "", "refuses": 0}
 settings = dict(DEFAULTS)
 kept = None  # tests/gateway/kept.py's, where there is a node
 seen: dict = {"requests": [], "broken_off": 0, "open": 0, "looks": 0}
@@ -100,6 +101,8 @@ async def completions(request: Request) -> Response:
     seen["requests"].append({"path": request.url.path, "body": body, "headers": dict(request.headers)})
     if settings["status"] != 200:
         return Response("<html>broken</html>", settings["status"])
+    if settings["refuses"]:
+        return refused("not here", settings["refuses"])
     prompt = body.get("prompt")
     if body.get("model") not in (None, MODEL):
         return refused(f"The model `{body['model']}` does not exist.", 404)

@@ -5,6 +5,7 @@ leave. Every answer ends: whole, or with an error in OpenAI's form.
 from __future__ import annotations
 
 import signal
+import threading
 
 import httpx
 import openai
@@ -95,6 +96,32 @@ def test_nonsense_in_mid_answer(world, garbage):
     world.backends["a"].set(garbage=garbage)
     complete(clients)
     assert resumed(world) == {"tokens": 1} and len(world.in_flight("a")) == 1
+
+
+@pytest.mark.parametrize("refusal", [400, 404])
+def test_a_continuation_that_is_refused_is_not_the_clients_fault(world, refusal):
+    """One instance took the request, so it is a good one: who refuses its rest (a smaller context, another model) is lost for it, and the next is asked."""
+    world.start("a", "b", "c", fence_ms=50)
+    clients = begun(world)
+    world.backends["b"].set(refuses=refusal)
+    world.backends["a"].kill()
+    complete(clients)
+    assert resumed(world) == {"tokens": 2} and len(world.in_flight("b")) == 1
+
+
+def test_a_whole_answer_whose_continuation_is_refused_is_lost(world):
+    """It does not stream: no status has been said when its instance dies, and what the other one says of the rest is none for its client."""
+    world.start("a", "b", fence_ms=50, resume_ms=300, attempts=2)
+    world.backends["a"].set(stall=25)
+    world.backends["b"].set(refuses=400)
+    done = []
+    body = {"prompt": PROMPT, "max_tokens": 60, "ignore_eos": True}
+    thread = threading.Thread(target=lambda: done.append(world.post("/v1/completions", body)))
+    thread.start()
+    until("a to stall", lambda: world.emitters["a"].__dict__.get("progressed", 0) >= 25)
+    world.backends["a"].kill()
+    thread.join(20)
+    assert (done[0].status_code, done[0].json()["error"]["code"]) == (502, "answer_lost")
 
 
 def test_who_failed_once_is_better_than_nobody(world, monkeypatch):
