@@ -1,0 +1,103 @@
+"""Moved sequences' KV on its way into vLLM's blocks, and what is asked for: needs no vLLM. Part of the default suite."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+from test_parts import request_of
+
+from kvguard.engine import vllm_loads
+from kvguard.engine.fetch import Fetched
+from kvguard.engine.vllm_facts import Load, LoadEnd
+from kvguard.engine.vllm_loads import AT_ONCE_MAX, Loads
+from kvguard.engine.vllm_moves import Moves
+from kvguard.errors import Refused
+from kvguard.format.moves import encode
+from kvguard.types import Epoch, MovedToken
+
+TOKEN = encode(MovedToken("dead", "s", Epoch(3, "coordinator"), 6, b"\1" * 32))
+
+
+def all_ends(loads: Loads, count: int) -> dict:
+    ends, turn = {}, threading.Event()
+    for _ in range(2000):
+        ends |= {end.request_id: end for end in loads.ended()}
+        if len(ends) == count:
+            return ends
+        turn.wait(0.005)
+    raise AssertionError(f"{len(ends)} of {count} loads ended")
+
+
+def test_every_load_ends_and_none_after_its_deadline_begins(monkeypatch):
+    gate, begun, now = threading.Event(), threading.Semaphore(0), [100.0]
+    monkeypatch.setattr(vllm_loads, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def fetch(moved, blocks, timeout_s):
+        begun.release()
+        assert timeout_s == 5.0 and gate.wait(20)
+        return Fetched(6, 100, 1.0)
+
+    loads = Loads(fetch, 5.0)
+    for n in range(AT_ONCE_MAX + 1):
+        loads.begin(Load(f"r{n}", TOKEN, [1, 2], 6))
+    assert all(begun.acquire(timeout=20) for _ in range(AT_ONCE_MAX))
+    now[0] += 5.0  # the deadline of the one that waits
+    gate.set()
+    ends = all_ends(loads, AT_ONCE_MAX + 1)
+    late = [name for name, end in ends.items() if end.error]
+    assert late == [f"r{AT_ONCE_MAX}"] and "its turn came after" in ends[late[0]].error and not begun.acquire(blocking=False)
+    loads.close()
+
+
+def test_who_has_nothing_else_to_do_waits_for_a_load_only_while_one_is_under_way():
+    gate, waits = threading.Event(), threading.Event()
+
+    def fetch(moved, blocks, timeout_s):
+        assert gate.wait(20)
+        return Fetched(6, 100, 1.0)
+
+    class Watched(threading.Condition):
+        def wait_for(self, predicate, timeout=None):
+            if timeout == 60.0:
+                waits.set()
+            return super().wait_for(predicate, timeout)
+
+    loads = Loads(fetch, 5.0)
+    loads._changed = Watched()
+    assert loads.ended(60.0) == [] and not waits.is_set(), "nothing will ever end"
+    loads.begin(Load("slow", TOKEN, [1, 2], 6))
+    assert loads.ended() == [], "with something else to do nobody waits"
+    threading.Thread(target=lambda: waits.wait(20) and gate.set()).start()
+    assert [end.request_id for end in loads.ended(60.0)] == ["slow"], "it ends while somebody waits for it"
+    waits.clear()
+    assert loads.ended(60.0) == [] and not waits.is_set()
+    loads.close()
+
+
+def test_a_load_that_is_refused_or_has_no_token_ends_with_the_reason():
+    def fetch(moved, blocks, timeout_s):
+        raise Refused("gone")
+
+    loads = Loads(fetch, 60.0)
+    loads.begin(Load("refused", TOKEN, [1, 2], 6))
+    loads.begin(Load("no token", {"instance": 1}, [1, 2], 6))
+    ends = all_ends(loads, 2)
+    assert ends["refused"].error == "gone" and "moved token" in ends["no token"].error
+    loads.close()
+
+
+def test_a_load_in_parts_is_restored_where_every_part_is():
+    moves = Moves(True, False)
+    for name, error in (("whole", ""), ("half", "gone")):
+        request = request_of(name, [1] * 9)
+        request.kv_transfer_params, request.num_tokens = {"kvguard": TOKEN}, 9
+        moves.arrived(request)
+        assert moves.matched(request, 0) == (6, True)
+        moves.allocated(request, [3, 4], 6)
+        moves.ended(LoadEnd(name, 6, 100, 1.0))
+        moves.ended(LoadEnd(name, 0 if error else 6, 50, 2.0, error))
+        moves.ended_everywhere(name)
+    assert moves.finished(request_of("whole", []))["kvguard"] == {"restored": 6, "bytes": 150, "restore_ms": 2.0}
+    assert moves.finished(request_of("half", []))["kvguard"] == {"restored": 0, "why": "gone"}
+    assert moves.counts == {"restored": 1, "computed": 1, "refused": 0}
