@@ -89,6 +89,7 @@ class ReplicaStore:
                 self._carried[stream.instance] = max(replica.carried, self._carried.get(stream.instance, replica.carried))
             self._released.read_back(replica)
         self.counters["replicas_read_back"] += len(self._replicas)
+        self.counters["positions_read_back"] += sum(sequence.position for replica in self._replicas.values() for sequence in replica.sequences.values())
         self.counters["replicas_unreadable"] += len(dropped)
         return tuple(dropped)
 

@@ -106,3 +106,27 @@ def test_pieces_captured_before_a_cut_never_land_after_it() -> None:
             world.deliver(world.ids)
         world.drain()
         world.compare()
+
+
+def test_what_goes_again_is_what_the_holder_never_got() -> None:
+    """At least once: two frames whose acknowledgements are lost with the link. The holder says what it has; the sender can't have known."""
+    with closing(World(window_bytes=1000)) as world:
+        world.engine.open(0, "s", 9)
+        world.engine.grow(0, 4)
+        world.drain()
+        for _ in range(2):
+            world.engine.grow(0, 1)
+            world.look()
+            world.capture()
+            world.deliver(world.ids)
+        world.deliver(world.kv)
+        assert len(world.kv) == 1 and world.back and world.sender.flow.copies[0].acked == 4 and world.held()["s"][0] == 5
+        world.down()
+        world.up()
+        world.deliver(world.ids)
+        world.deliver(world.back)
+        world.capture()
+        ((frame, _),) = world.kv
+        assert (frame.starts, frame.counts) == ((5,), (1,))
+        world.drain()
+        world.compare()

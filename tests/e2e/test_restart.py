@@ -8,6 +8,7 @@ import signal
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kvguard.store.shelf import on_tmpfs
@@ -69,6 +70,27 @@ def test_a_holder_comes_back_with_everything(cluster, how):
     assert counters["replicas_read_back"] == 1 and not counters.get("positions_unsound") and not counters.get("replicas_unreadable")
     assert all(one["verified"] for one in cluster.cli("replicas", "verify")[1]["replicas"])
     assert "all replicas are verified" in (cluster.directory / "b.log").read_text()
+
+
+def test_what_a_holder_never_got_goes_again_and_nothing_else(cluster):
+    """At least once: what is on its way to a holder that ends is lost with the connection, and its sender can't know whether it was written down."""
+    cluster.start()
+    engine = cluster.engine("rank", "a", RANK)
+    engine.tell("step", commits=[["one", 200]])
+    cluster.protected(RANK, 200)
+    token_bytes = sent_bytes(cluster) // 200
+    stopped = psutil.Process(cluster.running["b"].pid)
+    stopped.suspend()
+    cluster.until("stopped", lambda: stopped.status() == psutil.STATUS_STOPPED)
+    engine.tell("step", commits=[["one", 5]])
+    cluster.until("on their way", lambda: sent_bytes(cluster) == 205 * token_bytes)
+    cluster.kill("b")
+    cluster.start("b")
+    cluster.protected(RANK, 205)
+    assert sent_bytes(cluster) == (205 + 5) * token_bytes
+    stats = cluster.ask("b", "stats")
+    assert stats["store"]["positions_read_back"] == 200 and stats["counters"]["payload_bytes_in"] == 5 * token_bytes
+    assert engine.tell("sums")["sums"] == replica_sums(cluster)
 
 
 def test_both_daemons_come_back(cluster):

@@ -77,7 +77,7 @@ def test_everything_that_was_held_is_held_again(life):
     os.close(descriptor)
     before = state(former), former.list(), described, former.budget.used, former.budget.promised
     store = life()
-    assert store.dropped == () and store.counters["replicas_read_back"] == 1
+    assert store.dropped == () and store.counters["replicas_read_back"] == 1 and store.counters["positions_read_back"] == 22
     descriptor, described = store.pages(STREAM)
     os.close(descriptor)
     assert (state(store), store.list(), described, store.budget.used, store.budget.promised) == before

@@ -105,6 +105,9 @@ class Cluster:
         machine.until("the other node", lambda: machine.ask(OTHER, "status"))
         self.engine = Engine(machine, "/run/kvguard-a/kvguard.sock", RANK)
         self.positions = 0
+        self.commit(1)
+        self.protected()
+        self.width = self.sent_bytes()  # of one position
 
     def commit(self, count: int) -> None:
         self.positions += count
@@ -130,15 +133,18 @@ class Cluster:
         assert self.machine.run("kill", f"-{name}", str(self.pid())).returncode == 0
 
     def replaced(self, pid: int) -> None:
-        """Another life of the service runs, with everything that was held, of which nothing was sent again."""
+        """Another life of the service runs, with everything that was held, of which nothing was sent again: what it has was read back, or came since, never both.
+
+        Counted by the holder. Where the engine goes on meanwhile the sender may have sent more: what is on its way when the holder ends is lost with the
+        connection, unacknowledged, and goes again (tests/e2e/test_restart.py).
+        """
         self.machine.until("another life", lambda: (now := self.holder("MainPID", "ActiveState")) and now["ActiveState"] == "active" and now["MainPID"] != str(pid))
-        width, twice_bytes = divmod(self.sent_bytes(), self.positions)
-        assert not twice_bytes, f"sent twice: {self.machine.ask(OTHER, 'stats')['counters']}\n{self.machine.journal('kvguard-a')[-4000:]}"
         self.commit(3)
         self.protected()
-        assert self.sent_bytes() == width * self.positions
-        stats = self.machine.until("an answer", lambda: self.machine.ask(HOLDER, "stats"))["store"]
-        assert stats["replicas_read_back"] == 1 and not stats.get("positions_unsound") and not stats.get("replicas_unreadable")
+        stats = self.machine.until("an answer", lambda: self.machine.ask(HOLDER, "stats"))
+        store, came_bytes = stats["store"], stats["counters"]["payload_bytes_in"]
+        assert store["positions_read_back"] * self.width + came_bytes == self.positions * self.width, self.machine.journal("kvguard-a")[-4000:]
+        assert store["replicas_read_back"] == 1 and not store.get("positions_unsound") and not store.get("replicas_unreadable")
         assert self.engine.tell("sums")["sums"] == self.machine.ask(HOLDER, "sums", instance="llama", rank=RANK)["sums"]
 
     def drilled(self, *arguments: str) -> tuple[int, str, str]:
