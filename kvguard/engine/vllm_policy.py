@@ -7,9 +7,12 @@ parameter that isn't known here by name, and is set, is refused too. Pure functi
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 _UNSET = (None, "", [], {}, (), 0, 0.0, False)
+_SAID_BY_ZERO = frozenset(("seed", "prompt_logprobs", "prompt_logprob_token_ids", "thinking_token_budget", "truncate_prompt_tokens"))  # only None unsets them
+_ONE_OF_SEVERAL = re.compile(r"\d+_")  # before the id of a request with n > 1, for each of its answers; what a router or client chose has a prefix before it
 _NEUTRAL: dict[str, Any] = {"response_format": {"type": "text"}, "best_of": 1}  # where another value means nothing, too
 
 # parameter -> why a resumed request would mean something else by it. Parameters at their neutral value (here: unset or zero) mean nothing.
@@ -44,6 +47,7 @@ UNCHANGED = frozenset(
     logprob_token_ids logit_bias allowed_token_ids detokenize skip_special_tokens spaces_between_special_tokens include_stop_str_in_output output_kind
     stream_interval flat_logprobs skip_reading_prefix_cache output_text_buffer_length skip_clone""".split()
 )
+_SEVERAL = "n: several answers of one request can't be told apart once they are prompts"
 _ELSEWHERE = frozenset(("n", "seed", "extra_args"))  # looked at by themselves
 _OF_THE_SERVER = frozenset(("kv_transfer_params",))  # what vLLM's server itself puts into extra_args
 
@@ -55,10 +59,10 @@ def refusal_of_parameters(parameters: dict[str, Any], samples_by_position: bool 
     """
     for name, reason in REFUSED.items():
         value = parameters.get(name)
-        if not _is_unset(value) and value != _NEUTRAL.get(name):
+        if not _is_unset(name, value) and value != _NEUTRAL.get(name):
             return f"{name}: {reason}"
     if (parameters.get("n") or 1) != 1:
-        return "n: several answers of one request can't be told apart once they are prompts"
+        return _SEVERAL
     if parameters.get("seed") is not None and parameters.get("temperature") != 0 and not samples_by_position:
         return "seed: the generator's state is lost with the engine, another one would draw other tokens"
     return ""
@@ -76,6 +80,8 @@ def refusal_of_request(request: Any, samples_by_position: bool = False) -> str:
         return "prompt_embeds: the prompt isn't known by ids"
     if request.resumable:
         return "a session of streamed inputs: its ids are rewritten between inputs"
+    if _ONE_OF_SEVERAL.match(request.request_id):
+        return _SEVERAL
     parameters = parameters_of(request.sampling_params)
     extra = sorted(set(parameters.get("extra_args") or ()) - _OF_THE_SERVER)
     if extra:
@@ -90,8 +96,10 @@ def parameters_of(sampling: Any) -> dict[str, Any]:
     """A SamplingParams' public fields that aren't unset, by name; its temperature, of which 0 says most, in any case."""
     fields = getattr(sampling, "__struct_fields__", None) or vars(sampling)
     said = {name: getattr(sampling, name) for name in fields if not name.startswith("_")}
-    return {name: value for name, value in said.items() if name == "temperature" or not _is_unset(value)}
+    return {name: value for name, value in said.items() if name == "temperature" or not _is_unset(name, value)}
 
 
-def _is_unset(value: Any) -> bool:
+def _is_unset(name: str, value: Any) -> bool:
+    if name in _SAID_BY_ZERO:
+        return value is None
     return any(value is unset or (type(value) is type(unset) and value == unset) for unset in _UNSET)

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from kvguard.errors import BadConfig
+from kvguard.limits import ROWS_MAX
 
 VERSIONS_TESTED = ("0.32", "0.33")
 _SAMPLE_BYTES = 64 * 1024
+_BOUNDS = {"fetch_timeout_s": (0.001, 600.0), "rows": (0, ROWS_MAX)}
 _OF_SEVERAL = re.compile(r"_dp\d+$")  # what vLLM adds to the engine_id of one of several data-parallel engines
 _REFUSED_PARALLELISM = {
     "data_parallel_size": "engines of one server that choose among themselves who resumes what. Try: a server, and an instance, of its own for each",
@@ -51,8 +53,13 @@ class Settings:
         faults = [f"{name!r} is not known" for name in extra if name not in known]
         for name, kind in known.items():
             value = extra.get(name)
-            if value is not None and not (isinstance(value, kind) or (kind is float and type(value) is int)):
+            if value is None:
+                continue
+            low, high = _BOUNDS.get(name, (None, None))
+            if not (type(value) is kind or (kind is float and type(value) is int)):
                 faults.append(f"{name!r} is a {type(value).__name__}, not a {kind.__name__}")
+            elif name in _BOUNDS and not low <= value <= high:
+                faults.append(f"{name!r} is {value}, not from {low} to {high}")
         if not extra.get("instance"):
             faults.append("'instance' is missing: this engine's name")
         if faults:

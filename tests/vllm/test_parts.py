@@ -47,6 +47,9 @@ LAYOUT = Layout.paged("model", "float32", 2, 32, 4, 1, 4)
         ({"structured_outputs": {"json": {}}}, "structured_outputs"),
         ({"n": 2}, "n"),
         ({"echo": True}, "echo"),
+        ({"seed": 0, "temperature": 0.5}, "seed"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"thinking_token_budget": 0}, "thinking_token_budget"),
     ],
 )
 def test_policy(parameters, refused):
@@ -59,13 +62,19 @@ def test_an_engine_that_draws_by_position_may_go_on_with_a_seed():
 
 @pytest.mark.parametrize(
     ("sampling", "refused"),
-    [({}, ""), ({"seed": 7}, ""), ({"seed": 7, "temperature": 0.5}, "seed: "), ({"novelty": 0.5}, "novelty: not known"),
+    [({}, ""), ({"seed": 7}, ""), ({"seed": 7, "temperature": 0.5}, "seed: "), ({"seed": 0, "temperature": 0.5}, "seed: "),
+     ({"prompt_logprobs": 0}, "prompt_logprobs: "), ({"thinking_token_budget": 0}, "thinking_token_budget: "), ({"novelty": 0.5}, "novelty: not known"),
      ({"extra_args": {"kv_transfer_params": {}}}, ""), ({"extra_args": {"own": 1}}, "extra_args: own")],
 )
 def test_a_parameter_that_is_not_known_is_refused(sampling, refused):
     request = request_of("a", [1, 2, 3])
     vars(request.sampling_params).update(sampling, novelty=sampling.get("novelty", 0.0))
     assert refusal_of_request(request).startswith(refused) and bool(refusal_of_request(request)) == bool(refused)
+
+
+def test_one_of_several_answers_is_refused_although_vllm_gives_it_a_request_of_its_own_with_n_1():
+    assert refusal_of_request(request_of("3_cmpl-gw-17-0-0a1b2c3d", [1, 2, 3])).startswith("n: ")
+    assert not refusal_of_request(request_of("cmpl-3_4-0-0a1b2c3d", [1, 2, 3]))
 
 
 def test_names():
@@ -76,6 +85,13 @@ def test_names():
     assert sequence_name("cmpl-gw-17-0-0a1b2c3d", {"gw-17"}) == "cmpl-gw-17-0-0a1b2c3d"
     long = sequence_name(f"cmpl-{'ä' * 60}-0-0a1b2c3d")
     assert len(long.encode()) <= 64 and long != sequence_name(f"cmpl-{'ä' * 60}-1-0a1b2c3d")
+
+
+@pytest.mark.parametrize("bad", [{"fetch_timeout_s": 0}, {"fetch_timeout_s": float("inf")}, {"fetch_timeout_s": float("nan")}, {"rows": -1}, {"rows": True}])
+def test_numbers_that_mean_nothing_are_refused(bad):
+    """A load without an end would keep its request, and its blocks, for ever."""
+    with pytest.raises(BadConfig, match=f"'{next(iter(bad))}' is"):
+        Settings.of({"instance": "a", **bad})
 
 
 def test_settings():

@@ -14,6 +14,7 @@ import vllm.v1.kv_cache_interface as kinds
 from test_vllm_scheduler import engine_config
 from vllm import SamplingParams
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
+from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.request import Request
 
 from kvguard.engine.vllm import KvguardConnector
@@ -100,9 +101,21 @@ def refusal(**sampling) -> str:
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"n": 2}, "n: several"),
         ({"seed": 3, "temperature": 1.0}, "seed"),
+        ({"seed": 0, "temperature": 1.0}, "seed"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
         ({"trace_decode_token_ids": [1, 2]}, "trace_decode_token_ids: not known here"),
     ],
 )
 def test_of_a_real_request_what_is_not_known_is_refused(sampling, refused):
     found = refusal(**sampling)
     assert found.startswith(refused) and bool(found) == bool(refused)
+
+
+def test_one_of_several_answers_is_known_by_the_id_that_vllm_gives_it():
+    """Its own parameters say n = 1."""
+    parameters = SamplingParams(max_tokens=20, n=3)
+    parent = ParentRequest(SimpleNamespace(request_id="cmpl-gw-17-0-0a1b2c3d", external_req_id="cmpl-gw-17-0", params=parameters))
+    for index in range(3):
+        name, child = parent.get_child_info(index)
+        request = Request(request_id=name, prompt_token_ids=[1, 2, 3], sampling_params=child, pooling_params=None)
+        assert child.n == 1 and refusal_of_request(request).startswith("n: several")
