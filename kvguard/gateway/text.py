@@ -31,7 +31,7 @@ def load(path: str) -> Tokenizer:
 
 def decoder(tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool) -> Decode:
     """A decoder of the ids that follow `prompt`."""
-    stream = DecodeStream(list(prompt[-PRIMING_IDS:]), skip_special_tokens)
+    stream = DecodeStream([], skip_special_tokens)
 
     def decode(token: int) -> str:
         nonlocal stream
@@ -44,6 +44,8 @@ def decoder(tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bo
         stream = DecodeStream([], skip_special_tokens)
         return stream.step(tokenizer, token) or ""
 
+    for token in prompt[-PRIMING_IDS:]:  # one by one: given all at once, a prompt that ends within a character comes back as the answer's text
+        decode(token)
     return decode
 
 

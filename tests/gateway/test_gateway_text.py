@@ -34,6 +34,13 @@ def test_a_prompts_end_is_no_text():
     assert [decode(one) for one in b"go"] == ["g", "o"]
 
 
+@pytest.mark.parametrize("prompt", ["hello 漢".encode()[:-2], b"\xbc\xa2hello 12345678 12345678 12345678 12345678 12345678 12345678 1234567".ljust(70) + b"\xe6"])
+def test_a_prompt_that_ends_within_a_character_is_no_text_either(prompt):
+    """Ids may end there; what completes the character is the answer's, nothing that stands before it is."""
+    decode = text.decoder(TOKENIZER, list(prompt), True)
+    assert [decode(one) for one in [*"漢".encode()[1:], 97]] == ["", "漢", "a"]
+
+
 def test_special_tokens():
     assert text.decoder(TOKENIZER, [32], True)(toy_model.EOS) == ""
     assert text.decoder(TOKENIZER, [32], False)(toy_model.EOS) == "<eos>"
