@@ -41,7 +41,7 @@ def row_of(mate: LocalStream, row: Row) -> tuple[int, Position] | None:
 def best(mate: LocalStream, row: Row) -> Position:
     """The furthest position of a row that a holder of the mate's has."""
     found = row_of(mate, row)
-    return min(mate.best(found[0]), found[1], row.committed) if found is not None else 0
+    return min(mate.held(found[0]), found[1], row.committed) if found is not None else 0
 
 
 def caught(mate: LocalStream, row: Row) -> bool:

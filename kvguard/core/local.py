@@ -105,8 +105,14 @@ class LocalStream:
 
     def best(self, number: int) -> int:
         """The furthest position of a row that a holder that answers has acknowledged."""
-        own = max((sender.flow.copies[number].acked for sender in self.senders.values() if sender.state == "stream"), default=0)
-        return own if self.cover is None else max(own, covering.best(self.cover, self.ledger.rows[number]))
+        return self._best(number, self.cover)
+
+    def _best(self, number: int, cover: LocalStream | None) -> int:
+        return self.held(number) if cover is None else max(self.held(number), covering.best(cover, self.ledger.rows[number]))
+
+    def held(self, number: int) -> int:
+        """The furthest position of a row that a holder of its own that answers has acknowledged."""
+        return max((sender.flow.copies[number].acked for sender in self.senders.values() if sender.state == "stream"), default=0)
 
     def tell_beat(self, now: int, promised: Epoch) -> RankBeat:
         """The beat that goes to the coordinator."""
@@ -115,13 +121,14 @@ class LocalStream:
 
     def beat(self, now: int, promised: Epoch) -> RankBeat:
         committed = acked = lag = unprotected = 0
+        cover = self.cover  # once: a beat looks at hundreds of rows
         for number, row in self.ledger.rows.items():
-            best = self.best(number)
+            best = self._best(number, cover)
             committed += row.committed
             acked += best
             if row.committed and (not best or best < row.previous):
                 unprotected += 1
-            if best < row.previous and self._caught(number):
+            if best < row.previous and self._caught(number, cover):
                 lag = max(lag, row.previous - best)
         answering = [sender for _, sender in self._holding() if sender.state == "stream"]
         if answering:
@@ -171,9 +178,9 @@ class LocalStream:
             return self.unheld_reason
         return self.cover.unheld_reason if self.cover is not None else f"rank {self.as_rank}, whose copy is this one's too, is not attached here in this epoch"
 
-    def _caught(self, number: int) -> bool:
+    def _caught(self, number: int, cover: LocalStream | None) -> bool:
         own = any(sender.flow.copies[number].caught for sender in self.senders.values())
-        return own or (self.cover is not None and covering.caught(self.cover, self.ledger.rows[number]))
+        return own or (cover is not None and covering.caught(cover, self.ledger.rows[number]))
 
     def check(self) -> None:
         self.ledger.check()
