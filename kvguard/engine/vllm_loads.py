@@ -43,11 +43,19 @@ class Loads:
         with self._changed:
             self._waiting.append((load, time.monotonic() + self._timeout_s))
             self._under_way += 1
-            if not self._idle and len(self._threads) < AT_ONCE_MAX:
-                thread = threading.Thread(target=self._run, name=f"kvguard-load-{len(self._threads)}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            if len(self._waiting) > self._idle and len(self._threads) < AT_ONCE_MAX:  # who was woken a moment ago is still idle, and its load still waits
+                self._start()
             self._changed.notify()
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._run, name=f"kvguard-load-{len(self._threads)}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # no room for a thread: those that are there take it, or nobody does
+            if not self._threads:
+                self._say(LoadEnd(self._waiting.pop()[0].request_id, 0, 0, 0.0, str(error)))
+        else:
+            self._threads.append(thread)
 
     def ended(self, wait_s: float = 0.0) -> list[LoadEnd]:
         """What has ended since the last call. With nothing to say, but a load under way, it waits so long for one."""
@@ -72,18 +80,20 @@ class Loads:
                 self._idle += 1
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 self._idle -= 1
-                if not self._waiting:
+                if self._closing:
                     return
                 load, deadline = self._waiting.popleft()
-            end = self._load(load, deadline)
-            if end.error:
-                _log.warning("kvguard: %s is computed instead of restored: %s", load.request_id, end.error)
-            else:
-                _log.info("kvguard: %s goes on from position %d: %d bytes in %.1f ms", load.request_id, end.position, end.moved_bytes, end.load_ms)
-            with self._changed:
-                self._ended.append(end)
-                self._under_way -= 1
-                self._changed.notify_all()
+            self._say(self._load(load, deadline))
+
+    def _say(self, end: LoadEnd) -> None:
+        if end.error:
+            _log.warning("kvguard: %s is computed instead of restored: %s", end.request_id, end.error)
+        else:
+            _log.info("kvguard: %s goes on from position %d: %d bytes in %.1f ms", end.request_id, end.position, end.moved_bytes, end.load_ms)
+        with self._changed:
+            self._ended.append(end)
+            self._under_way -= 1
+            self._changed.notify_all()
 
     def _load(self, load: Load, deadline: float) -> LoadEnd:
         began = time.monotonic()

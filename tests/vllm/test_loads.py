@@ -50,6 +50,50 @@ def test_every_load_ends_and_none_after_its_deadline_begins(monkeypatch):
     loads.close()
 
 
+def test_loads_that_come_together_run_at_once_also_where_one_thread_is_idle():
+    """The idle one was counted for each of them: it took all, one behind the other, while their deadlines ran."""
+    gate, together = threading.Event(), threading.Semaphore(0)
+
+    def fetch(moved, blocks, timeout_s):
+        if blocks == [0]:
+            return Fetched(6, 100, 1.0)
+        together.release()
+        assert gate.wait(20)
+        return Fetched(6, 100, 1.0)
+
+    loads = Loads(fetch, 20.0)
+    loads.begin(Load("first", TOKEN, [0], 6))
+    all_ends(loads, 1)
+    for _ in range(4000):
+        if loads._idle:
+            break
+        gate.wait(0.005)
+    with loads._changed:  # none of them is taken before all are there
+        assert loads._idle == 1
+        for n in range(AT_ONCE_MAX):
+            loads.begin(Load(f"r{n}", TOKEN, [1, 2], 6))
+    assert all(together.acquire(timeout=5) for _ in range(AT_ONCE_MAX))
+    gate.set()
+    assert not any(end.error for end in all_ends(loads, AT_ONCE_MAX).values())
+    loads.close()
+
+
+def test_a_process_that_has_no_room_for_a_thread_computes(monkeypatch):
+    """vLLM's step must not end of it, and the request must not wait for ever."""
+
+    def full(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    loads = Loads(lambda *_: Fetched(6, 100, 1.0), 5.0)
+    for n in range(3):
+        loads.begin(Load(f"r{n}", TOKEN, [1, 2], 6))
+    ends = loads.ended(60.0)
+    assert [end.request_id for end in ends] == ["r0", "r1", "r2"] and all("can't start new thread" in end.error for end in ends)
+    assert loads.ended(60.0) == [], "none is under way"
+    loads.close()
+
+
 def test_who_has_nothing_else_to_do_waits_for_a_load_only_while_one_is_under_way():
     gate, waits = threading.Event(), threading.Event()
 
