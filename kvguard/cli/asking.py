@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from kvguard.cli import copied
 from kvguard.errors import BadConfig, KvguardError, NotAuthorised
 
 PLACES = ("/etc/kvguard/node.toml", "/etc/kvguard/coordinator.toml")
@@ -82,16 +83,21 @@ def _is_address(text: str) -> bool:
     return text.startswith("tcp://") and bool(host) and not set(host) & set(" /\t\n") and port.isdecimal() and 0 < int(port) <= 65535
 
 
-def gathered(reach: Reach, verb: str, arguments: dict) -> tuple[dict, list[str]]:
-    """One document of all living nodes' answers, and the nodes that gave none with the reason."""
+def gathered(reach: Reach, verb: str, *questions: dict) -> tuple[dict, list[str]]:
+    """One document of all living nodes' answers to all questions, and the nodes that gave none with the reason. Rows say whom else they are for."""
     merged: dict = {"schema": f"kvguard.{'resync' if verb == 'resync' else 'replicas'}/1", "replicas": []}
     silent = []
-    for node in reach.coordinator("status")["nodes"]:
+    status = reach.coordinator("status")
+    for node in status["nodes"]:
         if node["state"] == "dead":
             continue
         try:
-            merged["replicas"] += reach.node(node["node"], node["address"], verb, arguments)["replicas"]
+            for arguments in questions:
+                merged["replicas"] += reach.node(node["node"], node["address"], verb, arguments)["replicas"]
         except KvguardError as error:
             silent.append(f"{node['node']}: {error}")
+    covered = copied.covered(status)
+    for one in merged["replicas"]:
+        one["copied_for"] = covered.get((one["instance"], one["rank"]), [])
     merged["replicas"].sort(key=lambda one: (one["instance"], one["rank"], one.get("sequence", ""), one["holder"]))
     return merged, silent

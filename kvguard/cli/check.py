@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvguard.cli import show
+from kvguard.cli import copied, show
 from kvguard.cli.asking import Reach
 from kvguard.errors import KvguardError
 
@@ -52,9 +52,9 @@ def findings(status: dict, limits: Limits) -> list[Finding]:
     for rank in status["ranks"]:
         name = f"rank {rank['rank']} of {rank['instance']}"
         if rank["state"] in RANKS:
-            found.append(Finding(RANKS[rank["state"]], name, f"{rank['state']}: {rank['reason']}"))
+            found.append(Finding(RANKS[rank["state"]], name, f"{rank['state']}{copied.said(rank)}: {rank['reason']}"))
         elif rank["lag_tokens"] > limits.lag_tokens:
-            found.append(Finding(WARNING, name, f"{rank['lag_tokens']} tokens behind at its holders, {limits.lag_tokens} are tolerated"))
+            found.append(Finding(WARNING, name, f"{rank['lag_tokens']} tokens behind at its holders{copied.said(rank)}, {limits.lag_tokens} are tolerated"))
     for scheduler in status.get("schedulers", ()):
         if scheduler["state"] in SCHEDULERS:
             found.append(Finding(SCHEDULERS[scheduler["state"]], f"scheduler {scheduler['dp']} of {scheduler['instance']}", scheduler["reason"]))

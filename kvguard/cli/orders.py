@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import click
 
-from kvguard.cli import show, waiting
+from kvguard.cli import copied, show, waiting
 from kvguard.cli.asking import Reach, gathered
 from kvguard.cli.options import output_option, reaching
 from kvguard.errors import Refused, Unreachable
@@ -63,9 +63,9 @@ def unpause(reach: Reach, dry_run: bool, output: str) -> None:
         click.echo("would begin nothing: nothing is held back")
 
 
-def as_rank(_context, _parameter, value: str) -> str:
+def as_rank(_context, _parameter, value: str | None) -> str | None:
     try:
-        return str(Rank.parse(value))
+        return None if value is None else str(Rank.parse(value))
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
 
@@ -82,10 +82,10 @@ def failover(reach: Reach, instance: str, rank: str, dry_run: bool, yes: bool, o
     known = [one for one in reach.coordinator("status")["ranks"] if (one["instance"], one["rank"]) == (instance, rank) and one["state"] != "standby"]
     if not known:
         raise Refused(f"no rank {rank} of {instance!r} is known. Try: kvguard status")
-    said = f"{instance} {rank} on {known[0]['node']} is {known[0]['state']}, holders {show.text(known[0]['holders'])}"
+    said = f"{instance} {rank} on {known[0]['node']} is {known[0]['state']}, holders {show.text(known[0]['holders'])}{copied.said(known[0])}"
     if dry_run:
         would = {"instance": instance, "rank": rank, "would": "fence and rebuild", "dry_run": True, **known[0]}
-        document("failover", would) if output == "json" else click.echo(f"would fence {said}")
+        document("failover", would) if output == "json" else click.echo(f"would fence it and rebuild the rank: {said}")
         return
     if not yes:
         click.confirm(f"{said}. Fence it and rebuild the rank?", abort=True, err=True)
@@ -124,6 +124,10 @@ def handoff(reach: Reach, instance: str, rank: str, target: str, dry_run: bool, 
         click.echo(f"{instance} {rank} lives on {target} now, in epoch {found['epoch']}: {found['reason']}, {again}{took}")
 
 
+def also(ranks: list[str] | None) -> str:
+    return f" (also that of {show.text(ranks)})" if ranks else ""
+
+
 @click.command()
 @reaching
 @click.argument("node")
@@ -138,7 +142,12 @@ def drain(reach: Reach, node: str, undo: bool, dry_run: bool, yes: bool, wait_s:
         answered(reach, "drain", {"node": node, "undo": True, "dry_run": dry_run}, output)
         return
     found = reach.coordinator("drain", {"node": node, "dry_run": True})
-    replicas = [f"the replica of {one['instance']}/{one['rank']} goes to {show.text(one['to'])}" for one in found.get("replicas", ())]
+    covered = copied.covered(reach.coordinator("status"))
+    alike = {(instance, rank) for (instance, _), ranks in covered.items() for rank in ranks}  # they have no replica of their own
+    replicas = [
+        f"the replica of {one['instance']}/{one['rank']}{also(covered.get((one['instance'], one['rank'])))} goes to {show.text(one['to'])}"
+        for one in found.get("replicas", ()) if (one["instance"], one["rank"]) not in alike
+    ]  # fmt: skip
     ranks = [f"{one['instance']}/{one['rank']} is handed off to {one['to']}" for one in found.get("ranks", ())]
     does = "; ".join([*replicas, *ranks]) or "nothing is on it; nothing will be placed on it"
     if not dry_run:
@@ -156,25 +165,30 @@ def drain(reach: Reach, node: str, undo: bool, dry_run: bool, yes: bool, wait_s:
 @click.command()
 @reaching
 @click.argument("instance", required=False)
-@click.argument("rank", required=False)
+@click.argument("rank", required=False, callback=as_rank)
 @dry_run_option
 @unasked_option
 @output_option
 def resync(reach: Reach, instance: str | None, rank: str | None, dry_run: bool, output: str) -> None:
-    """Doubt the replicas of all instances (of INSTANCE, of its RANK): holders verify them, drop what is damaged, and get it again."""
-    if rank is not None:
-        as_rank(None, None, rank)
-    found, silent = gathered(reach, "verify" if dry_run else "resync", {"instance": instance, "rank": rank})
+    """Doubt the replicas of all instances (of INSTANCE, of its RANK): holders verify them, drop what is damaged, and get it again.
+
+    A rank that is copied as another one is held in that one's replicas: they are what is verified.
+    """
+    asked = [None] if instance is None or rank is None else copied.names(reach.coordinator("status"), instance, rank)
+    if len(asked) > 1:
+        show.say(f"{instance}/{rank} is copied as {asked[1]}: the replicas of that rank are verified, for both", err=True)
+    found, silent = gathered(reach, "verify" if dry_run else "resync", *({"instance": instance, "rank": name} for name in asked))
     if not found["replicas"] and not silent:
-        raise Refused("no node holds a replica of that. Try: kvguard replicas list; `copied_as` in kvguard status -o json says with which rank one is copied")
+        what = " or ".join("/".join(filter(None, (instance, name))) for name in asked)
+        raise Refused(f"no node holds a replica{' of ' if what else ''}{what}. Try: kvguard replicas list")
     if output == "json":
         show.document({**found, "schema": "kvguard.resync/1", "dry_run": dry_run, "unreachable": silent})
     elif dry_run:
         damaged = [one for one in found["replicas"] if one["verified"] is False]
         columns = ["instance", "rank", "sequence", "holder", "positions"]
-        show.table("Would be sent again from the first damaged position on", columns, [[one[key] for key in columns] for one in damaged], "nothing is damaged")
+        copied.table("Would be sent again from the first damaged position on", columns, damaged, "nothing is damaged")
     else:
-        rows = [[one[key] for key in ("instance", "rank", "holder", "sequences", "positions", "dropped")] for one in found["replicas"]]
-        show.table("Verified anew", ["instance", "rank", "holder", "sequences", "positions", "damaged, sent again"], rows, "none")
+        rows = [{**one, "damaged, sent again": one["dropped"]} for one in found["replicas"]]
+        copied.table("Verified anew", ["instance", "rank", "holder", "sequences", "positions", "damaged, sent again"], rows, "none")
     if silent:
         raise Unreachable("no answer from " + "; ".join(silent) + ". Try: kvguard status")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from kvguard.cli import show
+from kvguard.cli import copied, show
 from kvguard.cli.asking import Reach, gathered
 from kvguard.cli.documents import BadAnswer
 from kvguard.cli.options import output_option, reaching
@@ -32,8 +32,7 @@ def finish(found: dict, silent: list[str], output: str, title: str) -> None:
     if output == "json":
         show.document({**found, "unreachable": silent})
     else:
-        rows = [[show.size(one[key]) if key == "bytes" else one.get(key) for key in COLUMNS] for one in found["replicas"]]
-        show.table(title, COLUMNS, rows, "none")
+        copied.table(title, COLUMNS, [{**one, "bytes": show.size(one["bytes"])} for one in found["replicas"]], "none")
     if silent:
         raise Unreachable("no answer from " + "; ".join(silent) + ". Try: kvguard status")
 

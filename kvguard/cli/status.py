@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from kvguard.cli import show
+from kvguard.cli import copied, show
 from kvguard.cli.asking import Reach
 from kvguard.errors import KvguardError
 
@@ -62,11 +62,12 @@ def display(found: dict, output: str) -> None:
     for node in found["nodes"]:
         for fault in node.get("device_faults", ()):
             show.say(f"Device {fault['device']} of node {node['node']} can't be used: {fault['reason']}")
-    columns = WIDE if output == "wide" else RANKS
+    ranks = [row | {"copied_as": copied.other(row) or None} for row in found["ranks"]]
+    columns = copied.columns(WIDE if output == "wide" else RANKS, "copied_as", ranks)
     ways = [[node["node"], peer, carrier] for node in found["nodes"] for peer, carrier in node.get("carriers", {}).items()]
     show.table("Nodes", NODES, [[node.get(key) for key in NODES] for node in found["nodes"]], "none has said hello")
     show.table("Instances", ["instance", "epoch", "issuer"], [[one[key] for key in ("instance", "epoch", "issuer")] for one in found["instances"]], "none")
-    aged("Ranks", columns, found["ranks"], found, "none is attached")
+    aged("Ranks", columns, ranks, found, "none is attached")
     if output == "wide" or any(carrier != "tcp" for _, _, carrier in ways):  # the usual needs no telling
         show.table("Payloads", ["from", "to", "over"], ways, "no node has a holder")
     if found.get("schedulers"):

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from kvguard.cli import show
+from kvguard.cli import copied, show
 from kvguard.cli.asking import Reach
 from kvguard.cli.options import output_option, reaching
 from kvguard.cli.status import AGE, is_old
@@ -77,6 +77,10 @@ def _as_of(row: dict, seen: Seen) -> str:
     return f" ({row[AGE] / 1000:.1f} s ago)" if is_old(row, seen.status) else ""
 
 
+def _named(rank: dict) -> str:
+    return f"{rank['rank']} as {copied.other(rank)}" if copied.other(rank) else rank["rank"]
+
+
 def _ranks(seen: Seen) -> Table:
     table = _table("Ranks", "instance", "rank", "node", "holders", "state", "sequences", "committed", "lag tokens", "lag", "window", "reason")
     windows = {
@@ -85,7 +89,7 @@ def _ranks(seen: Seen) -> Table:
     for rank in seen.status["ranks"]:
         window = windows.get((rank["instance"], rank["rank"]))
         cells = [
-            escape(rank["instance"]), rank["rank"], escape(rank["node"]), escape(show.text(rank["holders"])), _state(rank["state"]),
+            escape(rank["instance"]), _named(rank), escape(rank["node"]), escape(show.text(rank["holders"])), _state(rank["state"]),
             f"{rank['sequences'] - rank['unprotected_sequences']}/{rank['sequences']}", str(rank["committed"]), str(rank["lag_tokens"]),
             f"{rank['lag_ms']:.0f} ms{_as_of(rank, seen)}", "-" if window is None else show.size(window), escape(rank["reason"]),
         ]  # fmt: skip
