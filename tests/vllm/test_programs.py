@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "vllm"))
 import running  # noqa: E402
 from running import Ended, Report, ending_in_order, whole  # noqa: E402
-from world import living  # noqa: E402
+from world import living, shared_files  # noqa: E402
 
 STAND_IN = ROOT / "tests" / "vllm" / "stand_in.py"
 
@@ -211,6 +211,17 @@ def test_who_lives_in_a_group():
         os.killpg(leader.pid, signal.SIGKILL)
         leader.wait()
     until("all to end", lambda: not living(leader.pid))
+
+
+def test_what_a_group_has_in_shared_memory_is_found_under_the_name_that_stays():
+    command = "import multiprocessing, sys; lock = multiprocessing.get_context('spawn').RLock(); print(lock._semlock.name, flush=True); sys.stdin.read()"
+    child = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, text=True)
+    try:
+        name = "sem." + child.stdout.readline().strip().lstrip("/")
+        assert shared_files(child.pid) == {name} and not shared_files(os.getpgid(0))
+    finally:
+        child.communicate()
+    until("its own tracker to have removed it", lambda: not Path("/dev/shm", name).exists())
 
 
 def test_servers_that_start_stand_still_while_a_kill_is_measured():

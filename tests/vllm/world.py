@@ -34,7 +34,8 @@ READY_S = 600.0
 GONE_S = 30.0  # how long the memory of killed processes takes to be torn down, on a machine that has no time for it
 # How a server is started; another program with the same options stands in for it in test_programs.py.
 PROGRAM = os.environ.get("KVGUARD_VLLM_PROGRAM", "-m vllm.entrypoints.openai.api_server").split()
-LEFT_BY_ENGINES = re.compile(r"/dev/shm/((?:psm_|vllm_dist_|sem\.mp-)\S+)")
+LEFT_BY_ENGINES = ("psm_", "vllm_dist_", "sem.mp-")
+MAPPED = re.compile(r"(\d+)\s+/dev/shm/")  # a file's inode
 
 
 def model_directory() -> str:
@@ -48,13 +49,17 @@ def model_directory() -> str:
 
 
 def shared_files(group: int) -> set[str]:
-    """What the processes of a group have mapped of engines' files in /dev/shm: other engines on this machine have theirs there, too."""
-    found: set[str] = set()
+    """What the processes of a group have mapped of engines' files in /dev/shm: other engines on this machine have theirs there, too.
+
+    Told by inode: the C library maps a semaphore before it gives it its name.
+    """
+    mapped: set[str] = set()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and os.getpgid(int(entry.name)) == group:
-                found.update(LEFT_BY_ENGINES.findall((entry / "maps").read_text()))
-    return found
+                mapped.update(MAPPED.findall((entry / "maps").read_text()))
+    with os.scandir("/dev/shm") as files:
+        return {file.name for file in files if file.name.startswith(LEFT_BY_ENGINES) and str(file.inode()) in mapped}
 
 
 def living(group: int) -> list[int]:
