@@ -156,6 +156,15 @@ def check_whole(rows: list[Row], again: dict) -> None:
         raise Refused(f"resume() {said}. Try: the same objects as before")
 
 
+def undecided(columns: int, first: Row) -> int:
+    """How many of the ids that are known to go on from: where criteria could have stopped the call at the last one it is chosen again, and they see it again.
+
+    An end mark or a length can be seen in the ids, a criterion's word can't, and it is asked about new ids alone.
+    """
+    asked = "stopping_criteria" in first.again or first.options.get("stop_strings") is not None
+    return columns - 1 if asked and first.prompt < columns < first.limit else columns
+
+
 def replayable(position: int, prompt: int, columns: int, chunk: int) -> int:
     """The highest column <= `position` from which the shapes of the first time can be repeated, where `columns` ids are known.
 

@@ -152,7 +152,7 @@ class Guarded:
         first, token = left[0]
         generate_call.check_whole([row for row, _ in left], again)
         self._refuse_misfit(first.rows, first.limit)
-        columns = min(len(token.prefix) + len(token.tokens) for _, token in left)
+        columns = generate_call.undecided(min(len(token.prefix) + len(token.tokens) for _, token in left), first)
         known = [[*token.prefix, *token.tokens][:columns] for _, token in left]
         drawn = Drawn.unpack(token.sampler) if first.sampled else None
         if drawn is not None:

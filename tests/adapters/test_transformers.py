@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM  # noqa: E402
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, StoppingCriteria  # noqa: E402
 from transformers.generation.streamers import BaseStreamer  # noqa: E402
 from transformers_script import VOCABULARY, inputs, sums_of, tiny  # noqa: E402
 
@@ -195,6 +195,30 @@ def test_rows_that_had_ended_stay_ended(models, guarded):
     assert ended[1] and not all(ended)
     left_behind(guarded, struck(guarded, 10, given, **options))
     assert torch.equal(guarded.resume().sequences, wanted.sequences)
+
+
+class After(StoppingCriteria):
+    """The script's own: it stops behind one id, when that is the newest."""
+
+    def __init__(self, end: int) -> None:
+        self.end = end
+
+    def __call__(self, input_ids, scores, **_):
+        return input_ids[:, -1] == self.end
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED])
+def test_struck_when_a_criterion_of_the_script_had_just_stopped_it(models, guarded, options):
+    """Nobody knows that it had: it is asked again, about the same id."""
+    given = inputs(1, 11, False)
+    open_ = answers(models["llama"].generate, given, max_new_tokens=24, **options).sequences[0, 11:].tolist()
+    at = next(n for n in range(4, 24) if open_[n] not in open_[:n])
+    criteria = [After(open_[at])]
+    wanted = answers(models["llama"].generate, given, max_new_tokens=24, stopping_criteria=criteria, **options)
+    assert wanted.sequences.shape[1] == 11 + at + 1
+    left_behind(guarded, struck(guarded, at + 1, given, max_new_tokens=24, stopping_criteria=criteria, **options))
+    torch.manual_seed(999)
+    assert torch.equal(guarded.resume(stopping_criteria=criteria).sequences, wanted.sequences)
 
 
 def test_an_answer_that_was_whole_is_only_handed_out(guarded):
