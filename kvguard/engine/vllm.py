@@ -269,9 +269,9 @@ class KvguardConnector(KVConnectorBase_V1, SupportsHMA):
         self.rows.after(failed=sys.exc_info()[0] is not None)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """Where a step had nothing but loads to look after, it waits a little for them: vLLM steps on without a pause, and its processes turn idly for each
-        other, on the very cores on which daemons find what is loaded."""
-        ends = self.loads.ended(0.0 if self._get_connector_metadata().facts.size else LOADS_WAIT_S)
+        """Where the engine has nothing but loads to look after, it waits a little for them: vLLM steps on without a pause, and its processes turn idly for each
+        other, on the very cores on which daemons find what is loaded. A step without tokens behind others (pipeline parallelism has them) holds up the next."""
+        ends = self.loads.ended(LOADS_WAIT_S if self._get_connector_metadata().facts.idle else 0.0)
         self._ends += ends
         results = KVConnectorTransferResults()
         results.finished_recving = {end.request_id for end in ends}

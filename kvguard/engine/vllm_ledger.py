@@ -110,6 +110,7 @@ class Ledger:
         cached = output.scheduled_cached_reqs
         for request_id, blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
             self._scheduled(request_id, blocks, request_id in cached.resumed_req_ids, computed, scheduled[request_id], facts)
+        facts.idle = not facts.size and not any(entry.begun and entry.blocks for entry in self._entries.values())
         return facts
 
     def _over(self, request_id: str, facts: StepFacts) -> None:

@@ -428,6 +428,18 @@ def test_positions_that_a_step_may_write_are_said_where_they_are_wanted():
     assert Ledger().step(output(new=[("a", [5], 0)], a=3)).spans == []
 
 
+def test_an_engine_is_idle_where_nothing_is_under_way():
+    """A step without tokens behind one that has some (of another stage's turn) must not wait for anything: the next one waits behind it."""
+    ledger = Ledger()
+    ledger.arrived(request_of("a", [1, 2, 3]))
+    assert ledger.step(output()).idle, "all that is here waits to be scheduled"
+    assert not ledger.step(output(new=[("a", [5], 0)], a=3)).idle
+    assert not ledger.step(output()).idle, "its tokens are under way"
+    assert ledger.step(output(preempted=["a"])).idle
+    assert not ledger.step(output(cached=[("a", [6], 0)], resumed=["a"], a=3)).idle and not ledger.step(output()).idle
+    assert ledger.step(output(finished=["a"])).idle
+
+
 def test_a_name_that_comes_again_is_another_sequence():
     packed = []
     for _ in range(2):

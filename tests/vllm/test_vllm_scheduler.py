@@ -27,6 +27,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from world import model_directory
 
 from kvguard.engine.fetch import Fetched
+from kvguard.engine.vllm import LOADS_WAIT_S
 from kvguard.errors import Refused, TimedOut
 from kvguard.format.moves import encode
 from kvguard.types import Epoch, MovedToken
@@ -310,6 +311,24 @@ def test_a_request_aborted_while_it_loads_gives_its_blocks_back(bench):
     while world.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() < free:
         assert time.monotonic() < deadline
         world.turn()
+
+
+def test_only_an_engine_that_has_nothing_else_to_do_waits_for_loads(bench, monkeypatch):
+    fetching = Fetching({"s": list(range(30)) * 3}, {"s": "late"})
+    world = bench(3, 80, 0, 1, fetching)
+    waits, ended = [], world.worker.loads.ended
+    monkeypatch.setattr(world.worker.loads, "ended", lambda wait_s=0.0: waits.append(wait_s) or ended(wait_s))
+    world.add("cmpl-s-0-00000001", list(range(30)) * 3, 3, token_of("s", 80))
+    world.turn(), world.turn()
+    assert waits == [LOADS_WAIT_S] * 2
+    world.add("cmpl-other-0-00000002", [1, 2, 3], 3)
+    world.turn(), world.turn(), world.turn()
+    assert waits[2:] == [0.0] * 3
+    world.turn()
+    assert waits[5:] == [LOADS_WAIT_S], "the other one is over"
+    fetching.released.set()
+    world.drain()
+    assert world.finished["cmpl-s-0-00000001"]["kvguard"]["restored"] == 80
 
 
 @pytest.mark.parametrize("bad", [{"instance": "x"}, "text", 7, {**token_of("s", 5), "epoch": [-1, ""]}], ids=["fields", "text", "number", "epoch"])
