@@ -10,7 +10,7 @@ from tests.engine.conftest import daemon, path  # noqa: F401 (fixtures of test_p
 
 _found = importlib.util.find_spec("vllm")  # this very folder looks like a package without a file
 HAS_VLLM = _found is not None and _found.origin is not None
-NEED_VLLM = ["test_gateway.py", "test_layouts.py", "test_parallel.py", "test_servers.py", "test_vllm_interface.py", "test_vllm_scheduler.py"]
+NEED_VLLM = ["test_gateway.py", "test_layouts.py", "test_parallel.py", "test_servers.py", "test_storms.py", "test_vllm_interface.py", "test_vllm_scheduler.py"]
 collect_ignore = [] if HAS_VLLM else NEED_VLLM
 
 
