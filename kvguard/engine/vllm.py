@@ -301,9 +301,18 @@ class KvguardConnector(KVConnectorBase_V1, SupportsHMA):
         if self.role == KVConnectorRole.WORKER and self.loads is not None:
             self.loads.close()
         rows, self.rows = self.rows, None
+        self._say_counts(rows)
         if rows is None:
             return
         if live := len(rows.guard.table.sequences()):
             _log.warning("kvguard: %s of %r ends with %d sequences under way, which may go on elsewhere", rows.guard.role, self.settings.instance, live)
         else:
             rows.guard.detach()
+
+    def _say_counts(self, rows: Rows | IdRows | None) -> None:
+        counts = {} if rows is None else dict(rows.counts)
+        if self.role == KVConnectorRole.SCHEDULER:
+            counts |= self.ledger.counts | {f"moved requests {what}": count for what, count in self.moves.counts.items() if count}
+        if counts:
+            said = ", ".join(f"{what}: {count}" for what, count in sorted(counts.items()))
+            _log.info("kvguard: %s of %r counted %s", self.role.name.lower(), self.settings.instance, said)

@@ -11,6 +11,7 @@ Invariants
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 from collections import Counter
@@ -23,6 +24,7 @@ from kvguard.engine.vllm_facts import Begun, Grown, StepFacts
 from kvguard.engine.vllm_policy import parameters_of, refusal_of_request
 from kvguard.limits import NAME_BYTES_MAX, REQUEST_BYTES_MAX
 
+_log = logging.getLogger("kvguard.engine")
 _RANDOM = re.compile(r"-[0-9a-f]{8}$")  # what vLLM adds to a request id that was chosen outside
 
 
@@ -83,6 +85,9 @@ class Ledger:
         """vLLM knows this request from now on. One that can't be followed is counted."""
         if request.resumable or request.prompt_token_ids is None or request.sampling_params is None:
             self.counts["unprotected requests"] += 1
+            if self.counts["unprotected requests"] == 1:
+                why = "its ids are streamed, embeddings, or none are generated"
+                _log.warning("kvguard: %s is served UNPROTECTED: %s; others like it are only counted", request.request_id, why)
             return
         name = sequence_name(request.request_id, self._names)
         packed = packed_request(request, self._samples_by_position)

@@ -11,6 +11,7 @@ Invariants
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -21,6 +22,7 @@ from kvguard.format import moves
 
 PARAMETER, SHARE_PARAMETER = "kvguard", "kvguard_share"  # keys of kv_transfer_params
 _NEW, _LOADING, _DONE = range(3)
+_log = logging.getLogger("kvguard.engine")
 
 
 class _Moved:
@@ -59,8 +61,7 @@ class Moves:
             position, refusal = 0, str(error)
         moved = self._moved[request.request_id] = _Moved(token, min(position, request.num_tokens - 1))
         if refusal:
-            self.counts["refused"] += 1
-            moved.computed(f"refused: {refusal}")
+            self._computed(moved, request, f"refused: {refusal}", "refused")
         elif not (self._share or parameters.get(SHARE_PARAMETER) is True):
             request.cache_salt = os.urandom(16).hex()
             request.block_hashes.clear()
@@ -72,12 +73,18 @@ class Moves:
         if moved is None or moved.state != _NEW:
             return 0, False
         if local:
-            moved.computed(f"{local} positions are here already")
+            self._computed(moved, request, f"{local} positions are here already")
         elif moved.position <= 0:
-            moved.computed("the token is of position 0")
+            self._computed(moved, request, "the token is of position 0")
         else:
             return moved.position, True
         return 0, False
+
+    def _computed(self, moved: _Moved, request: Any, why: str, counted: str = "computed") -> None:
+        """It does not come to a load, whose end a worker would say."""
+        self.counts[counted] += 1
+        moved.computed(why)
+        _log.warning("kvguard: %s is computed instead of restored: %s", request.request_id, why)
 
     def allocated(self, request: Any, blocks: list[int], external: int) -> None:
         """The request's blocks are there: load into them."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from types import SimpleNamespace
 
+import pytest
+
 from test_parts import request_of
 
 from kvguard.engine import vllm_loads
@@ -145,3 +147,18 @@ def test_a_load_in_parts_is_restored_where_every_part_is():
     assert moves.finished(request_of("whole", []))["kvguard"] == {"restored": 6, "bytes": 150, "restore_ms": 2.0}
     assert moves.finished(request_of("half", []))["kvguard"] == {"restored": 0, "why": "gone"}
     assert moves.counts == {"restored": 1, "computed": 1, "refused": 0}
+
+
+@pytest.mark.parametrize(
+    ("token", "local", "counted", "why"),
+    [(TOKEN, 4, "computed", "4 positions are here already"), (encode(MovedToken("dead", "s", Epoch(3, "c"), 0, b"\1" * 32)), 0, "computed", "position 0"),
+     ({**TOKEN, "proof": "forged"}, 0, "refused", "whose proof is not")],
+)  # fmt: skip
+def test_a_token_that_comes_to_no_load_is_counted_and_said(token, local, counted, why, caplog):
+    moves, request = Moves(True, False), request_of("a", [1] * 9)
+    request.kv_transfer_params, request.num_tokens = {"kvguard": token}, 9
+    moves.arrived(request)
+    assert [moves.matched(request, local) for _ in range(2)] == [(0, False)] * 2
+    assert {what: count for what, count in moves.counts.items() if count} == {counted: 1}
+    assert [why in record.getMessage() for record in caplog.records] == [True]
+    assert why in moves.finished(request)["kvguard"]["why"]

@@ -449,11 +449,13 @@ def test_a_name_that_comes_again_is_another_sequence():
     assert birth_of(packed[0]) != birth_of(packed[1])
 
 
-def test_what_cant_be_followed_is_counted():
+def test_what_cant_be_followed_is_counted_and_said_once(caplog):
     ledger, request = Ledger(), request_of("a", [1, 2, 3])
     request.resumable = True
     ledger.arrived(request)
-    assert len(ledger) == 0 and ledger.counts["unprotected requests"] == 1
+    ledger.arrived(request)
+    assert len(ledger) == 0 and ledger.counts["unprotected requests"] == 2
+    assert ["UNPROTECTED" in record.getMessage() for record in caplog.records] == [True]
     assert ledger.step(output(new=[("a", [5], 0)], a=3)).begun == []
 
 
