@@ -127,6 +127,21 @@ def test_a_killed_script_goes_on_in_its_own_pool(cluster, scripts):
     assert (entry["error"], entry["lost"], set(entry["positions"].values())) == ("", {}, {20})
 
 
+def test_killed_when_its_own_criterion_had_just_stopped_it(cluster, scripts):
+    """The table has the last id; it is taken back, and chosen again."""
+    what = call("llama", 1, 30, -1, **SAMPLED)
+    ids = undisturbed(what)["sequences"][0][9:]
+    count = next(n for n in range(6, 30) if ids[n - 1] not in ids[: n - 1])
+    what = {**what, "after": ids[count - 1], "hold_at": count}
+    first = scripts("a", what)
+    first.until("token", count)
+    kill_known(cluster, first)
+    second = scripts("a", {**what, "hold_at": -1})
+    found = second.until("sequences")
+    assert_undisturbed(found, undisturbed(what))
+    assert (found["rungs"], len(found["sequences"][0]), found["unprotected"]) == (["pool"], 9 + count, "")
+
+
 def test_a_lost_node_s_script_goes_on_from_the_replica(cluster, scripts):
     what = call("gpt2", 2, 60, 25)
     first = scripts("a", what)

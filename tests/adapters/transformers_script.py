@@ -41,6 +41,11 @@ def inputs(rows: int, columns: int, padded: bool) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def after(call: dict) -> dict:
+    """A criterion of the script's own: it stops behind an id."""
+    return {"stopping_criteria": [lambda ids, scores, **_: ids[:, -1] == call["after"]]} if "after" in call else {}
+
+
 def say(document: dict) -> None:
     print(json.dumps(document), flush=True)
 
@@ -83,7 +88,7 @@ def plain(call: dict) -> dict:
     model, cache = tiny(call["family"]).to(device_of(call)), DynamicCache()
     given = on(device_of(call), inputs(call["rows"], call["columns"], call["padded"]))
     torch.manual_seed(11)
-    return result(model.generate(**given, past_key_values=cache, **call["options"]), cache)
+    return result(model.generate(**given, past_key_values=cache, **call["options"], **after(call)), cache)
 
 
 def protected(call: dict, socket: str, coordinator: str) -> None:
@@ -94,11 +99,11 @@ def protected(call: dict, socket: str, coordinator: str) -> None:
     guarded = protect(model, instance, coordinator, socket=socket, wait_s=call.get("wait_s", 60.0), **sizes)
     say({"joined": bool(guarded.earlier), "unprotected": guarded.unprotected})
     streamer = Shown(call["hold_at"])
-    output = guarded.resume(streamer=streamer)
+    output = guarded.resume(streamer=streamer, **after(call))
     if output is None:
         given = on(device_of(call), inputs(call["rows"], call["columns"], call["padded"]))
         torch.manual_seed(11)
-        output = guarded.generate(**given, streamer=streamer, **call["options"])
+        output = guarded.generate(**given, streamer=streamer, **call["options"], **after(call))
     recovered = {"resumed_at": guarded.resumed_at, "recomputed": guarded.recomputed, "timing_ms": guarded.joined.timing_ms}
     rungs = sorted({token.rung for token in guarded.joined.earlier})
     say(result(output, guarded.cache, unprotected=guarded.unprotected, rungs=rungs, **recovered))
