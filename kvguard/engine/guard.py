@@ -255,7 +255,8 @@ class Guard:
         while restored is None:
             with self._changed:
                 if not self._changed.wait_for(lambda: self._has_order() or not self.fenced, deadline - time.monotonic()):
-                    raise TimedOut(f"no restore order for {self.rank} of {self.instance!r} within {timeout_s} s. Try: kvguard status; is the coordinator there?")
+                    who = f"{self.rank} of {self.instance!r}"
+                    raise TimedOut(f"no restore order for {who} within {timeout_s} s. Try: kvguard status; is the coordinator there?")
                 order, self._order = (self._order, None) if self._has_order() else (None, self._order)
             restored = Restored.of_nothing(self) if order is None else Restored.of_order(self, order)
         return restored
