@@ -18,7 +18,7 @@ from kvguard.limits import MIB
 
 EVENT_BYTES_MAX = 16 * MIB  # the first event of a prompt brings all its ids: two million of them
 EVENT_LINES_MAX = 4096  # a line of three bytes costs twenty times as much memory once it is one
-DONE = b"[DONE]"
+DONE, ERROR = b"[DONE]", b'{"error"'
 _END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")  # atomic: one CRLF is not two ends
 _FIELD = re.compile(rb"[\w-]*(?::|$)")  # what a line begins with; b"" and comments included
 
@@ -93,12 +93,24 @@ def json_object(said: bytes) -> dict:
     return document
 
 
+def check_no_failure(data: bytes) -> None:
+    """Raises Lost where an event says, as vLLM writes it, that the instance itself failed: its engine died, and the server ended the stream in order."""
+    if data.startswith(ERROR) and (document := json_object(data)).get("error") is not None:
+        said = document["error"]
+        code = said.get("code") if isinstance(said, dict) else None
+        if not (isinstance(code, int) and 400 <= code < 500):
+            raise _failed(said)
+
+
+def _failed(said: object) -> Lost:
+    return Lost("status", f"the engine says {str(said.get('message') if isinstance(said, dict) else said)[:200]!r}")
+
+
 def chunk(data: bytes) -> Chunk | None:
     """One event of a completion with return_token_ids; None for one without news. Raises Lost."""
     document = json_object(data)
     if document.get("error") is not None:
-        said = document["error"]
-        raise Lost("status", f"the engine says {str(said.get('message') if isinstance(said, dict) else said)[:200]!r}")
+        raise _failed(document["error"])
     choices = document.get("choices")
     if not isinstance(choices, list) or len(choices) > 1:
         raise Lost("garbage", "an event without its one choice")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 
-from kvguard.gateway.events import DONE, Lost, json_object
+from kvguard.gateway.events import DONE, Lost, check_no_failure, json_object
 from kvguard.gateway.fleet import Member, NoInstance, unless
 from kvguard.gateway.journey import Surroundings
 from kvguard.gateway.watching import key_of
@@ -48,6 +48,8 @@ class Relay:
                 async with aclosing(self._parts(member, key, member.upstream.streamed)) as parts:
                     async for part in parts:
                         member.watch.heard()
+                        for event in part:
+                            check_no_failure(event.data)
                         given, last = True, part[-1].data
                         yield b"".join([event.raw for event in part])
                 if last != DONE:

@@ -4,8 +4,8 @@ descriptor, and keeps its KV beside the kvguard node at SOCKET.
 POST /control changes it: delay_ms a token, garbage (how its answers are wrong), stall (after so many ids nothing comes), garbage_after ([DONE] instead),
 chunk (ids at once), healthy, restores (whether KV comes where it is asked for), tells (usage says how much of the prompt wasn't computed, as vLLM with
 --enable-prompt-tokens-details), chat_bytes (of an answer that isn't streamed), html (instead of a chat's stream), form
-(how a chat's stream is written: "crlf", or "comments", and events without anything), refuses (with which status every completion is refused in good form);
-reset.
+(how a chat's stream is written: "crlf", or "comments", and events without anything), refuses (with which status every completion is refused in good form),
+fails_at (the word in whose place a chat's stream says an error of `code`, and ends in order); reset.
 GET /control: the bodies and headers that came, how many streams were broken off, how often somebody looked at its health.
 """
 
@@ -27,7 +27,7 @@ from tests.gateway.toy_model import CONTEXT_TOKENS, EOS
 
 MODEL = "toy"
 DEFAULTS = {"delay_ms": 1, "garbage": "", "stall": -1, "garbage_after": -1, "chunk": 1, "healthy": True, "status": 200, "restores": True, "tells": True,
-            "chat_bytes": 0, "html": False, "form": "", "refuses": 0}
+            "chat_bytes": 0, "html": False, "form": "", "refuses": 0, "fails_at": "", "code": 500}
 settings = dict(DEFAULTS)
 kept = None  # tests/gateway/kept.py's, where there is a node
 seen: dict = {"requests": [], "broken_off": 0, "open": 0, "looks": 0}
@@ -155,6 +155,9 @@ async def chat(request: Request) -> Response:
             return
         for word in ("one ", "two ", "three"):
             await asyncio.sleep(settings["delay_ms"] / 1000)
+            if settings["fails_at"] == word.strip():
+                yield event({"error": {"message": "EngineCore died", "type": "InternalServerError", "param": None, "code": settings["code"]}})
+                break
             if word != "one " and settings["stall"] >= 0:
                 await asyncio.sleep(3600)
             choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}

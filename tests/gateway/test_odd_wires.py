@@ -16,7 +16,7 @@ import pytest
 
 from kvguard.gateway import connections, upstream
 from kvguard.gateway.upstream import Upstream
-from tests.gateway.conftest import until
+from tests.gateway.conftest import events_of, until
 from tests.gateway.test_ill_clients import HEAD, answers, dialled, ended, posted
 from tests.gateway.test_streams import PROMPT, expected
 
@@ -230,6 +230,28 @@ def test_comments_are_nothing_of_an_answer(world):
     answer = world.post("/v1/chat/completions", body)
     assert answer.text.startswith("data: ") and "three" in answer.text and answer.text.endswith("data: [DONE]\n\n")
     assert world.metric("kvguard_gateway_lost_total", kind="garbage") == 1
+
+
+@pytest.mark.parametrize("word", ["one", "two"])
+def test_a_relayed_stream_of_a_server_whose_engine_died(world, word):
+    """The server lives, and ends its stream in order: with an error. It is a loss like any other: another one is asked as long as nothing was given out."""
+    world.start("a", "b")
+    world.backends["a"].set(fails_at=word)
+    body = {"model": "toy", "messages": [{"role": "user", "content": "x"}], "n": 2, "stream": True}
+    with httpx.stream("POST", world.url + "/v1/chat/completions", json=body, timeout=20, trust_env=False) as response:
+        said = events_of(response)
+    words = [one["choices"][0]["delta"]["content"] for one in said if one != "[DONE]" and "choices" in one]
+    assert said[-1] == "[DONE]" and words == (["one ", "two ", "three"] if word == "one" else ["one "])
+    assert [one["error"]["code"] for one in said[:-1] if "error" in one] == ([] if word == "one" else ["not_resumable"])
+    assert world.metric("kvguard_gateway_lost_total", kind="status") == 1
+
+
+def test_an_error_that_is_the_clients_is_passed_on(world):
+    world.start("a", "b")
+    world.backends["a"].set(fails_at="one", code=400)
+    body = {"model": "toy", "messages": [{"role": "user", "content": "x"}], "n": 2, "stream": True}
+    with httpx.stream("POST", world.url + "/v1/chat/completions", json=body, timeout=20, trust_env=False) as response:
+        assert [one if one == "[DONE]" else one["error"]["code"] for one in events_of(response)] == [400, "[DONE]"]
 
 
 def test_a_relayed_stream_that_is_no_stream(world):
