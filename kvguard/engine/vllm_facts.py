@@ -48,8 +48,8 @@ class StepFacts:
 
     `size`: positions in the step. `over`: sequences that are finished. `cut`: preempted ones, whose KV is void. `nos`, `lengths`, `ids`: decoding sequences
     with one new id each; `blocks`: appended ones by index in these columns. `spans`: where a GPU packs its own steps, (sequence, first, end) of all positions
-    that this one may write, rejected drafts included. `ended`: why the scheduler's side can't go on: nothing is true any more, detach. `idle`: nothing is in this
-    step, nor in one before it that is under way still.
+    that this one may write, rejected drafts included. `ended`: why the scheduler's side can't go on: nothing is true any more, detach. `idle`: nothing is in
+    this step, nor in one before it that is under way still.
     """
 
     size: int = 0

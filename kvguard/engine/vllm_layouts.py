@@ -18,8 +18,8 @@ from kvguard.format.layout import Layout, Region, Shard
 
 
 class Attention(NamedTuple):
-    """What decides how a block's bytes lie. `row`: elements of one head and token, K and V side by side or one latent vector. `block_tokens`: the scheduler's.
-    `write(layer index, cache tensor, rows [tokens, heads, row], slots)`: the backend's own code.
+    """What decides how a block's bytes lie. `scales`: of each layer, those of K and then those of V. `row`: elements of one head and token, K and V side by side
+    or one latent vector. `block_tokens`: the scheduler's. `write(layer index, cache tensor, rows [tokens, heads, row], slots)`: the backend's own code.
     """
 
     backend: str
@@ -27,7 +27,7 @@ class Attention(NamedTuple):
     kv_dtype: str
     row: int
     compute_dtype: Any
-    scales: tuple[tuple[float, float], ...]
+    scales: tuple[tuple[float, ...], ...]
     block_tokens: int
     write: Callable[[int, Any, Any, Any], None]
 

@@ -204,7 +204,7 @@ def attention_of(vllm_config: Any, layer_names: list[str]) -> Attention:
     if faults:
         raise BadConfig(f"kvguard can't protect this model: {'; '.join(sorted(faults))}")
     [(backend, isa, kv_dtype, head_dim, latent)] = kinds
-    scales = tuple((float(getattr(layer, "_k_scale_float", 1.0)), float(getattr(layer, "_v_scale_float", 1.0))) for layer in layers)
+    scales = tuple((*_scales_of(layer, "_k_scale"), *_scales_of(layer, "_v_scale")) for layer in layers)
 
     def write(layer: int, cache: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor) -> None:
         module = layers[layer]
@@ -217,3 +217,9 @@ def attention_of(vllm_config: Any, layer_names: list[str]) -> Attention:
 
     tokens, row = vllm_config.cache_config.block_size, head_dim if latent else 2 * head_dim
     return Attention(backend, isa, str(kv_dtype), row, vllm_config.model_config.dtype, scales, tokens, write)
+
+
+def _scales_of(layer: Any, name: str) -> tuple[float, ...]:
+    """One for the tensor, or one for each head, of which vLLM's own number is the largest alone."""
+    tensor = getattr(layer, name, None)
+    return (float(getattr(layer, f"{name}_float", 1.0)),) if tensor is None or tensor.numel() < 2 else tuple(tensor.flatten().tolist())

@@ -100,6 +100,21 @@ def test_quantised_pools_with_other_scales_have_another_fingerprint(caches, made
     assert len({layout_of(made, slab, made_by(32, kv_dtype=kv_dtype, scale=scale), "m").fingerprint for kv_dtype, scale in kinds}) == 4
 
 
+def test_every_heads_own_scale_counts():
+    """Of several vLLM keeps the largest as the layer's number: quantised KV of other scales would have been taken for its own."""
+
+    def scales(*of_k: float) -> tuple:
+        layer = SimpleNamespace(
+            impl=None, attn_backend=SimpleNamespace(get_name=lambda: "FLASH_ATTN"), kv_cache_dtype="fp8", head_size=DIM, _k_scale=torch.tensor(of_k),
+            _k_scale_float=max(of_k), _v_scale=torch.tensor(0.25), _v_scale_float=0.25,
+        )  # fmt: skip
+        config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={"a": layer}), model_config=SimpleNamespace(dtype=torch.bfloat16),
+                                 cache_config=SimpleNamespace(block_size=32))  # fmt: skip
+        return attention_of(config, ["a"]).scales
+
+    assert scales(0.5) == ((0.5, 0.25),) and scales(0.5, 2.0) == ((0.5, 2.0, 0.25),) != scales(1.0, 2.0)
+
+
 def test_what_decides_how_bytes_lie_is_in_the_fingerprint(caches):
     found = set()
     for tokens, dtype in ((32, torch.bfloat16), (64, torch.bfloat16), (32, torch.float16)):
