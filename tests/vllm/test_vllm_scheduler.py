@@ -83,8 +83,8 @@ class Bench:
         init_none_hash(hash_fn)
         self.hasher = get_request_block_hasher(TOKENS, hash_fn)
 
-    def add(self, name: str, prompt: list[int], tokens: int, token: dict | None = None, **sampling) -> Request:
-        extra = {"extra_args": {"kv_transfer_params": {"kvguard": token}}} if token else {}
+    def add(self, name: str, prompt: list[int], tokens: int, token: dict | None = None, share: bool = False, **sampling) -> Request:
+        extra = {"extra_args": {"kv_transfer_params": {"kvguard": token, "kvguard_share": share}}} if token else {}
         parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **extra, **sampling)
         request = Request(request_id=name, prompt_token_ids=list(prompt), sampling_params=parameters, pooling_params=None, block_hasher=self.hasher)
         self.scheduler.add_request(request)
@@ -357,9 +357,20 @@ def test_restored_blocks_are_nobody_elses(bench):
     request = world.add("cmpl-s-0-00000002", ids, 3, token_of("s", 99))
     world.drain()
     assert fetching.asked == ["s"] and request.cache_salt  # not the local prefix, which was there
-    after = world.add("cmpl-after-0-00000003", ids, 3)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_restored_blocks_serve_other_requests_only_where_that_was_asked_for(bench, share):
+    ids = [n % VOCABULARY for n in range(100)]
+    world = bench(3, 80, 0, 1, Fetching({"s": ids}, {}))
+    world.add("cmpl-s-0-00000001", ids, 3, token_of("s", 99), share)
     world.drain()
-    assert after.prefill_stats is None and world.outputs["cmpl-after-0-00000003"] == continuation(ids, 3)
+    assert world.finished["cmpl-s-0-00000001"]["kvguard"]["restored"] == 99
+    world.add("cmpl-after-0-00000002", ids, 3)
+    output = world.scheduler.schedule()
+    assert output.scheduled_new_reqs[0].num_computed_tokens == (3 * TOKENS if share else 0)
+    world.scheduler.update_from_output(output, world.runner.execute(output))
+    world.drain()
 
 
 # ---- faults of our own ----------------------------------------------------------------------------------------------------------
