@@ -87,8 +87,8 @@ class Wakeup:
             raise OSError(ctypes.get_errno(), "timerfd_settime failed")
 
     def ready(self) -> Iterator[tuple[Callable[[int], None], int]]:
-        """What to call now, one after the other, with its epoll events (IN for what was asked for again): what an earlier call makes stale is left out. The timer
-        only wakes: whoever armed it looks at the clock."""
+        """What to call now, one after the other, with its epoll events (IN for what was asked for again): what an earlier call makes stale is left out.
+        The timer only wakes: whoever armed it looks at the clock."""
         due = self._due = dict.fromkeys(self._again, IN)
         self._again.clear()
         for fd, events in self._epoll.poll(0):
