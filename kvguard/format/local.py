@@ -112,10 +112,15 @@ class Restored(Local, frozen=True):
 
 
 class Fetch(Local, frozen=True):
-    """rank -> daemon: where is the KV of this moved sequence, for the (pp, tp) of the rank that asks? `number`: chosen by the engine, comes back."""
+    """rank -> daemon: where is the KV of this moved sequence, for the (pp, tp) of the rank that asks? `number`: chosen by the engine, comes back.
+
+    `ids`, `ids_sum`: of the first so many of its ids as the engine has them (moves.ids_sum): KV of others is refused. 0: not said.
+    """
 
     number: int
     token: MovedToken
+    ids: int = 0
+    ids_sum: int = 0
 
 
 class FetchGiven(Local, frozen=True):

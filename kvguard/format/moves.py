@@ -11,6 +11,7 @@ import hashlib
 import hmac
 
 import msgspec
+import xxhash
 
 from kvguard.errors import BadFrame
 from kvguard.limits import EPOCH_MAX, IDS_PER_ROW_MAX, NAME_BYTES_MAX
@@ -94,6 +95,11 @@ def _places(value: object) -> tuple[tuple[Rank, NodeId], ...]:
             raise _malformed("places", f"a list of [rank, node] with ranks up to {SCHEDULER_PP}")
         found.append((rank, place[1]))
     return tuple(found)
+
+
+def ids_sum(ids: bytes) -> int:
+    """Of token ids, u32 little-endian each: whether two know the same ones."""
+    return xxhash.xxh3_64_intdigest(ids)
 
 
 # ---- proofs ---------------------------------------------------------------------------------------------------------------------
