@@ -8,6 +8,7 @@ opened for reading alone; what is given is whole up to the position, of the plan
 from __future__ import annotations
 
 import os
+import struct
 from typing import NamedTuple
 
 from kvguard.daemon.perform_node import NodeShell
@@ -17,6 +18,7 @@ from kvguard.format import local, moves
 from kvguard.format.layout import Layout
 from kvguard.format.lineage import agreed, is_other
 from kvguard.format.messages import PlanOrder, StreamShape
+from kvguard.format.rows import Row
 from kvguard.format.shapes import is_shared
 from kvguard.types import NO_EPOCH, Lineage, MovedToken, StreamId
 
@@ -26,13 +28,14 @@ class _Ending(Exception):
 
 
 class _Found(NamedTuple):
-    """Where [0, position) stands. The descriptor is the taker's to close."""
+    """Where [0, position) stands. The descriptor is the taker's to close. `ids`: its token ids, u32 little-endian, as far as they are known here."""
 
     descriptor: int
     blocks: tuple[int, ...]
     generations: tuple[int, ...]
     shape: StreamShape
     layout: Layout | None
+    ids: bytes = b""
 
 
 class Fetching:
@@ -45,6 +48,7 @@ class Fetching:
         """Answers FetchGiven or FetchRefused on the connection; never raises for what an engine may say."""
         try:
             found = self._find(connection, message.token)
+            _check_ids(found, message)
         except (Refused, _Ending) as error:
             self._shell.counters["fetches_refused"] += not isinstance(error, _Ending)
             self._tell(connection, local.FetchRefused(message.number, str(error), isinstance(error, _Ending)))
@@ -118,7 +122,8 @@ class Fetching:
             return None
         blocks = tuple(sequence.blocks[: -(-token.position // replica.shape.block_tokens)])
         generations = tuple(replica.arena.generation(block) for block in blocks)
-        return _Found(_for_reading([replica.arena.export()]), blocks, generations, replica.shape, None)
+        ids = bytes(sequence.ids[: 4 * token.position])
+        return _Found(_for_reading([replica.arena.export()]), blocks, generations, replica.shape, None, ids)
 
     def _in_pool(self, stream: StreamId, token: MovedToken, lineage: Lineage, birth: int) -> _Found | None:
         rank = self._ranks.ranks.get(stream)
@@ -128,17 +133,26 @@ class Fetching:
             if rank.killed or rank.stream.leaving:
                 raise _Ending("its process is being ended, or its memory salvaged")
             return None
-        blocks = _committed(rank, token, lineage, birth)
-        if blocks is None:  # also what was to be brought out and didn't come: its facts are gone
+        row = _committed(rank, token, lineage, birth)
+        if row is None:  # also what was to be brought out and didn't come: its facts are gone
             return None
         if self._ranks.bring_out(stream):
             raise _Ending("its memory is being copied to where another process can read it")
-        of_blocks = rank.reader.generations([], blocks)[1]
-        return _Found(_for_reading(rank.pool.export()), blocks, tuple(of_blocks.tolist()), rank.stream.shape, rank.layout)
+        blocks = row.blocks[: -(-token.position // rank.stream.shape.block_tokens)]
+        of_blocks, ids = rank.reader.generations([], blocks)[1], row.ids[: token.position]
+        packed = struct.pack(f"<{len(ids)}I", *ids)
+        return _Found(_for_reading(rank.pool.export()), blocks, tuple(of_blocks.tolist()), rank.stream.shape, rank.layout, packed)
 
 
-def _committed(rank: LocalRank, token: MovedToken, lineage: Lineage, birth: int) -> tuple[int, ...] | None:
-    """The blocks of [0, position) in a dead process's pool; None where the row is not whole, or was given up before it died."""
+def _check_ids(found: _Found, asked: local.Fetch) -> None:
+    """KV is of its ids alone: a genuine token beside another prompt brings an answer that nobody asked for. Closes the descriptor where it raises Refused."""
+    if 0 < 4 * asked.ids <= len(found.ids) and moves.ids_sum(found.ids[: 4 * asked.ids]) != asked.ids_sum:
+        os.close(found.descriptor)
+        raise Refused(f"the first {asked.ids} ids of {asked.token.sequence!r} are others than those it is wanted for")
+
+
+def _committed(rank: LocalRank, token: MovedToken, lineage: Lineage, birth: int) -> Row | None:
+    """The row with [0, position) in a dead process's pool; None where the row is not whole, or was given up before it died."""
     known = rank.facts.find(token.sequence)
     if known is None or is_other(known[3], birth) or min(known[2], agreed(known[1], lineage)) < token.position:
         return None
@@ -149,7 +163,7 @@ def _committed(rank: LocalRank, token: MovedToken, lineage: Lineage, birth: int)
     blocks, generations = row.blocks[:needed], row.block_generations[:needed]
     if len(blocks) < needed or rank.reader.generations([], blocks)[1].tolist() != list(generations):
         return None
-    return tuple(blocks)
+    return row
 
 
 def _for_reading(descriptors: list[int]) -> int:

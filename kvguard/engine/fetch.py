@@ -116,14 +116,14 @@ class Fetches:
         self._next = 1
         self._closed = False
 
-    def begin(self, moved: MovedToken, timeout_s: float) -> Fetch:
-        """Raises Refused: forged, stale, another layout, not here. TimedOut: no answer."""
+    def begin(self, moved: MovedToken, timeout_s: float, ids: tuple[int, int] = (0, 0)) -> Fetch:
+        """Raises Refused: forged, stale, another layout, other ids, not here. TimedOut: no answer."""
         since = time.monotonic()
         due = since + timeout_s
         pool = self._guard.pool
         if pool is None:
             raise Refused(f"{self._guard.role} of {self._guard.instance!r} has no pool to fetch into. Try: guard.fetch in a rank")
-        given, descriptor = self._ask(moved, due)
+        given, descriptor = self._ask(moved, due, ids)
         fitting = given.shape.fingerprint == pool.layout.fingerprint and 0 <= given.position == moved.position
         needed = -(-given.position // given.shape.block_tokens) if given.shape.block_tokens > 0 else -1
         if not fitting or needed != len(given.blocks) or needed != len(given.generations):
@@ -131,11 +131,11 @@ class Fetches:
             raise Refused(f"what the daemon has of {moved.sequence!r} doesn't fit this rank's pool. Try: compute it from its ids")
         return Fetch(pool, moved, given, descriptor, since, due)
 
-    def _ask(self, moved: MovedToken, due: float) -> tuple[local.FetchGiven, int]:
+    def _ask(self, moved: MovedToken, due: float, ids: tuple[int, int]) -> tuple[local.FetchGiven, int]:
         number = self._enter(moved, due)
         try:
             while True:
-                message, descriptors = self._answer(number, moved, due)
+                message, descriptors = self._answer(local.Fetch(number, moved, *ids), due)
                 if isinstance(message, local.FetchGiven):
                     if len(descriptors) != 1:
                         _close(descriptors)
@@ -161,13 +161,14 @@ class Fetches:
             self._waiting[number] = None
             return number
 
-    def _answer(self, number: int, moved: MovedToken, due: float) -> tuple[local.Local, list[int]]:
+    def _answer(self, question: local.Fetch, due: float) -> tuple[local.Local, list[int]]:
         """Say it until it is answered: a daemon that restarts forgets what it was asked."""
+        number, moved = question.number, question.token
         while True:
             session = self._guard.session
             if session is None or session.refused or self._closed:
                 raise Refused(f"this rank is not attached ({session.refused if session else 'no line to a daemon'}). Try: compute it from its ids")
-            session.say(local.Fetch(number, moved))
+            session.say(question)
             with self._changed:
                 left = due - time.monotonic()
                 if self._changed.wait_for(lambda: self._closed or self._waiting[number] is not None, max(0.0, min(left, REPEAT_S))) and not self._closed:

@@ -275,18 +275,20 @@ class Guard:
 
     # ---- sequences that move here -------------------------------------------------------------------------------------------------
 
-    def fetch(self, moved: MovedToken, blocks: Sequence[int], timeout_s: float) -> Fetched:
+    def fetch(self, moved: MovedToken, blocks: Sequence[int], timeout_s: float, ids: tuple[int, int] = (0, 0)) -> Fetched:
         """KV [0, moved.position) of a dead instance's sequence into this rank's own `blocks` (block n of the sequence into blocks[n]), verified; the tail block
         whole where tokens aren't addressable. From any thread, beside steps; the blocks must be of no sequence that runs. Commit it as a sequence of your own.
 
+        `ids`: how many of its ids the caller knows, and their moves.ids_sum: KV of other ids is refused.
+
         Raises Refused (forged, stale, not on this node, another layout), TimedOut, BadFrame (a sum doesn't hold): compute it from its ids then.
         """
-        with self.fetch_begin(moved, timeout_s) as found:
+        with self.fetch_begin(moved, timeout_s, ids) as found:
             return found.pull(blocks)
 
-    def fetch_begin(self, moved: MovedToken, timeout_s: float = 5.0) -> Fetch:
+    def fetch_begin(self, moved: MovedToken, timeout_s: float = 5.0, ids: tuple[int, int] = (0, 0)) -> Fetch:
         """The first half of fetch: found and mapped, `.pull(blocks)` copies, for adapters that choose blocks and moment. Raises Refused, TimedOut."""
-        return self._fetches.begin(moved, timeout_s)
+        return self._fetches.begin(moved, timeout_s, ids)
 
     # ---- the line to the daemon (client thread) -----------------------------------------------------------------------------------
 

@@ -34,12 +34,13 @@ class Grown:
 
 @dataclass(slots=True)
 class Load:
-    """KV of a moved sequence to be fetched: [0, position) into `blocks`, block n of the sequence into blocks[n]."""
+    """KV of a moved sequence to be fetched: [0, position) into `blocks`, block n of the sequence into blocks[n]. `ids_sum`: of the ids of these positions."""
 
     request_id: str
     token: dict
     blocks: list[int]
     position: int
+    ids_sum: int = 0
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ _log = logging.getLogger("kvguard.engine")
 
 
 class Loads:
-    """`begin` and `ended` from the engine's thread. `fetch(moved, blocks, timeout_s)`: how KV gets here; its answer has position, bytes and ms."""
+    """`begin` and `ended` from the engine's thread. `fetch(moved, blocks, timeout_s, ids)`: how KV gets here; its answer has position, bytes and ms."""
 
     def __init__(self, fetch: Any, timeout_s: float) -> None:
         self._fetch, self._timeout_s = fetch, timeout_s
@@ -101,7 +101,7 @@ class Loads:
             left = deadline - began
             if left <= 0:
                 return LoadEnd(load.request_id, 0, 0, 0.0, f"its turn came after {self._timeout_s} s")
-            found = self._fetch(moves.decode(load.token), load.blocks, left)
+            found = self._fetch(moves.decode(load.token), load.blocks, left, (load.position, load.ids_sum))
             if found.position < load.position:
                 return LoadEnd(load.request_id, 0, found.bytes, found.ms, f"{found.position} of {load.position} positions came")
         except KvguardError as error:

@@ -3,6 +3,7 @@
 Knows: vLLM's Request by attribute, moved tokens. Must not know: torch, tables, how KV travels.
 
 Invariants
+- KV is loaded for the ids that the request has, whatever its token says: who gives it knows them, too.
 - A token is tried once: whatever fails, and whatever is preempted later, is computed.
 - At least one position is left to compute; nothing is loaded where a local prefix exists (its blocks may be others', too).
 - How a load ended is known when every worker's part of it has: restored where all parts are, else computed.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 from typing import Any
 
 from kvguard.engine.vllm_facts import Load, LoadEnd
@@ -91,7 +93,8 @@ class Moves:
         moved = self._moved.get(request.request_id)
         if moved is not None and moved.state == _NEW and external > 0:
             moved.state = _LOADING
-            self._loads.append(Load(request.request_id, moved.token, list(blocks), external))
+            ids = struct.pack(f"<{external}I", *request.all_token_ids[:external])
+            self._loads.append(Load(request.request_id, moved.token, list(blocks), external, moves.ids_sum(ids)))
 
     def taken(self) -> list[Load]:
         """Loads to be begun with this step."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+from collections import Counter
 from types import SimpleNamespace
 
 import msgspec
@@ -11,7 +13,9 @@ import pytest
 from kvguard.daemon import fetching
 from kvguard.daemon.fetching import Fetching
 from kvguard.errors import Refused
+from kvguard.format import local
 from kvguard.format.layout import Layout
+from kvguard.format.moves import ids_sum
 from kvguard.types import NO_EPOCH, Fork, MovedToken, Rank, StreamId
 
 LAYOUT = Layout.paged("m", "float16", 1, 12, 4, 1, 2)
@@ -80,3 +84,19 @@ def test_what_does_not_come_out_is_not_asked_for_for_ever(dead):
     assert answers._in_pool(rank.stream.id, token(10), LINEAGE, 0) is None  # it never had so much
     rank.facts.keep(())
     assert answers._in_pool(rank.stream.id, token(9), LINEAGE, 0) is None
+
+
+def test_kv_of_other_ids_than_the_askers_is_refused(dead):
+    """A genuine token beside another prompt: whoever gave both would have got an answer to neither."""
+    answers, rank = dead
+    told, before = [], len(os.listdir("/proc/self/fd"))
+    answers._shell.counters, answers._ranks.bring_out = Counter(), lambda stream: False
+    answers._tell = lambda connection, message, descriptors=(): told.append(message)
+    answers._find = lambda connection, token: answers._in_pool(rank.stream.id, token, LINEAGE, 0)
+    right, wrong = struct.pack("<9I", *range(9)), struct.pack("<9I", 7, *range(1, 9))
+    for known in ((0, 0), (9, ids_sum(right)), (4, ids_sum(right[:16]))):
+        answers.fetch(3, local.Fetch(1, token(9), *known))
+    for known in ((9, ids_sum(wrong)), (1, ids_sum(wrong[:4])), (9, 0)):
+        answers.fetch(3, local.Fetch(1, token(9), *known))
+    assert [type(message) for message in told] == [local.FetchGiven] * 3 + [local.FetchRefused] * 3
+    assert "ids of 'one' are others" in told[-1].reason and len(os.listdir("/proc/self/fd")) == before

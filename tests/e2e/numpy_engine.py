@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import json
 import os
+import struct
 import sys
 
 import numpy as np
@@ -17,7 +18,7 @@ import xxhash
 from kvguard.device import open_device
 from kvguard.engine import Layout, Rank, allocate, attach, attach_scheduler, attach_standby, borrow
 from kvguard.errors import Fenced, KvguardError
-from kvguard.format.moves import decode
+from kvguard.format.moves import decode, ids_sum
 
 BLOCKS, TOKENS = 256, 16
 DEVICE = os.environ.get("ENGINE_DEVICE", "host")
@@ -120,13 +121,14 @@ class Engine:
         self.lengths[sequence] = position
         return {"lengths": self.lengths}
 
-    def fetch(self, token: dict, timeout_s: float) -> dict:
-        """Go on with a dead instance's sequence: its KV into blocks of this one, committed as a sequence of its own."""
+    def fetch(self, token: dict, timeout_s: float, first: int = 0) -> dict:
+        """Go on with a dead instance's sequence: its KV into blocks of this one, committed as a sequence of its own. `first`: the first of its ids."""
         moved = decode(token)
         needed = -(-moved.position // TOKENS)
         blocks = self.free[:needed]
         try:
-            fetched = self.guard.fetch(moved, blocks, timeout_s)
+            ids = struct.pack(f"<{moved.position}I", first, *range(1, moved.position))
+            fetched = self.guard.fetch(moved, blocks, timeout_s, (moved.position, ids_sum(ids)))
         except KvguardError as error:
             return {"refused": f"{type(error).__name__}: {error}"}
         del self.free[:needed]

@@ -148,6 +148,7 @@ def test_what_is_refused_and_why(cluster, gateway):
     for wrong in ({"epoch": [7, "coordinator"]}, {"epoch": [1, "somebody"]}, {"instance": "llama-b"}):
         assert "stale" in b.tell("fetch", token={**token, **wrong}, timeout_s=5.0)["refused"]
     assert "another model" in other.tell("fetch", token=token, timeout_s=5.0)["refused"]
+    assert "ids of 'one' are others" in b.tell("fetch", token=token, timeout_s=5.0, first=3)["refused"]
     assert b.tell("fetch", token=token, timeout_s=5.0)["position"] == 70
     again = cluster.engine("rank", "a", RANK, "llama-a")  # the instance is started again: empty, in the new epoch
     cluster.until("it to be welcomed", lambda: again.tell("status")["epoch"] == 1)  # its daemon's word for the epoch stands in the table before

@@ -15,7 +15,7 @@ from kvguard.engine.vllm_facts import Load, LoadEnd
 from kvguard.engine.vllm_loads import AT_ONCE_MAX, Loads
 from kvguard.engine.vllm_moves import Moves
 from kvguard.errors import Refused
-from kvguard.format.moves import encode
+from kvguard.format.moves import encode, ids_sum
 from kvguard.types import Epoch, MovedToken
 
 TOKEN = encode(MovedToken("dead", "s", Epoch(3, "coordinator"), 6, b"\1" * 32))
@@ -35,7 +35,7 @@ def test_every_load_ends_and_none_after_its_deadline_begins(monkeypatch):
     gate, begun, now = threading.Event(), threading.Semaphore(0), [100.0]
     monkeypatch.setattr(vllm_loads, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
-    def fetch(moved, blocks, timeout_s):
+    def fetch(moved, blocks, timeout_s, ids):
         begun.release()
         assert timeout_s == 5.0 and gate.wait(20)
         return Fetched(6, 100, 1.0)
@@ -56,7 +56,7 @@ def test_loads_that_come_together_run_at_once_also_where_one_thread_is_idle():
     """The idle one was counted for each of them: it took all, one behind the other, while their deadlines ran."""
     gate, together = threading.Event(), threading.Semaphore(0)
 
-    def fetch(moved, blocks, timeout_s):
+    def fetch(moved, blocks, timeout_s, ids):
         if blocks == [0]:
             return Fetched(6, 100, 1.0)
         together.release()
@@ -99,7 +99,7 @@ def test_a_process_that_has_no_room_for_a_thread_computes(monkeypatch):
 def test_who_has_nothing_else_to_do_waits_for_a_load_only_while_one_is_under_way():
     gate, waits = threading.Event(), threading.Event()
 
-    def fetch(moved, blocks, timeout_s):
+    def fetch(moved, blocks, timeout_s, ids):
         assert gate.wait(20)
         return Fetched(6, 100, 1.0)
 
@@ -122,7 +122,7 @@ def test_who_has_nothing_else_to_do_waits_for_a_load_only_while_one_is_under_way
 
 
 def test_a_load_that_is_refused_or_has_no_token_ends_with_the_reason():
-    def fetch(moved, blocks, timeout_s):
+    def fetch(moved, blocks, timeout_s, ids):
         raise Refused("gone")
 
     loads = Loads(fetch, 60.0)
@@ -141,6 +141,7 @@ def test_a_load_in_parts_is_restored_where_every_part_is():
         moves.arrived(request)
         assert moves.matched(request, 0) == (6, True)
         moves.allocated(request, [3, 4], 6)
+        assert moves.taken()[0].ids_sum == ids_sum(b"\1\0\0\0" * 6)
         moves.ended(LoadEnd(name, 6, 100, 1.0))
         moves.ended(LoadEnd(name, 0 if error else 6, 50, 2.0, error))
         moves.ended_everywhere(name)

@@ -30,7 +30,7 @@ class Weather:
         self.known, self.fate, self.gates, self.stage = known, fate, gates, stage
         self.pool = None
 
-    def __call__(self, moved: MovedToken, blocks, timeout_s: float) -> Fetched:
+    def __call__(self, moved: MovedToken, blocks, timeout_s: float, ids: tuple[int, int]) -> Fetched:
         fate = self.fate[moved.sequence]
         if "late" in fate:
             assert self.gates[moved.sequence].wait(60)

@@ -225,7 +225,7 @@ class Fetching:
         self.released = threading.Event()
         self.pool = None
 
-    def __call__(self, moved: MovedToken, blocks, timeout_s: float) -> Fetched:
+    def __call__(self, moved: MovedToken, blocks, timeout_s: float, ids: tuple[int, int]) -> Fetched:
         fate = self.fate.get(moved.sequence, "")
         self.asked.append(moved.sequence)
         if fate == "late":
