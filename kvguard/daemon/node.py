@@ -104,6 +104,7 @@ class NodeDaemon:
         )  # fmt: skip
         self.loop = Loop(self.core, node_performer(self.shell))
         self.workers = Workers(self)
+        store.let_go = lambda close: self.workers.release("", close)
         self.shell.copies = Copies(self.workers, self.loop.after)
         device = LaterDevice(config.device, capture=config.capture, ring_bytes=config.ring_bytes, bytes_per_s=config.capture_bytes_per_s)
         device.prepare()

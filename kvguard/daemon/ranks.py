@@ -235,7 +235,7 @@ class Ranks:
 
     @property
     def releasing(self) -> int:
-        """Pools of GPUs that nobody needs any more and that are not closed yet."""
+        """Pools, and arenas, that nobody needs any more and that are not closed yet."""
         return self._workers.releasing
 
     def disconnected(self, connection: int) -> None:

@@ -31,6 +31,7 @@ def process(pid: int) -> dict:
 
 
 def processes(engines) -> dict:
-    """This daemon and the living ranks that it serves, by stream; `releasing`: pools of former ones that are still mapped. `engines`: ranks.Ranks."""
+    """This daemon and the living ranks that it serves, by stream; `releasing`: pools of former ones, and arenas, that are still mapped.
+    `engines`: ranks.Ranks."""
     ranks = {str(stream): process(process_of(rank.pidfd)) for stream, rank in engines.ranks.items() if rank.stream.alive}
     return {**here(), "daemon": process(os.getpid()), "ranks": ranks, "releasing": engines.releasing}

@@ -4,8 +4,9 @@ Knows: jobs by GPU, an eventfd, when a job last moved, which devices can't be us
 
 Invariants
 - What a job found comes back to the loop's thread, in the order in which a GPU's jobs ended, and exactly once: found, failed, refused or given up.
-- "" is no GPU: such a job is done at once, in the caller's thread; so is every job where there is no loop. Only what gives its memory back has a thread: the
-  last unmapping of shared memory frees its pages, 150 to 250 ms a GB, without the interpreter's lock. It is never given up: the kernel is at it.
+- "" is no GPU: such a job is done at once, in the caller's thread; so is every job where there is no loop. Only what gives its memory back has a thread, a
+  pool or a replica's arena: the last unmapping of shared memory frees its pages, 150 to 250 ms a GB, without the interpreter's lock. It is never given up: the
+  kernel is at it.
 - A queue holds JOBS_MAX jobs; more are refused, not kept. What frees memory, or what an engine waits for, goes to its head.
 - A thread that has ended, or whose job has not moved for STALL_NS, is given up, and its GPU is a device that can't be used: its jobs fail with DeviceLost and
   the reason, and so does whatever is put there until it moves again. What such a job still finds is thrown away where it was found. No fault of a job ends
@@ -197,7 +198,7 @@ class Workers:
         self._by_gpu: dict[str, Worker] = {}
         self._bell = -1
         self._looking = False
-        self.releasing = 0  # pools that are not closed yet
+        self.releasing = 0  # pools and arenas that are not closed yet
         self.faults: dict[str, str] = {}  # by device, why it can't be used
 
     def put(self, gpu: str, job: Job, first: bool = False) -> Events:

@@ -15,7 +15,7 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from kvguard.errors import StoreFull
 from kvguard.format import pages
@@ -26,6 +26,10 @@ from kvguard.store.index import punch
 REFS_MAX = 65535
 LAZY_BYTES_MIN = 64 * 1024  # pages from here on get their memory token by token: a step in which many sequences enter a block must not zero all of them
 _word = struct.Struct("<Q")
+
+
+def at_once(close: Callable[[], None]) -> None:
+    close()
 
 
 class Arena:
@@ -60,12 +64,16 @@ class Arena:
         """Which file this is, as long as anybody has it open or mapped."""
         return os.fstat(self._descriptor).st_ino
 
-    def close(self) -> None:
-        """Give the mapping back. Pullers' mappings, and what a shelf keeps, live on."""
+    def close(self, let_go: Callable[[Callable[[], None]], None] = at_once) -> None:
+        """Give the mapping back. Pullers' mappings, and what a shelf keeps, live on. `let_go`: calls what it is given, once, in any thread: the last one to
+        unmap and close frees the pages, a quarter of a second a GiB, without the interpreter's lock."""
         self._budget.reclaimers.remove(self.punch)
         self._budget.retained -= len(self._retained) * self.page_bytes
         self._retained.clear()
         self._memory.release()
+        let_go(self._unmap)
+
+    def _unmap(self) -> None:
         self._mapped.close()
         os.close(self._descriptor)
 

@@ -11,6 +11,7 @@ A released sequence gives its pages back at once and keeps its ids (the store de
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 
 from kvguard.errors import BadFrame, Refused, StoreFull
 from kvguard.format import lineage as lineages
@@ -18,7 +19,7 @@ from kvguard.format import pages
 from kvguard.format.local import ReplicaPages
 from kvguard.format.messages import PIECE_BLOCK, PIECE_REFERENCE, PIECE_TOKENS, Holding, StreamShape
 from kvguard.limits import IDS_PER_ROW_MAX, ROWS_MAX
-from kvguard.store.arena import Arena
+from kvguard.store.arena import Arena, at_once
 from kvguard.store.budget import Budget
 from kvguard.store.changes import Changes
 from kvguard.store.index import Index
@@ -150,11 +151,11 @@ class Replica:
         self.unchecked.pop(sequence.name, None)
         self.changes.dropped(sequence)
 
-    def close(self) -> None:
-        """Forget it here; what a shelf keeps of it stays as it is."""
+    def close(self, let_go: Callable[[Callable[[], None]], None] = at_once) -> None:
+        """Forget it here; what a shelf keeps of it stays as it is. `let_go`: see Arena.close."""
         for sequence in list(self.sequences.values()):
             self.drop(sequence)
-        self.arena.close()
+        self.arena.close(let_go)
         if self.index is not None:
             self.index.close()
 

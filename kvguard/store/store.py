@@ -22,7 +22,7 @@ from kvguard.format.messages import IDS_ONLY, Held, Hello, Holding, IdsFrame, Kn
 from kvguard.limits import PAYLOAD_BYTES_MAX
 from kvguard.store import adoption
 from kvguard.store.adoption import ARENA, INDEX, Dropped
-from kvguard.store.arena import Arena
+from kvguard.store.arena import Arena, at_once
 from kvguard.store.budget import Budget
 from kvguard.store.index import VERSION, Head, Index, Unreadable
 from kvguard.store.released import Released
@@ -69,6 +69,7 @@ class ReplicaStore:
         self._found_damaged: set[StreamId] = set()
         # Replicas are to be verified again: whoever does it begins. And tells the senders of these, whose sessions are over.
         self.doubted: Callable[[tuple[StreamId, ...]], None] = lambda unsaid: None
+        self.let_go = at_once  # of a dropped replica's memory: see Arena.close
 
     # ---- a former life ------------------------------------------------------------------------------------------------------------------
 
@@ -244,8 +245,8 @@ class ReplicaStore:
             return
         self._sessions.pop(self._current.pop(stream, 0), None)
         self._released.drop(stream)
-        replica.close()
-        self._unshelve(name_of(stream))
+        self._unshelve(name_of(stream))  # first: whoever lets go last frees the pages, and that is not to be the loop
+        replica.close(self.let_go)
 
     # ---- released ids -------------------------------------------------------------------------------------------------------------------
 
