@@ -18,8 +18,8 @@ from kvguard.format.layout import Layout, Region, Shard
 
 
 class Attention(NamedTuple):
-    """What decides how a block's bytes lie. `scales`: of each layer, those of K and then those of V. `row`: elements of one head and token, K and V side by side
-    or one latent vector. `block_tokens`: the scheduler's. `write(layer index, cache tensor, rows [tokens, heads, row], slots)`: the backend's own code.
+    """What decides how a block's bytes lie. `scales`: of each layer, those of K and then those of V. `row`: elements of one head and token, K and V side by
+    side or one latent vector. `block_tokens`: the scheduler's. `write(layer index, cache tensor, rows [tokens, heads, row], slots)`: the backend's own code.
     """
 
     backend: str
