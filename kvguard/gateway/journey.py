@@ -159,7 +159,8 @@ class Journey:
         fenced_at = lost.watch.fenced_at
         self._waited(FENCE, fenced_at if fenced_at >= since else None)
         self._waited(RECOVERY)
-        self._token = token or self._token
+        # Who was asked to go on may be lost before it restored anything: what a former loss has left is still there, and more.
+        self._token = max((one for one in (token, self._token) if one is not None), key=lambda one: one.position if one.places else 0, default=None)
 
     async def _next(self) -> tuple[Member, dict | None]:
         """Who goes on, and with which token."""

@@ -72,6 +72,25 @@ def test_an_instance_that_is_lost_before_it_says_so(world):
     assert resumed(world) == {"untold": 1, "tokens": 1}
 
 
+def test_the_better_of_two_tokens(world):
+    """Who was asked to go on is lost before it has restored anything: what its recovery has is less than what the first one's still offers."""
+    world.start("a", "b", "c")
+    clients = begun(world)
+    world.backends["b"].set(stall=0)
+    (request,) = world.in_flight("a")
+    world.backends["a"].kill()
+    world.emitters["a"].fence()
+    world.emitters["a"].recover([world.token("a", request, ("b", "c"), ids=toy_model.answer(request["body"]["prompt"], 10, False))])
+    (again,) = until("b to be asked", lambda: world.in_flight("b"))
+    assert again["body"]["kv_transfer_params"]["kvguard"]["instance"] == "a"
+    world.backends["b"].kill()
+    world.emitters["b"].fence()
+    world.emitters["b"].recover([world.token("b", again, (), rung="tokens")._replace(position=0, prefix=(), tokens=tuple(again["body"]["prompt"]))])
+    complete(clients)
+    assert world.in_flight("c")[-1]["body"]["kv_transfer_params"]["kvguard"]["instance"] == "a"
+    assert resumed(world) == {"replica": 1, "untold": 1}
+
+
 def test_a_stop_string_of_the_gateways_ends_the_answer_before_the_engine_says_so(world):
     world.start("a", "b")
     world.backends["a"].set(stall=25)
