@@ -187,6 +187,46 @@ def test_models_that_never_end_are_a_lost_answer():
         asked(endless, lambda up: up.models({}, 0.5))
 
 
+SAID = b'data: {"choices": [{"index": 0, "text": "ab", "token_ids": [97, 98]}]}\n\n'
+OK = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+
+
+def chunked(content: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(content), content)
+
+
+@pytest.mark.parametrize(
+    ("sent", "count", "kind"),
+    [
+        (OK + b"transfer-encoding: chunked\r\n\r\n" + chunked(SAID) + b"400\r\ndata: {", 1, "connection"),  # ends in the middle of a chunk
+        (OK + b"transfer-encoding: chunked\r\n\r\n" + chunked(SAID) + b"zz\r\nrubbish", 1, "connection"),
+        (OK + b"transfer-encoding: chunked\r\n\r\n" + chunked(SAID + SAID[:20]) + b"0\r\n\r\n", 1, "ended"),  # of an event
+        (OK + b"content-length: %d\r\n\r\n" % (2 * len(SAID)) + SAID, 1, "connection"),
+        (OK + b"content-encoding: gzip\r\ncontent-length: 5\r\n\r\nhello", 0, "connection"),
+        (OK + b"content-length: 2\r\n\r\n{}", 0, "ended"),
+        (OK + b"x: " + b"x" * 300_000 + b"\r\n\r\n", 0, "connection"),
+        (b"\x00\x01rubbish\r\n\r\n", 0, "connection"),
+        (b"", 0, "connection"),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", 0, "status"),
+        (b"HTTP/1.1 307 Elsewhere\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n", 0, "status"),
+    ],
+)
+def test_what_was_whole_before_the_wire_broke_counts_and_the_rest_is_lost(sent, count, kind):
+    async def say(writer, over) -> None:
+        writer.write(sent)
+        await writer.drain()
+
+    taken = []
+
+    async def ask(up) -> None:
+        async for chunk in up.completion({"prompt": [1]}, "kvg-x-0", {}):
+            taken.append(chunk.ids)
+
+    with pytest.raises(upstream.Lost) as lost:
+        asked(say, ask)
+    assert (taken, lost.value.kind) == ([(97, 98)] * count, kind)
+
+
 async def pings(writer, over) -> None:
     """A server, or a proxy, that lives before an engine that doesn't."""
     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n")
