@@ -289,7 +289,7 @@ class Membership:
             rose, busy = self._evidence(instance, rank, node.node)
             if rose > member.absent_ns and fair_ns - rose < self.patience.reattach_ns:
                 continue
-            work = member.beat is None or member.beat.sequences > 0 or busy is not None
+            work = member.beat is None or busy is not None or self.is_working(instance, rank)  # a fence may have fallen between what two ranks of a dp let go
             reason = f"rank {rank} of {instance} did not re-attach to {node.node} within {self.patience.reattach_ns // MS} ms"
             told.append(Verdict("ranks" if work else "gone", node.node, reason, node.beat_ns, ((instance, rank),)))
         return told

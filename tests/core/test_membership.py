@@ -253,3 +253,19 @@ def test_the_clock_takes_out_its_own_sleep():
     assert clock.read(9250 * MS) == 1250 * MS and clock.lost_ns == 8000 * MS
     assert clock.read(9300 * MS, late_ns=5 * MS) == 1300 * MS
     assert clock.read(9900 * MS, late_ns=600 * MS) == 1300 * MS
+
+
+def test_ranks_of_one_dp_that_are_missed_together_are_lost_together():
+    """One had let the last sequence go, the other hadn't yet, when their node came back without them: whoever was called gone was missing when the other came back."""
+    world = World("a", emitter=True)  # which has nothing scheduled
+    known = world.membership
+    new, _ = known.beat(0, 0, Beat("a", 1, 2, (rank_beat(0, 1), rank_beat(1, 1, sequences=0)), (StandbyBeat(I, 1, "", {}),), (), 0, 0))
+    known.adopt(0, "a", *new)
+    known.hello(0, 0, "in:a:2", NodeHello("a", 2, "tcp://a", (), "1"))
+    told = []
+    while not told:
+        world.ms += 100
+        world.beat("a", None, incarnation=2)
+        world.emitter(1, scheduled=0)
+        told = [(verdict.what, verdict.ranks) for verdict in known.judge(world.ms * MS) if verdict.ranks]
+    assert told == [("ranks", ((I, Rank(0, 0, 0)),)), ("ranks", ((I, Rank(0, 1, 0)),))]
