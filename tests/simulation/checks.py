@@ -44,12 +44,13 @@ class Checks:
                 assert all(rank in message.lost for rank in former), f"I3: epoch {key} means two things: {former} and {message.lost}"
             elif type(message) is messages.PlanOrder:
                 key, packed = (message.instance, message.epoch), messages.pack(message)
+                new = key not in self._plans
                 assert self._plans.setdefault(key, packed) == packed, f"I3: two plans in epoch {key}"
                 self._nothing_left_out(life, message)
                 self._of_the_dead_alone(message)
                 assert len(dict.fromkeys(message.transfers)) == len(message.transfers), f"I4: a replica is sent to one node twice: {message.transfers}"
                 pushed = [(holder, stream) for holder, _, _, stream in message.transfers]
-                self.world.count("pushed_to_two_nodes", len(pushed) - len(dict.fromkeys(pushed)))
+                self.world.count("pushed_to_two_nodes", new and len(pushed) - len(dict.fromkeys(pushed)))
             elif type(message) is messages.Report and message.instance == self.world.instance:
                 for holding in message.holdings:
                     pending = holding.kind == "pool" and holding.stream in message.pending
@@ -58,6 +59,7 @@ class Checks:
                             self._reported.setdefault(message.epoch.counter, {})[name] = True
             elif type(message) is messages.Done:
                 self.world.count("transfers_done", message.part.startswith("transfer"))
+                self.world.count("transfers_to_two_nodes_done", len(life.core.orders[message.instance].targets(message.stream)) > 1)
                 self.world.count("clashes", len(message.clashes))
         elif kind is effects.Claim:
             taken = {source.stream for at, source in enumerate(effect.rebuild.sources) if at in effect.rebuild.source}

@@ -389,7 +389,14 @@ class RankProcess(Process):
             self.world.count("steps_fenced")
             self._next()
             return
-        self._act(order, self.step[1])
+        self.world.going_back.entered(self, order, self._go_on)
+
+    def _go_on(self) -> None:
+        """What comes behind a step's entry."""
+        order, step = self.step
+        self.refresh()
+        self.world.count("went_back_after_a_fence", self.guard.fenced and bool(order.acts))
+        self._act(order, step)
         self._ring()
         if self.hanging and self.steps > 12:
             self.hung = True

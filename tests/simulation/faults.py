@@ -270,18 +270,23 @@ class Faults:
             self.world.note(f"{host.name} goes on")
             self.world.wake(host.name)
 
-    def _pause(self, host):
+    def pause(self, host, ms: int) -> bool:
+        """SIGSTOP, and SIGCONT `ms` later."""
         if host is None or host.life is None:
             return False
         host.paused = True
         self.world.note(f"{host.name} stops")
-        self.world.after(self.world.random.randrange(20, 1500) * MS, lambda: self._unpause(host))
+        self.world.after(ms * MS, lambda: self._unpause(host))
+        return True
 
     def _pause_daemon(self):
-        return self._pause(self._node())
+        return self._pause_long(self._node())
 
     def _pause_coordinator(self):
-        return self._pause(self.world.coordinator)
+        return self._pause_long(self.world.coordinator)
+
+    def _pause_long(self, host) -> bool:
+        return host is not None and host.life is not None and self.pause(host, self.world.random.randrange(20, 1500))
 
     def _pause_rank(self):
         process = self._rank()
@@ -295,7 +300,7 @@ class Faults:
         host = self._node()
         if host is None:
             return False
-        self._pause(host)
+        self._pause_long(host)
         mine = [process for process in self.world.processes.values() if process.node == host.name and process.alive]
         for process in mine:
             process.paused = True

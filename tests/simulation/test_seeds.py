@@ -33,7 +33,8 @@ FIRED = {
     "suspected_early": 100, "suspected_alive": 20, "sequences_read_back": 40, "names_reused_while_left": 100, "delivered_again_of_a_reused_name": 50,
     "deaths_seen_late": 100, "planned_before_the_death": 100, "waited_for_a_death": 20,
     "captured_later": 1000, "captures_late": 20, "second_lives_lost": 20, "claims_of_two_lives": 5, "clashes": 5,
-    "beats_protected_with_a_mate": 1000, "ranks_copied_with_a_mate": 50, "claims_of_a_mate": 20, "drained": FIXED, "finished": FIXED,
+    "beats_protected_with_a_mate": 1000, "ranks_copied_with_a_mate": 50, "claims_of_a_mate": 20, "pushed_to_two_nodes": 5,
+    "transfers_to_two_nodes_done": 5, "survivors_behind": 5, "drained": FIXED, "finished": FIXED,
 }  # fmt: skip
 
 

@@ -15,12 +15,14 @@ from simulation.checks import Checks
 from simulation.driver import Driver
 from simulation.engines import RankProcess
 from simulation.faults import Faults
+from simulation.going_back import GoingBack
 from simulation.lives import MS, CoordinatorLife, Crashed, Disk, NodeLife
 from simulation.moving import Moving
 from simulation.operator import Operator
 from simulation.redialling import Redialling
 from simulation.shelf import Shelf
 from simulation.two_lives import TwoLives
+from simulation.two_targets import NODES, TwoTargets
 
 from kvguard.core.events import Looked
 from kvguard.core.known import Settings
@@ -70,7 +72,9 @@ class World:
         self._number = 0
         self.instance = "sim"
         self.stages = random.choice((1, 2, 2, 3))
+        self.two_targets = TwoTargets(self)
         self.mates = Random(f"mates {seed}").choice((1, 1, 1, 1, 1, 1, 1, 1, 2, 3))  # tensor-parallel ranks of a stage, whose bytes are equal
+        self.mates = max(self.mates, 2 if self.two_targets.on else 1)
         self.ranks = tuple(Rank(0, stage, tp) for stage in range(self.stages) for tp in range(self.mates))
         self.addressable = random.random() < 0.8
         self.sampled = random.random() < 0.4
@@ -95,13 +99,16 @@ class World:
         self.operator = Operator(self)
         self.redialling = Redialling(self)
         self.two_lives = TwoLives(self)
+        self.going_back = GoingBack(self)
         count = max(2, self.stages) if random.random() < 0.7 else 3
+        count = max(count, NODES if self.two_targets.on else 0)
         keeps = Random(f"shelves {seed}").random() < 0.5  # replicas outlive their daemons in every other world
         self.nodes = {f"n{number}": Host(f"n{number}", Disk(self), Shelf(keeps)) for number in range(count)}
         self.coordinator = Host(COORDINATOR, Disk(self))
         self.driver_host = Host(DRIVER, None)
         self._hosts = self.hosts()
         self.barren = tuple(random.sample(list(self.nodes), random.randrange(1, count))) if random.random() < 0.25 else ()  # nodes without spares
+        self.barren = () if self.two_targets.on else self.barren
         self.ways = 0  # rises with every cut and heal
         self.budgets = {name: random.choice((1 << 20, 1 << 20, 1 << 20, 4_000)) for name in self.nodes}
         self._start_all()
@@ -261,6 +268,7 @@ class World:
             self.operator.plan(self.faults.end_ns)
             self.redialling.plan(self.faults.end_ns)
             self.two_lives.plan(self.faults.end_ns)
+            self.two_targets.plan(self.faults.end_ns)
             while self.advance(self.faults.end_ns):
                 pass
             self.faults.calm()
