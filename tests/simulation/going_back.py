@@ -1,4 +1,4 @@
-"""Worlds in which a step goes back, and lets go, a while after it was entered, and another rank dies in between: the fence falls between a rank's report and that.
+"""Worlds in which a step goes back, and lets go, a while after it was entered, and another rank dies in between: the report comes first.
 
 Knows: the world's processes. Must not know: what should come of it (checks.py).
 Invariants: its randomness is apart: worlds in which no step goes back late are what they were; from calm() on nobody dies of it any more.
@@ -35,6 +35,7 @@ class GoingBack:
             self.world.after(self.random.randrange(MS), lambda: self._kill_beside(process))
 
     def _kill_beside(self, process) -> None:
-        others = [one for one in self.world.processes.values() if one.alive and one.guard is not None and one.instance == process.instance and one is not process]
+        living = [one for one in self.world.processes.values() if one.alive and one.guard is not None and one.instance == process.instance]
+        others = [one for one in living if one is not process]
         if others and not self.world.faults.calmed:
             self.random.choice(others).kill("while another rank is in a step")
