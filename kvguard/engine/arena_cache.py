@@ -59,6 +59,7 @@ class ArenaLayer(DynamicLayer):
         end = start + key_states.shape[-2]
         if not self._fits(key_states, end):
             self.home = None
+            self.is_initialized = start > 0  # nothing is there yet: ordinary memory is of the type that comes, not of the pool's
             return super().update(key_states, value_states, *args, **kwargs)
         self.is_initialized, rows = True, key_states.shape[0]
         keys, values = self.home

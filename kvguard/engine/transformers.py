@@ -108,7 +108,7 @@ class Guarded:
     def generate(self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **arguments):
         """model.generate(), greedy or sampled, one row or a batch padded on the left; the same output. Raises Refused for what could not be resumed."""
         ids = inputs if inputs is not None else arguments.pop("input_ids", None)
-        if ids is None or ids.dim() != 2:
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or not ids.numel():
             raise Refused("generate() needs input_ids of [rows, columns]: embeddings have no ids to go on with. Try: tokenizer(..., return_tensors='pt')")
         self._refuse_second()
         mask = arguments.pop("attention_mask", None)

@@ -278,6 +278,25 @@ def test_calls_that_could_not_be_resumed_are_refused(guarded, options, reason):
     assert guarded.generate(**inputs(2, 9, False), pad_token_id=0, max_new_tokens=4).shape == (2, 13)
 
 
+@pytest.mark.parametrize("ids", [[1, 2, 3], {"input_ids": torch.ones((1, 4)).long()}, torch.ones(4).long(), torch.ones((1, 0)).long()])
+def test_what_is_no_prompt_is_refused(guarded, ids):
+    with pytest.raises(Refused, match="needs input_ids of"):
+        guarded.generate(ids, max_new_tokens=4)
+
+
+def test_a_model_whose_type_changes_under_its_pool_is_served_and_not_protected(tmp_path, monkeypatch):
+    monkeypatch.setattr(joining, "CONNECT_S", 0.0)
+    model, given = tiny("llama"), inputs(2, 11, True)
+    with protect(model, "essay", socket=tmp_path / "none.sock", sequences=2, positions=64) as guarded:
+        model.bfloat16()
+        assert_same(answers(guarded.generate, given, max_new_tokens=8), answers(model.generate, given, max_new_tokens=8))
+        assert "left the pool" in guarded.unprotected
+        model.float()
+        wanted = answers(model.generate, given, max_new_tokens=8)
+        assert_same(answers(guarded.generate, given, max_new_tokens=8), wanted)
+        assert guarded.cache.placed and "left the pool" not in guarded.unprotected
+
+
 def test_continuous_batching_is_refused(guarded):
     with pytest.raises(Refused, match="continuous batching"):
         guarded.generate_batch([[5, 6, 7]])
