@@ -158,8 +158,8 @@ class Ranks:
         epoch, promise = message.epoch, self._epochs.get(message.instance, NO_EPOCH)
         reader.set_epoch(promise.counter)  # before the look: what is published after it was checked against the word
         seen = self.look(stream.id)
-        if epoch.counter < promise.counter and not any(type(event) is events.Looked for event in seen):
-            epoch = promise  # nothing was committed yet, so nothing has to be restored: it lives in the epoch that it finds
+        if epoch.counter < promise.counter and reader.is_untouched:
+            epoch = promise  # nothing has to be restored: it lives in the epoch that it finds, and says so itself by the same word (Guard._attached)
         return [events.StreamAttached(stream.id, shape, stream.incarnation, epoch, stream.endpoint), *seen]
 
     # ---- looking ------------------------------------------------------------------------------------------------------------------

@@ -270,6 +270,11 @@ class TableReader:
         entered, size, pulse = (int(words[offset // 8]) for offset in (fmt.ENTERED_AT, fmt.SIZE_AT, fmt.PULSE_AT))
         return Steps(entered, left, size, pulse, bool(words[fmt.SUSPENDED_AT // 8]))
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether no sequence was ever here: the word that the writer's own answer is of (table.TableWriter.is_untouched)."""
+        return not self.views.words[fmt.COUNTER_AT // 8]
+
     def written_step(self) -> int:
         return int(self.views.words[fmt.WRITTEN_AT // 8])
 

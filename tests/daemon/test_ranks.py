@@ -419,6 +419,21 @@ def test_who_never_committed_lives_in_the_epoch_that_it_finds(desk):
     assert desk.ranks.ranks[other].reader.epoch() == 4  # its next step is fenced
 
 
+@pytest.mark.parametrize("how", ["released", "rolled back"])
+def test_who_has_nothing_left_lives_on_in_its_own_epoch(desk, how):
+    """The engine, whose table was touched, waits for a plan: a daemon that calls it a rank of the newer epoch has one that enters no step any more."""
+    desk.shell.epochs["llama"] = Epoch(4, "c")
+    life = Life()
+    if how == "released":
+        life.commit("one", 3)
+        life.writer.release(life.writer.row("one"))
+    else:
+        life.writer.open("one", (Fork(0, 0),), b"r")
+        life.writer.roll_back()
+    assert not life.writer.is_untouched and not life.writer.sequences()
+    assert attach(desk, life)[0].epoch == NO_EPOCH
+
+
 @pytest.mark.parametrize("kind", ["memfd", "a pipe's end", "a pidfd"])
 def test_a_bell_that_is_none_is_refused(desk, kind):
     """A file can't be waited for (the daemon's loop would raise, and end), the end of a pipe never gets quiet, a pidfd can't be read."""
