@@ -175,8 +175,7 @@ class Node:
             COORDINATOR,
             messages.Beat(
                 settings.node, settings.incarnation, self._beats, ranks, tuple(self.standbys.values()), held.replicas, held.arena_bytes, held.arena_bytes_max,
-                schedulers.beats(self.outbound, now, self.promises), self.outbound.carriers(), seen.device_faults,
-                seen.age_ms(now),
+                schedulers.beats(self.outbound, now, self.promises), self.outbound.carriers(), seen.device_faults, seen.age_ms(now),
             ),
         )
 
@@ -203,7 +202,9 @@ class Node:
             out += Note("stale_epoch", str(event.stream), f"attached in epoch {event.epoch.counter}"), SetEpoch(instance, promised)
         elif known and (local.fenced or local.epoch != event.epoch):
             out += local.adopt(now, event.epoch)
-        return out + self.outbound.place(now, local) + self._report_again(instance)
+        orders = self.orders.get(instance)  # this daemon may have been restarted since it reported the rank
+        late = orders.go_on(local) if orders is not None and local.stream in orders.plan.survivors else ()
+        return out + self.outbound.place(now, local) + self._report_again(instance) + late
 
     def _progress(self) -> Progress:
         return Progress(self.settings.hang_min_ns, self.settings.hang_factor)
@@ -333,9 +334,9 @@ class Node:
             out += self.outbound.dial(target, address)
         going_on = {stream.rank: stream for stream in plan.survivors}
         ending = dict.fromkeys((*(rebuild.rank for rebuild in plan.rebuilds), *plan.moved))
-        fenced = [local for local in self.outbound.of(plan.instance) if local.alive and local.fenced]
-        former = [local for local in fenced if local.stream.rank in ending or going_on.get(local.stream.rank, local.stream) != local.stream]
-        survivors = [local.stream for local in fenced if local not in former]
+        living = [local for local in self.outbound.of(plan.instance) if local.alive]
+        former = [local for local in living if local.fenced and (local.stream.rank in ending or going_on.get(local.stream.rank, local.stream) != local.stream)]
+        survivors = [local for local in living if local not in former and (local.fenced or local.stream in plan.survivors)]
         return out + _given_away(now, former, f"plan of epoch {plan.epoch.counter}") + orders.start(survivors)
 
     def _carried(self, now: int, event: events.PlanCarried) -> Effects:

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from kvguard.core import moving
 from kvguard.core.effects import CarryPlan, Claim, Effect, Note, OrderRestore, PushReplica, Send
 from kvguard.core.events import EngineRestored, PlanCarried
+from kvguard.core.local import LocalStream
 from kvguard.format.messages import Done, PlanOrder, RebuildOrder, StandbyBeat
 from kvguard.types import NodeId, Rank, StreamId
 
@@ -28,12 +29,21 @@ class Orders:
         self._done: dict[str, Done] = {}
         self._claimed: dict[Rank, RebuildOrder] = {}
         self._taken: dict[Rank, StandbyBeat] = {}  # standbys that may yet turn out not to have been told of their rank
+        self._going_on: dict[StreamId, bool] = {}  # those that were asked
         self._carried = False
 
-    def start(self, survivors: list[StreamId]) -> tuple[Effect, ...]:
+    def start(self, survivors: list[LocalStream]) -> tuple[Effect, ...]:
         """Replicas are cut, living ranks truncate. Pushing waits until the replicas are cut."""
-        restores = tuple(OrderRestore(stream, self._for_engines) for stream in survivors)
-        return (CarryPlan(self.plan, self._node), *restores)
+        return (CarryPlan(self.plan, self._node), *(effect for local in survivors for effect in self.go_on(local)))
+
+    def go_on(self, local: LocalStream) -> tuple[Effect, ...]:
+        """A rank that lives here is to truncate, once; one that began in the plan's epoch, or is back in it, has nothing to do, which is said for it."""
+        if self.finished or local.stream in self._going_on:
+            return ()
+        self._going_on[local.stream] = True
+        if local.fenced or local.ledger.rows:
+            return (OrderRestore(local.stream, self._for_engines),)
+        return self._answer(f"rank {local.stream.rank}", endpoint=local.endpoint, stream=local.stream)
 
     def keeps(self, rank: Rank) -> bool:
         """Whether the dead pool of a rank stays mapped here after the recovery: sequences that moved may be fetched from it until they are delivered."""

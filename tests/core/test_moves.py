@@ -9,8 +9,9 @@ import msgspec
 import pytest
 
 from kvguard.core.effects import CarryPlan, KillProcess, OrderRestore
-from kvguard.core.events import Arrived
+from kvguard.core.events import Arrived, StreamAttached
 from kvguard.core.known import Settings
+from kvguard.core.local import LocalStream
 from kvguard.core.moving import Host
 from kvguard.core.orders import Orders
 from kvguard.core.placement import Seat, place
@@ -138,7 +139,9 @@ def test_garbage_is_named(changed, word):
 def test_no_engine_hears_the_secret_and_needed_pools_stay():
     plan = msgspec.structs.replace(moved([Has("b", R0, {"s": (9, 9)}, "replica")], [AT_B]).order, secret=SECRET)
     orders = Orders(plan, "b", "coordinator")
-    told = orders.start([StreamId(INSTANCE, R10, 1)])
+    living = LocalStream(StreamAttached(StreamId(INSTANCE, R10, 1), m.StreamShape(1, 4, 10, 40, 64), 3, Epoch(0, "")), None)
+    living.fence()
+    told = orders.start([living])
     assert [type(effect) for effect in told] == [CarryPlan, OrderRestore] and told[0].plan.secret == SECRET and told[1].plan.secret == b""
     assert orders.keeps(R0) and not Orders(plan, "a", "coordinator").keeps(R0)
     assert KillProcess not in map(type, told)

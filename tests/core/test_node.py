@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import msgspec
+import pytest
+
 from kvguard.core import events as ev
 from kvguard.core.effects import (
     Capture, CarryPlan, Claim, Dial, DropReplica, ForgetStream, FreeBuffer, HangUp, KillProcess, Note, OrderRestore, Persist, Probe, PushReplica, Recheck, Send,
@@ -294,6 +297,30 @@ def test_plan_cuts_restores_and_pushes_once() -> None:
     assert world.step(ev.TurnEnded()) == ()
     out = world.say(ms.Resumed("i", E1, (OTHER,)))
     assert out == (ForgetStream(OTHER), HangUp("peer:d"), DropReplica(OTHER, "unpinned in epoch 1"))
+
+
+@pytest.mark.parametrize("when", ["before the plan", "after it", "twice"])
+def test_a_survivor_that_attaches_anew_is_ordered_to_truncate(when: str) -> None:
+    """Its daemon was restarted since it reported the rank: the coordinator would have waited for it until it called it lost."""
+    world, order = World(i=E1), msgspec.structs.replace(plan(), survivors=(LOCAL,))
+    world.coordinator()
+    before = world.attach() if when == "before the plan" else ()
+    planned = world.say(order)
+    later = world.attach() + (world.attach() if when == "twice" else ()) if when != "before the plan" else ()
+    assert OrderRestore(LOCAL, order) not in before and (before + planned + later).count(OrderRestore(LOCAL, order)) == 1
+
+
+@pytest.mark.parametrize("when", ["before the plan", "after it"])
+def test_a_survivor_that_began_in_the_plans_epoch_has_nothing_to_truncate(when: str) -> None:
+    """Its engine never was in an older one, or has restored itself for this plan and is back: nobody else would answer for it."""
+    world, order = World(i=E1), msgspec.structs.replace(plan(), survivors=(LOCAL,))
+    world.coordinator()
+    before = world.attach(epoch=E1) if when == "before the plan" else ()
+    out = before + world.say(order) + (world.attach(epoch=E1) if not before else ())
+    assert [effect.message for effect in out if type(effect) is Send and type(effect.message) is ms.Done] == [
+        ms.Done("i", E1, "a", "rank 0.0.0", endpoint="tcp://engine", stream=LOCAL)
+    ]
+    assert not [effect for effect in out if type(effect) is OrderRestore]
 
 
 def test_a_push_dials_where_the_last_user_of_its_link_ended_before_it_came() -> None:
