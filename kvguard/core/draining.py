@@ -14,13 +14,14 @@ from kvguard.core.known import Known
 from kvguard.core.membership import ALIVE, DEAD, MS
 from kvguard.core.membership import Member as Place
 from kvguard.core.placement import Seat, place
+from kvguard.core.shards import copiers
 from kvguard.types import NodeId, Rank
 
 ORDERED = "drained by an operator"
 
 
 class Outlook(NamedTuple):
-    """What draining a node would do. `obstacles`: why it may not. `ranks`: (instance, rank, to). `replicas`: (instance, rank, to)."""
+    """What draining a node would do. `obstacles`: why it may not. `ranks`: (instance, rank, to). `replicas`: (instance, rank, to), one for each copy."""
 
     obstacles: tuple[str, ...]
     ranks: tuple[tuple[str, Rank, NodeId], ...]
@@ -38,20 +39,30 @@ def outlook(known: Known, node: NodeId) -> Outlook:
     wishes = {(instance, rank): _seats(known, instance, rank, member, node) for instance, rank, member in living}
     seats = {key: seat[0] for key, seat in ladder.assign(wishes).items()}
     obstacles += [f"{instance}/{rank} lives there, and no standby fits on another node" for instance, rank in wishes if (instance, rank) not in seats]
-    members = [(name, rank, member) for name, places in known.membership.members.items() for rank, member in places.items() if not member.lost]
-    after = []
-    for instance, rank, member in members:
-        there = seats.get((instance, rank), member.node)
-        after.append(Seat(instance, rank, there, tuple(holder for holder in member.holders if holder != there)))
     usable = tuple(one.node for one in known.membership.nodes.values() if one.state != DEAD and one.node != node and one.node not in known.drained)
-    places = place(tuple(after), usable, {}, known.settings.replicas)
-    for instance, rank, member in members:
-        left, had = len(places[instance, rank].holders), min(len(member.holders), known.settings.replicas)
+    after, members = _copied_by(known, seats), known.membership.members
+    copied = [(*key, seats.get(key, members[key[0]][key[1]].node), members[key[0]][key[1]].holders) for key in dict.fromkeys(after.values())]
+    placed = tuple(Seat(instance, rank, there, tuple(holder for holder in had if holder != there)) for instance, rank, there, had in copied)
+    places = place(placed, usable, {}, known.settings.replicas)
+    for instance, rank, _, holders in copied:
+        left, had = len(places[instance, rank].holders), min(len(holders), known.settings.replicas)
         if left < had:
             obstacles.append(f"{instance}/{rank} would have {left} of {had} replicas: no other node could hold it")
-    obstacles += _too_large(known, node, held, {key: answer.holders for key, answer in places.items()})
+    present = _copied_by(known, {})
+    leaving = [(instance, rank, member) for instance, rank, member in held if present.get((instance, rank)) == (instance, rank)]
+    targets = {key: places[after[key]].holders for key in present}
+    obstacles += _too_large(known, node, leaving, targets)
     ranks = tuple((instance, rank, seats[instance, rank]) for instance, rank, _ in living if (instance, rank) in seats)
-    return Outlook(tuple(obstacles), ranks, tuple((instance, rank, places[instance, rank].holders) for instance, rank, member in held if not member.lost))
+    return Outlook(tuple(obstacles), ranks, tuple((instance, rank, targets[instance, rank]) for instance, rank, _ in leaving))
+
+
+def _copied_by(known: Known, seats: dict[tuple[str, Rank], NodeId]) -> dict[tuple[str, Rank], tuple[str, Rank]]:
+    """For each living rank the one that copies its bytes, once ranks live where `seats` has them."""
+    found = {}
+    for instance, members in sorted(known.membership.members.items()):
+        elsewhere = {rank: to for (name, rank), to in seats.items() if name == instance}
+        found |= {(instance, rank): (instance, copier) for rank, copier in copiers(members, elsewhere).items()}
+    return found
 
 
 def _too_large(known: Known, node: NodeId, held: list[tuple[str, Rank, Place]], places: dict[tuple[str, Rank], tuple[NodeId, ...]]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from kvguard.core.membership import Member
 from kvguard.format.shapes import is_shared
-from kvguard.types import Rank
+from kvguard.types import NodeId, Rank
 
 Places = dict[Rank, Member]
 
@@ -26,12 +26,12 @@ def mates(places: Places, rank: Rank) -> list[Rank]:
     return [other for other, member in sorted(places.items()) if other != rank and are_mates(rank, other, mine, member.fingerprint)]
 
 
-def copiers(places: Places) -> dict[Rank, Rank]:
-    """For each living rank the one that copies its bytes: the lowest of its living mates on its node, most often itself."""
+def copiers(places: Places, elsewhere: dict[Rank, NodeId] = {}) -> dict[Rank, Rank]:  # noqa: B006 - only read
+    """For each living rank the one that copies its bytes: the lowest of its living mates on its node, most often itself. `elsewhere`: where some would be."""
     first: dict[tuple, Rank] = {}
     found = {}
     for rank, member in sorted(places.items()):
         if not member.lost:
-            print_ = member.fingerprint
-            found[rank] = first.setdefault((member.node, rank.dp, rank.pp, print_), rank) if is_shared(print_) else rank
+            key = elsewhere.get(rank, member.node), rank.dp, rank.pp, member.fingerprint
+            found[rank] = first.setdefault(key, rank) if is_shared(member.fingerprint) else rank
     return found

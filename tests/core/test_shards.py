@@ -42,6 +42,7 @@ def test_the_lowest_living_mate_of_a_node_copies_for_all_of_it():
     assert mates(places, B) == [A, C], "but what is held of it is as good"
     places[C].node = "b"
     assert copiers(places) == {B: B, C: C}, "a holder could be a mate's node"
+    assert copiers(places, {C: "a"}) == {B: B, C: B}, "where it would live"
 
 
 def test_other_bytes_other_stages_other_groups_and_unknown_ones_are_no_mates():
@@ -144,6 +145,25 @@ def test_a_handoff_of_any_of_them_copies_to_its_target_first():
     (order,) = [one for one in cast.sent(m.PlanOrder) if one.rebuilds][:1]
     assert [(source.node, source.stream.rank) for source in order.rebuilds[0].sources] == [("c", A)]
     assert [one.as_rank for one in (assigned(cast, A), assigned(cast, B))] == [None, None], "on two nodes each is copied for itself"
+
+
+def test_draining_their_holder_is_said_once_for_the_copy():
+    cast = cast_of()
+    assert cast.ask("drain", node="b", dry_run=True).body["replicas"] == [{"instance": INSTANCE, "rank": "0.0.0", "to": ["c"]}]
+    cast.kill(cast.daemons["c"])
+    cast.run(7000)
+    assert cast.ask("drain", node="b").error.count("would have 0 of 1 replicas") == 1
+
+
+def test_draining_their_own_node_counts_a_copy_for_each_place_that_they_go_to():
+    cast = cast_of()
+    cast.daemons["c"].standbys = []
+    cast.run(200)
+    answer = cast.ask("drain", node="a", dry_run=True)
+    assert [one["to"] for one in answer.body["ranks"]] == ["b", "b"] and answer.body["replicas"] == []
+    cast.daemons["c"].standbys, cast.daemons["b"].standbys = [3000], [2000]
+    cast.run(200)
+    assert sorted(one["to"] for one in cast.ask("drain", node="a", dry_run=True).body["ranks"]) == ["b", "c"]
 
 
 def test_former_lives_stay_until_every_mate_is_protected():
