@@ -128,7 +128,7 @@ class LocalStream:
             acked += best
             if row.committed and (not best or best < row.previous):
                 unprotected += 1
-            if best < row.previous and self._caught(number, cover):
+            if best < row.previous and self._caught(number):
                 lag = max(lag, row.previous - best)
         answering = [sender for _, sender in self._holding() if sender.state == "stream"]
         if answering:
@@ -178,9 +178,10 @@ class LocalStream:
             return self.unheld_reason
         return self.cover.unheld_reason if self.cover is not None else f"rank {self.as_rank}, whose copy is this one's too, is not attached here in this epoch"
 
-    def _caught(self, number: int, cover: LocalStream | None) -> bool:
+    def _caught(self, number: int) -> bool:
+        """Whether a holder has had all of it once, a mate's also where it doesn't count any more: what is lacking then is lag."""
         own = any(sender.flow.copies[number].caught for sender in self.senders.values())
-        return own or (cover is not None and covering.caught(cover, self.ledger.rows[number]))
+        return own or (self.mate is not None and covering.caught(self.mate, self.ledger.rows[number]))
 
     def check(self) -> None:
         self.ledger.check()

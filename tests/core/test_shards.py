@@ -315,8 +315,10 @@ def test_without_its_mate_it_says_so():
 def test_a_fence_ends_the_mates_word_too():
     world = Node()
     world.covered()
+    for stream_ in (MINE, HIS):
+        world.row(stream_, 0, "s", 4)
     world.say(fence())
-    assert [world.said(rank).state for rank in (A, B)] == ["recovering"] * 2
+    assert [(world.said(rank).state, world.said(rank).lag_tokens) for rank in (A, B)] == [("recovering", 4)] * 2
     world.node.outbound.streams[HIS].adopt(world.now, E1)
     assert world.said(B).reason.startswith("rank 0.0.0, whose copy") and world.said(B).state == "unprotected"
 
