@@ -38,12 +38,15 @@ class Orders:
 
     def go_on(self, local: LocalStream) -> tuple[Effect, ...]:
         """A rank that lives here is to truncate, once; one that began in the plan's epoch, or is back in it, has nothing to do, which is said for it."""
-        if self.finished or local.stream in self._going_on:
+        part = f"rank {local.stream.rank}"
+        if self.finished or part in self._done:
+            return ()
+        if not local.fenced and not local.ledger.rows:
+            return self._answer(part, endpoint=local.endpoint, stream=local.stream)
+        if local.stream in self._going_on:
             return ()
         self._going_on[local.stream] = True
-        if local.fenced or local.ledger.rows:
-            return (OrderRestore(local.stream, self._for_engines),)
-        return self._answer(f"rank {local.stream.rank}", endpoint=local.endpoint, stream=local.stream)
+        return (OrderRestore(local.stream, self._for_engines),)
 
     def keeps(self, rank: Rank) -> bool:
         """Whether the dead pool of a rank stays mapped here after the recovery: sequences that moved may be fetched from it until they are delivered."""

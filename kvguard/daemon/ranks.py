@@ -138,7 +138,7 @@ class Ranks:
         known.watched = True
         known.stream.incarnation, known.stream.endpoint, known.stream.alive = message.incarnation, message.endpoint, True
         known.stream.kept = None
-        told.append(events.StreamAttached(known.stream.id, known.stream.shape, message.incarnation, message.epoch, message.endpoint))
+        told.append(events.StreamAttached(known.stream.id, known.stream.shape, message.incarnation, self._epoch_of(message, known.reader), message.endpoint))
         return [*told, *self.look(known.stream.id)]
 
     def _new(self, arrival: Arrival, pool: Pool | None) -> Events:
@@ -155,12 +155,14 @@ class Ranks:
         arrival.take(PIDFD), arrival.take(BELL)
         self.ranks[stream.id] = rank
         self._streams[stream.id] = self._local[stream.id] = stream
-        epoch, promise = message.epoch, self._epochs.get(message.instance, NO_EPOCH)
-        reader.set_epoch(promise.counter)  # before the look: what is published after it was checked against the word
+        reader.set_epoch(self._epochs.get(message.instance, NO_EPOCH).counter)  # before the look: what is published after it was checked against the word
         seen = self.look(stream.id)
-        if epoch.counter < promise.counter and reader.is_untouched:
-            epoch = promise  # nothing has to be restored: it lives in the epoch that it finds, and says so itself by the same word (Guard._attached)
-        return [events.StreamAttached(stream.id, shape, stream.incarnation, epoch, stream.endpoint), *seen]
+        return [events.StreamAttached(stream.id, shape, stream.incarnation, self._epoch_of(message, reader), stream.endpoint), *seen]
+
+    def _epoch_of(self, message: local.Attach, reader: TableReader) -> Epoch:
+        """Who never had anything to restore lives in the epoch that it finds: its engine says so itself, by the same word (Guard._attached)."""
+        promise = self._epochs.get(message.instance, NO_EPOCH)
+        return promise if message.epoch.counter < promise.counter and reader.is_untouched else message.epoch
 
     # ---- looking ------------------------------------------------------------------------------------------------------------------
 

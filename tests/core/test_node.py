@@ -323,6 +323,17 @@ def test_a_survivor_that_began_in_the_plans_epoch_has_nothing_to_truncate(when: 
     assert not [effect for effect in out if type(effect) is OrderRestore]
 
 
+def test_a_survivor_that_was_ordered_and_finds_the_epoch_at_its_next_attachment_is_done() -> None:
+    """Its line had gone before it heard of either: it has adopted the epoch with the daemon's first word, and answers no order of it."""
+    world, order = World(), msgspec.structs.replace(plan(), survivors=(LOCAL,))
+    world.coordinator()
+    world.attach()
+    world.say(fence())
+    assert OrderRestore(LOCAL, order) in world.say(order)
+    done = Send("coordinator", ms.Done("i", E1, "a", "rank 0.0.0", endpoint="tcp://engine", stream=LOCAL))
+    assert done in world.attach(epoch=E1) and done not in world.attach(epoch=E1)
+
+
 def test_a_push_dials_where_the_last_user_of_its_link_ended_before_it_came() -> None:
     world, mine = World(), StreamId("j", R0, 3)
     world.coordinator()

@@ -419,6 +419,16 @@ def test_who_never_committed_lives_in_the_epoch_that_it_finds(desk):
     assert desk.ranks.ranks[other].reader.epoch() == 4  # its next step is fenced
 
 
+def test_so_does_one_whose_line_had_gone_when_the_epoch_was_raised(desk):
+    life = Life()
+    assert attach(desk, life)[0].epoch == NO_EPOCH
+    desk.ranks.disconnected(1)
+    desk.shell.epochs["llama"] = Epoch(4, "c")
+    assert attach(desk, life)[0].epoch == Epoch(4, "c"), "its engine adopts it with Attached, and says no more"
+    life.commit("one", 3)
+    assert attach(desk, life)[0].epoch == NO_EPOCH
+
+
 @pytest.mark.parametrize("how", ["released", "rolled back"])
 def test_who_has_nothing_left_lives_on_in_its_own_epoch(desk, how):
     """The engine, whose table was touched, waits for a plan: a daemon that calls it a rank of the newer epoch has one that enters no step any more."""
