@@ -262,11 +262,13 @@ def test_an_error_that_is_logged_takes_nothing_along(world, caplog):
     world.gpu.lose("")
 
 
-@pytest.mark.parametrize("committed", [0, 3])
-def test_a_fence_before_it_is_attached_binds_it(world, committed):
+@pytest.mark.parametrize("has", ["nothing ever", "an open sequence", "committed positions"])
+def test_a_fence_before_it_is_attached_binds_it(world, has):
     engine = world.engine()
-    if committed:
-        engine.commit(committed)
+    if has == "nothing ever":
+        engine.begin_anew()
+    elif has == "committed positions":
+        engine.commit(3)
     before = world.hold(3, engine)
     world.a.hear(ms.Fence("llama", E1, (QUICK.rank,), "a test"))
     world.until(lambda: world.a.saw(ms.Report))
@@ -275,7 +277,7 @@ def test_a_fence_before_it_is_attached_binds_it(world, committed):
     assert world.answer(before) == local.Attached(E1)
     assert world.a.ranks.ranks[NEW].reader.epoch() == E1.counter  # its next step is fenced
     known = world.a.core.outbound.streams[NEW]
-    assert known.epoch == (E1 if not committed else Epoch(0, ""))
+    assert known.epoch == (E1 if has == "nothing ever" else Epoch(0, "")), "the engine judges by the same word (Guard._attached)"
 
 
 def successor(world):

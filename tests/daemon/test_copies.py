@@ -84,6 +84,11 @@ class Engine:
         self.bell = os.eventfd(0, os.EFD_NONBLOCK)
         self.row, self.length = self.writer.open("one", (Fork(0, 0),), b"r"), 0
 
+    def begin_anew(self) -> None:
+        """With a table in which no sequence ever was."""
+        self.writer.close()
+        self.writer = TableWriter.create(Geometry(4, 8, 8, 64, 4))
+
     def descriptors(self) -> list[int]:
         return [os.pidfd_open(self.process.pid), os.dup(self.bell), os.dup(self.writer.fd), *self.pool.export()]
 
