@@ -73,7 +73,7 @@ def test_a_killed_node_s_pool_on_a_gpu_comes_back_identical(model, tmp_path, dev
 
 @pytest.mark.parametrize("kill", ["daemon", "coordinator"])
 def test_an_outage_of_kvguard_itself_raises_no_epoch(model, tmp_path, kill) -> None:
-    code, document, err = demo(model, tmp_path, "--kill", kill, "--max-tokens", "900", "--at-token", "10", "--stages", "2", "--sequences", "2")
+    code, document, err = demo(model, tmp_path, "--kill", kill, "--max-tokens", "1800", "--at-token", "10", "--stages", "2", "--sequences", "2")
     assert code == 0, err + json.dumps(document, indent=1)[:4000]
     assert document["recovery"] is None and equal_in_all(document)
     outage = document["outage"]
