@@ -12,7 +12,6 @@ before it begins; ids and random state are committed before a streamer sees the 
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 from functools import partial
@@ -27,7 +26,7 @@ from kvguard.engine.arena_cache import ArenaCache, Shape, identity_of, layout_of
 from kvguard.engine.generate_call import Drawn, Row, Terms
 from kvguard.engine.generate_seams import Told, random_state, set_random_state, with_ended
 from kvguard.engine.random_state import DrawCount, GpuCount, count_from, start_again, start_of
-from kvguard.engine.telling import Telling
+from kvguard.engine.script import Script
 from kvguard.engine.tensors import CUDA, HOST, computed_on, tensor_of
 from kvguard.errors import BadConfig, KvguardError, Refused
 
@@ -79,7 +78,7 @@ def _remap(shape: Shape, replicas):
     return found.__getitem__
 
 
-class Guarded:
+class Guarded(Script):
     """From protect(). One call at a time, on one thread.
 
     `cache`: in the pool. `unprotected`: why the present or last call isn't, or wasn't, as far as this process knows; else "". `earlier`: the ResumeTokens
@@ -87,21 +86,14 @@ class Guarded:
     """
 
     def __init__(self, model, shape: Shape, joined: joining.Joined) -> None:
-        self.model, self.shape, self.joined = model, shape, joined
-        self.guard, self.emitter, self.earlier = joined.guard, joined.emitter, joined.earlier
-        self.cache = ArenaCache(shape, tensor_of(joined.pool), self._written, self.guard.pulse if self.guard is not None else _nothing)
-        self.unprotected, self.resumed_at, self.recomputed = "", None, 0
-        self._active, self._telling, self._results = False, None, 0
-        self._names: list[str] = []
+        self.model, self.shape = model, shape
+        self.cache = ArenaCache(shape, tensor_of(joined.pool), self._written, joined.guard.pulse if joined.guard is not None else _nothing)
+        self.resumed_at, self.recomputed = None, 0
         self._prompt = 0
         self._count: DrawCount | GpuCount | None = None
         self._drawn: Drawn | None = None
-        self._said: set[str] = set()
-        self._pid = os.getpid()
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
-        if joined.reason:
-            self._say(joined.reason)
-        atexit.register(self.close)
+        super().__init__(joined)
 
     # ---- calls ------------------------------------------------------------------------------------------------------------------
 
@@ -118,10 +110,7 @@ class Guarded:
         self._refuse_misfit(count, terms.limit)
         rows = _rows_of(os.urandom(6).hex(), mask.repeat_interleave(terms.copies, 0).cpu(), terms, self.model.device)
         drawn = Drawn(ids.shape[1], 0, 0, True) if terms.sampled else None
-        if self.earlier:
-            log.warning("kvguard: what a former life left (%d rows) is given up: resume() would have gone on with it", len(self.earlier))
-            left, self.earlier = [token.sequence for token in self.earlier], ()
-            self._attempt(self._give_up, left)
+        self._give_up_earlier()
         self._begin([(row, ()) for row in rows], 0, drawn)
         return self._run(ids, mask, {**arguments, "generation_config": generation_config})
 
@@ -194,10 +183,6 @@ class Guarded:
         finally:
             self._end()
 
-    def _refuse_second(self) -> None:
-        if self._active:
-            raise Refused("a call is under way: rows of the pool belong to one at a time. Try: a batch, or another instance with a model of its own")
-
     def _refuse_misfit(self, rows: int, limit: int) -> None:
         if rows > self.shape.sequences or limit - 1 > self.shape.positions:
             raise Refused(
@@ -212,71 +197,25 @@ class Guarded:
 
     def _begin(self, rows: list, length: int, drawn: Drawn | None) -> None:
         """`rows`: (Row, ids known) each. The cache's first rows are the call's; `length` columns of them are there."""
-        self._active, self._names, self._drawn = True, [row.name for row, _ in rows], drawn
-        self._prompt = rows[0][0].prompt
+        self._drawn, self._prompt = drawn, rows[0][0].prompt
         self._count = count_from(start_again(rows[0][0].start), drawn.draws, drawn.each, drawn.even) if drawn is not None else None
-        self.unprotected = "" if self.guard is not None else self.joined.reason
         self.cache.begin(len(rows), length)
-        if self.emitter is not None:
-            self.emitter.scheduled(len(rows))
-        if self.guard is None:
-            return
-        if not self.guard.connected:
-            self._say(self.guard.refused or f"no daemon at {self.guard.session.path}. Try: kvguard node on this host; it is connected to when it comes")
-        self._attempt(self._begin_telling, rows, length)
+        if self._begin_rows([row.name for row, _ in rows]):
+            self._attempt(self._begin_telling, rows, length)
 
     def _begin_telling(self, rows: list, length: int) -> None:
-        for name, at in self.guard.table.sequences().items():  # of a call whose protection was lost, and whose blocks are written now
-            if name not in self._names:
-                self.guard.table.release(at)
-        made = []
-        for row, ids in rows:
-            made.append(telling.Row(row.name, row.row * self.shape.per_sequence, generate_call.pack(row)))
-            made[-1].ids.extend(ids)
-        self._telling = Telling(self.guard, self.emitter, made)
-        self._telling.read()
+        self._tell([telling.Row(row.name, row.row * self.shape.per_sequence, generate_call.pack(row), ids) for row, ids in rows])
         if any(ids for _, ids in rows):
             self._telling.rewind(length, self._sampler())
 
     def _end(self) -> None:
-        """Release the rows: the answer is the caller's now. Idempotent."""
-        if not self._active:
-            return
-        told, self._telling = self._telling, None
-        if told is not None:
-            self._attempt(told.release)
-        self._settle(self._names)
-        self._active, self._count, self._drawn = False, None, None
-
-    def _settle(self, names: list[str]) -> None:
-        if self.emitter is not None:
-            self.emitter.delivered(names)
-            self.emitter.scheduled(0)
-
-    def _give_up(self, names: list[str]) -> None:
-        if self.guard is not None:
-            live = self.guard.table.sequences()
-            Telling(self.guard, self.emitter, [telling.Row(name, 0, b"") for name in names if name in live]).release()
-        self._settle(names)
+        super()._end()
+        self._count, self._drawn = None, None
 
     def close(self) -> None:
-        """A clean end: nothing is left to resume. Idempotent; called at the interpreter's exit."""
-        if os.getpid() != self._pid:
-            return  # a fork's exit is not ours
-        atexit.unregister(self.close)
-        self._hook.remove()
-        guard, self.guard, self._telling = self.guard, None, None
-        if guard is not None:
-            guard.detach()
-        emitter, self.emitter = self.emitter, None
-        if emitter is not None:
-            emitter.close()
-
-    def __enter__(self) -> Guarded:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
+        if os.getpid() == self._pid:
+            self._hook.remove()
+        super().close()
 
     # ---- steps ------------------------------------------------------------------------------------------------------------------
 
@@ -306,9 +245,7 @@ class Guarded:
 
     def _sampled(self, ids: torch.Tensor) -> None:
         """Chosen, and not yet shown to anybody."""
-        self._results += 1
-        if self.emitter is not None:
-            self.emitter.progress(self._results)
+        self._progressed()
         if self._telling is not None:
             self._attempt(self._commit_sampled, ids)
 
@@ -328,25 +265,6 @@ class Guarded:
 
     def _sampler(self) -> bytes | None:
         return None if self._drawn is None else self._drawn.pack()
-
-    def _attempt(self, what, *arguments) -> None:
-        """A fault of ours ends the call's protection, never the call."""
-        try:
-            what(*arguments)
-        except Exception as error:  # whatever it is: the model's own work goes on
-            told, self._telling = self._telling, None
-            self._say(str(error) if isinstance(error, KvguardError) else f"{type(error).__name__}: {error}")
-            try:
-                if told is not None:
-                    told.leave_failed()
-            except Exception as second:  # the step's own memory is gone, say
-                log.warning("kvguard: the step could not be left either: %s", second)
-
-    def _say(self, reason: str) -> None:
-        self.unprotected = reason
-        if reason not in self._said:
-            self._said.add(reason)
-            log.warning("kvguard: UNPROTECTED: %s", reason)
 
 
 def _nothing() -> None:
