@@ -144,11 +144,17 @@ def _lengths(config, defaults, given, arguments: dict, columns: int, context: in
     return limit, floor
 
 
-def check_whole(rows: list[Row], again: dict) -> None:
-    """Raises Refused unless these are all rows of one call, in order, and what it can't do without is said again."""
+def check_all(rows: list[Row]) -> None:
+    """Raises Refused unless these are all rows of one call, in order."""
     first = rows[0]
     if [(row.call, row.row, row.rows) for row in rows] != [(first.call, n, first.rows) for n in range(first.rows)]:
-        raise Refused(f"{len(rows)} of {first.rows} rows of the batch are left: the others' answers can't be told. Try: kvguard history, and generate() anew")
+        raise Refused(f"{len(rows)} of {first.rows} rows of the batch are left: the others' answers can't be told. Try: kvguard history, and the call anew")
+
+
+def check_whole(rows: list[Row], again: dict) -> None:
+    """Raises Refused unless these are all rows of one call, in order, and what it can't do without is said again."""
+    check_all(rows)
+    first = rows[0]
     missing = [name for name in first.again if again.get(name) is None]
     strange = [name for name in again if name not in OBJECTS]
     if missing or strange:

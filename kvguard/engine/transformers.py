@@ -115,11 +115,8 @@ class Guarded(Script):
         return self._run(ids, mask, {**arguments, "generation_config": generation_config})
 
     def generate_batch(self, *_, **__):
-        """Continuous batching: refused, see docs/adapters.md."""
-        raise Refused(
-            "continuous batching can't be protected: its slab could be placed in the pool, but nothing public says which request a step wrote, nor takes a "
-            "request back with its blocks filled. Try: generate() with a batch, or vLLM with kvguard's connector"
-        )
+        """Continuous batching has a cache of another make: engine.continuous, see docs/adapters.md."""
+        raise Refused("continuous batching has a pool of its own make. Try: kvguard.engine.continuous.protect(model, ...), then its generate_batch()")
 
     def resume(self, **again):
         """Go on with what a former life left, to its end; None where it left nothing. Returns what generate() would have: all ids, from the first on.
