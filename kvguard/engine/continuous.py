@@ -31,6 +31,7 @@ from kvguard.format.layout import Layout
 POSITIONS_DEFAULT = 4096
 BATCH_TOKENS_DEFAULT = 1024
 CALL = "generate_batch"  # what generate()'s adapter would have to be told again: it doesn't resume these
+ONE = ("num_return_sequences", "num_beams")  # which mean nothing when they are 1
 NEUTRAL = {"max_new_tokens", "eos_token_id", "pad_token_id", "bos_token_id", "transformers_version", "use_cache", "output_attentions", "output_hidden_states"}
 
 
@@ -51,21 +52,10 @@ def protect(
     shape = shape_of(model, requests, positions or min(context or POSITIONS_DEFAULT, POSITIONS_DEFAULT))
     seams.prove(shape, config)
     layout = seams.layout_of(shape, identity_of(model))
+    remap = partial(generate_call.remap, [_blocks(shape, row) for row in range(requests)])
     address = coordinator or os.environ.get("KVGUARD_COORDINATOR", "")
     place = joining.Place(instance, address, joining.keys_of(keys), insecure, os.fspath(socket) if socket else None, wait_s, device=HOST)
-    return Batches(model, shape, layout, joining.join(place, layout, partial(_remap, shape), requests, shape.positions))
-
-
-def _remap(shape: Shape, replicas):
-    """Blocks of a replica -> this pool's, request by request: the former life's pool may have had other sizes."""
-    found = {}
-    for pages in replicas:
-        for request, blocks in zip(pages.requests, pages.blocks, strict=True):
-            row = generate_call.unpack(request).row
-            if row >= shape.sequences or len(blocks) > shape.per_sequence:
-                raise Refused(f"request {row} with {len(blocks)} blocks doesn't fit here. Try: requests= and positions= as before")
-            found.update(zip(blocks, _blocks(shape, row), strict=False))
-    return found.__getitem__
+    return Batches(model, shape, layout, joining.join(place, layout, remap, requests, shape.positions))
 
 
 def _blocks(shape: Shape, row: int) -> range:
@@ -89,7 +79,8 @@ class Batches(Script):
         super().__init__(joined)
 
     def generate_batch(
-        self, inputs: Sequence[Sequence[int]], generation_config: GenerationConfig | None = None, *, max_new_tokens: int | None = None, max_batch_tokens: int = 0,
+        self, inputs: Sequence[Sequence[int]], generation_config: GenerationConfig | None = None, *, max_new_tokens: int | None = None,
+        max_batch_tokens: int = 0,
     ) -> dict:  # fmt: skip
         """model.generate_batch(), greedy: GenerationOutput by request id, in the prompts' order. `max_batch_tokens`: of one forward pass (0: 1,024).
 
@@ -238,7 +229,8 @@ def _prompts_of(inputs) -> list[list[int]]:
 def _terms(config: GenerationConfig, max_new_tokens: int | None) -> tuple[int, list[int]]:
     """New ids at most, and the ids that end an answer. Raises Refused for options other than those."""
     said = {name: value for name, value in config.to_diff_dict().items() if name not in NEUTRAL and not name.startswith("_")}
-    odd = [f"{name}={value!r}" for name, value in said.items() if value not in (None, False) and not (name in ("num_return_sequences", "num_beams") and value == 1)]
+    told = {name: value for name, value in said.items() if value not in (None, False) and not (name in ONE and value == 1)}
+    odd = [f"{name}={value!r}" for name, value in told.items()]
     if odd:
         raise Refused(f"{', '.join(odd)}: of continuous batching greedy decoding alone is protected. Try: GenerationConfig(max_new_tokens=...), or generate()")
     new = config.max_new_tokens if max_new_tokens is None else max_new_tokens

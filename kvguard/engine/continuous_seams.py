@@ -1,8 +1,8 @@
 """What the adapter for continuous batching uses of transformers that is nobody's promise: looked at by name and signature, of one minor release.
 
 Knows: transformers' batching thread, its cache, scheduler and requests from inside. Must not know: guards, tables, how a batch is resumed.
-Invariants: where something isn't as expected, nothing has begun; every request has blocks for its whole length from the start, its own, so nothing is preempted,
-offloaded, shared or moved; a request that is handed back with KV decodes at once: none of its positions is computed again.
+Invariants: where something isn't as expected, nothing has begun; every request has blocks of its own for its whole length from the start, so nothing is
+preempted, offloaded, shared or moved; a request that is handed back with KV decodes at once: none of its positions is computed again.
 """
 
 from __future__ import annotations

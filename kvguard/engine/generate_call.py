@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -201,3 +202,15 @@ def unpack(data: bytes) -> Row:
     if row.version != 1 or not (0 <= row.row < row.rows and 0 <= row.pads <= row.prompt <= row.limit):
         raise BadFrame(f"a request of version {row.version} for row {row.row} of {row.rows} that can't be")
     return row
+
+
+def remap(here: Sequence[Sequence[int]], replicas):
+    """Blocks of a replica -> this pool's, which has blocks here[row] for each row: the former life's pool may have had other sizes. Raises Refused."""
+    found = {}
+    for pages in replicas:
+        for request, blocks in zip(pages.requests, pages.blocks, strict=True):
+            row = unpack(request).row
+            if row >= len(here) or len(blocks) > len(here[row]):
+                raise Refused(f"row {row} with {len(blocks)} blocks doesn't fit here. Try: as many rows, of as many positions, as before")
+            found.update(zip(blocks, here[row], strict=False))
+    return found.__getitem__

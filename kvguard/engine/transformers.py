@@ -55,7 +55,8 @@ def protect(
     address = coordinator or os.environ.get("KVGUARD_COORDINATOR", "")
     place = joining.Place(instance, address, joining.keys_of(keys), insecure, os.fspath(socket) if socket else None, wait_s, device=kind)
     layout = layout_of(shape, identity_of(model))
-    return Guarded(model, shape, joining.join(place, layout, partial(_remap, shape), sequences, shape.positions))
+    here = [range(row * shape.per_sequence, (row + 1) * shape.per_sequence) for row in range(sequences)]
+    return Guarded(model, shape, joining.join(place, layout, partial(generate_call.remap, here), sequences, shape.positions))
 
 
 def _kind(model, device: str) -> str:
@@ -64,18 +65,6 @@ def _kind(model, device: str) -> str:
     if kind not in KINDS or computed_on(kind).type != model.device.type:
         raise BadConfig(f"device {kind!r} for a model on {model.device}: the pool is where the model is. Try: device='', else one of {', '.join(KINDS)}")
     return kind
-
-
-def _remap(shape: Shape, replicas):
-    """Blocks of a replica -> this pool's, row by row: the former life's pool may have had other sizes."""
-    found = {}
-    for pages in replicas:
-        for request, blocks in zip(pages.requests, pages.blocks, strict=True):
-            row = generate_call.unpack(request).row
-            if row >= shape.sequences or len(blocks) > shape.per_sequence:
-                raise Refused(f"row {row} with {len(blocks)} blocks doesn't fit here. Try: sequences= and positions= as before")
-            found.update({block: row * shape.per_sequence + index for index, block in enumerate(blocks)})
-    return found.__getitem__
 
 
 class Guarded(Script):

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
+if not transformers.__version__.startswith("5.23."):
+    pytest.skip("its private objects are those of another release", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 
 from continuous_script import Watched, answers, plain, prompts  # noqa: E402

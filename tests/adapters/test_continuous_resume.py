@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
+if not transformers.__version__.startswith("5.23."):
+    pytest.skip("its private objects are those of another release", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 
 import continuous_script  # noqa: E402
@@ -80,7 +82,7 @@ def test_a_lost_node_s_script_goes_on_from_the_replica(cluster, scripts, batch, 
     second = scripts("b", {**what, "hold_at": -1, "sizes": {"requests": 5, "positions": 96}})  # other sizes: blocks are named anew
     found, wanted = second.until("answers"), undisturbed(what)
     assert_undisturbed(found, wanted)
-    assert "replica" in found["rungs"] and "pool" not in found["rungs"]  # a request that waited has ids alone
+    assert found["rungs"] == (["replica"] if all(there) else ["pool", "replica"])  # of the one that waited no KV was to be fetched: the cheapest rung
     assert (found["resumed_at"], found["recomputed"]) == (there, 0)
     assert len(found["logits"]) == len(wanted["logits"]) - at
 
