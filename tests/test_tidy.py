@@ -64,7 +64,7 @@ FORBIDDEN = {
 # The one verb that starts the reference engine does so from the command line, lazily.
 EXCEPTIONS = {
     ("cli/demo.py", "pipeline"), ("engine/transformers.py", "torch"), ("engine/vllm.py", "torch"), ("engine/vllm_pool.py", "torch"),
-    ("engine/arena_cache.py", "torch"), ("engine/generate_seams.py", "torch"), ("engine/tensors.py", "torch"),
+    ("engine/arena_cache.py", "torch"), ("engine/continuous_seams.py", "torch"), ("engine/generate_seams.py", "torch"), ("engine/tensors.py", "torch"),
     ("engine/joining.py", "emitter"), ("engine/joining.py", "transport"),
 }  # fmt: skip
 

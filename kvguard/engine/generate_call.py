@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -144,11 +145,17 @@ def _lengths(config, defaults, given, arguments: dict, columns: int, context: in
     return limit, floor
 
 
-def check_whole(rows: list[Row], again: dict) -> None:
-    """Raises Refused unless these are all rows of one call, in order, and what it can't do without is said again."""
+def check_all(rows: list[Row]) -> None:
+    """Raises Refused unless these are all rows of one call, in order."""
     first = rows[0]
     if [(row.call, row.row, row.rows) for row in rows] != [(first.call, n, first.rows) for n in range(first.rows)]:
-        raise Refused(f"{len(rows)} of {first.rows} rows of the batch are left: the others' answers can't be told. Try: kvguard history, and generate() anew")
+        raise Refused(f"{len(rows)} of {first.rows} rows of the batch are left: the others' answers can't be told. Try: kvguard history, and the call anew")
+
+
+def check_whole(rows: list[Row], again: dict) -> None:
+    """Raises Refused unless these are all rows of one call, in order, and what it can't do without is said again."""
+    check_all(rows)
+    first = rows[0]
     missing = [name for name in first.again if again.get(name) is None]
     strange = [name for name in again if name not in OBJECTS]
     if missing or strange:
@@ -195,3 +202,15 @@ def unpack(data: bytes) -> Row:
     if row.version != 1 or not (0 <= row.row < row.rows and 0 <= row.pads <= row.prompt <= row.limit):
         raise BadFrame(f"a request of version {row.version} for row {row.row} of {row.rows} that can't be")
     return row
+
+
+def remap(here: Sequence[Sequence[int]], replicas):
+    """Blocks of a replica -> this pool's, which has blocks here[row] for each row: the former life's pool may have had other sizes. Raises Refused."""
+    found = {}
+    for pages in replicas:
+        for request, blocks in zip(pages.requests, pages.blocks, strict=True):
+            row = unpack(request).row
+            if row >= len(here) or len(blocks) > len(here[row]):
+                raise Refused(f"row {row} with {len(blocks)} blocks doesn't fit here. Try: as many rows, of as many positions, as before")
+            found.update(zip(blocks, here[row], strict=False))
+    return found.__getitem__

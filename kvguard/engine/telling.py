@@ -1,4 +1,4 @@
-"""The rows of one batch whose blocks lie one behind the other, and what the commit table has been told of them.
+"""The rows of one batch, each of whose blocks lie one behind the other, and what the commit table has been told of them.
 
 Knows: the guard's steps, epochs that end in the middle. Must not know: tensors, models, why an id was chosen.
 Invariants: a row's counters move only when a step was left well, or from the table itself after a restore; an epoch that ends costs one more attempt,
@@ -18,18 +18,19 @@ FENCED_S = 10.0  # how long a step waits for a plan when its epoch is over
 
 
 class Row:
-    """`ids`: all that are known. Of ids, blocks and positions the table has `told`, `listed`, `accepted`. `request`: said when it is opened."""
+    """`ids`: all that are known; `length`: positions whose KV is complete, with `sampler`; both are facts once said. Of ids, blocks and positions the table has
+    `told`, `listed`, `accepted`. `request`: said when it is opened."""
 
-    __slots__ = ("accepted", "first_block", "ids", "listed", "name", "request", "told")
+    __slots__ = ("accepted", "first_block", "ids", "length", "listed", "name", "request", "sampler", "told")
 
-    def __init__(self, name: str, first_block: int, request: bytes) -> None:
+    def __init__(self, name: str, first_block: int, request: bytes, ids: Iterable[int] = ()) -> None:
         self.name, self.first_block, self.request = name, first_block, request
-        self.ids: list[int] = []
+        self.ids, self.length, self.sampler = list(ids), 0, None
         self.told = self.listed = self.accepted = 0
 
 
 class Telling:
-    """One call's rows, all of the same length. `emitter` None: nobody plans, so no epoch ends but by a plan that others asked for."""
+    """One call's rows. `emitter` None: nobody plans, so no epoch ends but by a plan that others asked for."""
 
     def __init__(self, guard: Guard, emitter, rows: Iterable[Row]) -> None:
         self.guard, self.emitter, self.rows = guard, emitter, list(rows)
@@ -48,26 +49,39 @@ class Telling:
         self._step = self._entered(size)
 
     def publish(self, length: int, sampler: bytes | None = None) -> None:
-        """KV of [0, length) is complete in every row, all ids that are known are told; `sampler`: of the first row.
+        """KV of [0, length) is complete in every row, all ids that are known are told; `sampler`: of the first row."""
+        self._all_at(length, sampler)
+        self.say()
 
-        Leaves the step that was entered, or takes one of its own."""
+    def say(self) -> None:
+        """Every row's ids, length and sampler. Leaves the step that was entered, or takes one of its own."""
         try:
-            self._commit(length, sampler)
+            self._commit()
         except Fenced:
             self._restore()
-            self._commit(length, sampler)
+            self._commit()
         for row in self.rows:
-            row.told, row.listed, row.accepted = len(row.ids), max(row.listed, self._blocks(length)), length
+            row.told, row.listed, row.accepted = len(row.ids), max(row.listed, self._blocks(row.length)), row.length
 
     def rewind(self, length: int, sampler: bytes | None) -> None:
-        """Go on at `length`, with the ids known here: what the table has beyond is void."""
+        """Go on at `length` in every row, with the ids known here: what the table has beyond is void."""
+        self._all_at(length, sampler)
+        self.go_back()
+
+    def go_back(self) -> None:
+        """Go on with every row's ids and length: what the table has beyond is void."""
         step = self._entered(0)
         with step:
             for row in self.rows:
-                if row.accepted > length or row.told > len(row.ids):
-                    step.truncate(row.name, length)
-                    row.accepted, row.told, row.listed = length, min(row.told, length), self._blocks(length)
-        self.publish(length, sampler)
+                if row.accepted > row.length or row.told > len(row.ids):
+                    step.truncate(row.name, row.length)
+                    row.accepted, row.told, row.listed = row.length, min(row.told, row.length), self._blocks(row.length)
+        self.say()
+
+    def _all_at(self, length: int, sampler: bytes | None) -> None:
+        for row in self.rows:
+            row.length = length
+        self.rows[0].sampler = sampler
 
     def read(self) -> None:
         """The counters, as the table has them."""
@@ -101,22 +115,23 @@ class Telling:
             self._restore()
             return self.guard.step(size)
 
-    def _commit(self, length: int, sampler: bytes | None) -> None:
+    def _commit(self) -> None:
         step, self._step = self._step or self.guard.step(0), None
         live = self.guard.table.sequences()
         with step:
-            for n, row in enumerate(self.rows):
-                blocks = range(row.first_block + row.listed, row.first_block + self._blocks(length))
+            for row in self.rows:
+                blocks = range(row.first_block + row.listed, row.first_block + self._blocks(row.length))
                 request = None if row.name in live else row.request
-                step.commit(row.name, length, blocks=list(blocks), tokens=row.ids[row.told :], sampler=sampler if n == 0 else None, request=request)
+                step.commit(row.name, row.length, blocks=list(blocks), tokens=row.ids[row.told :], sampler=row.sampler, request=request)
             if self._packs:
-                self._say_written(step, length)
+                self._say_written(step)
 
-    def _say_written(self, step: Step, length: int) -> None:
+    def _say_written(self, step: Step) -> None:
         """What the table hasn't accepted yet was written since: by this step, or by one whose commit waited for the id that was chosen from it."""
-        blocks = self._blocks(length)
-        rows = [(range(row.first_block, row.first_block + blocks), row.accepted) for row in self.rows]
-        pieces = [piece for listed, accepted in rows for piece in pieces_of(listed, accepted, length, self._tokens)]
+        pieces = []
+        for row in self.rows:
+            blocks = range(row.first_block, row.first_block + self._blocks(row.length))
+            pieces.extend(pieces_of(blocks, row.accepted, row.length, self._tokens))
         if pieces:
             step.wrote(*zip(*pieces, strict=True))
 

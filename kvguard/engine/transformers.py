@@ -12,7 +12,6 @@ before it begins; ids and random state are committed before a streamer sees the 
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 from functools import partial
@@ -27,7 +26,7 @@ from kvguard.engine.arena_cache import ArenaCache, Shape, identity_of, layout_of
 from kvguard.engine.generate_call import Drawn, Row, Terms
 from kvguard.engine.generate_seams import Told, random_state, set_random_state, with_ended
 from kvguard.engine.random_state import DrawCount, GpuCount, count_from, start_again, start_of
-from kvguard.engine.telling import Telling
+from kvguard.engine.script import Script
 from kvguard.engine.tensors import CUDA, HOST, computed_on, tensor_of
 from kvguard.errors import BadConfig, KvguardError, Refused
 
@@ -56,7 +55,8 @@ def protect(
     address = coordinator or os.environ.get("KVGUARD_COORDINATOR", "")
     place = joining.Place(instance, address, joining.keys_of(keys), insecure, os.fspath(socket) if socket else None, wait_s, device=kind)
     layout = layout_of(shape, identity_of(model))
-    return Guarded(model, shape, joining.join(place, layout, partial(_remap, shape), sequences, shape.positions))
+    here = [range(row * shape.per_sequence, (row + 1) * shape.per_sequence) for row in range(sequences)]
+    return Guarded(model, shape, joining.join(place, layout, partial(generate_call.remap, here), sequences, shape.positions))
 
 
 def _kind(model, device: str) -> str:
@@ -67,19 +67,7 @@ def _kind(model, device: str) -> str:
     return kind
 
 
-def _remap(shape: Shape, replicas):
-    """Blocks of a replica -> this pool's, row by row: the former life's pool may have had other sizes."""
-    found = {}
-    for pages in replicas:
-        for request, blocks in zip(pages.requests, pages.blocks, strict=True):
-            row = generate_call.unpack(request).row
-            if row >= shape.sequences or len(blocks) > shape.per_sequence:
-                raise Refused(f"row {row} with {len(blocks)} blocks doesn't fit here. Try: sequences= and positions= as before")
-            found.update({block: row * shape.per_sequence + index for index, block in enumerate(blocks)})
-    return found.__getitem__
-
-
-class Guarded:
+class Guarded(Script):
     """From protect(). One call at a time, on one thread.
 
     `cache`: in the pool. `unprotected`: why the present or last call isn't, or wasn't, as far as this process knows; else "". `earlier`: the ResumeTokens
@@ -87,21 +75,14 @@ class Guarded:
     """
 
     def __init__(self, model, shape: Shape, joined: joining.Joined) -> None:
-        self.model, self.shape, self.joined = model, shape, joined
-        self.guard, self.emitter, self.earlier = joined.guard, joined.emitter, joined.earlier
-        self.cache = ArenaCache(shape, tensor_of(joined.pool), self._written, self.guard.pulse if self.guard is not None else _nothing)
-        self.unprotected, self.resumed_at, self.recomputed = "", None, 0
-        self._active, self._telling, self._results = False, None, 0
-        self._names: list[str] = []
+        self.model, self.shape = model, shape
+        self.cache = ArenaCache(shape, tensor_of(joined.pool), self._written, joined.guard.pulse if joined.guard is not None else _nothing)
+        self.resumed_at, self.recomputed = None, 0
         self._prompt = 0
         self._count: DrawCount | GpuCount | None = None
         self._drawn: Drawn | None = None
-        self._said: set[str] = set()
-        self._pid = os.getpid()
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
-        if joined.reason:
-            self._say(joined.reason)
-        atexit.register(self.close)
+        super().__init__(joined)
 
     # ---- calls ------------------------------------------------------------------------------------------------------------------
 
@@ -118,19 +99,13 @@ class Guarded:
         self._refuse_misfit(count, terms.limit)
         rows = _rows_of(os.urandom(6).hex(), mask.repeat_interleave(terms.copies, 0).cpu(), terms, self.model.device)
         drawn = Drawn(ids.shape[1], 0, 0, True) if terms.sampled else None
-        if self.earlier:
-            log.warning("kvguard: what a former life left (%d rows) is given up: resume() would have gone on with it", len(self.earlier))
-            left, self.earlier = [token.sequence for token in self.earlier], ()
-            self._attempt(self._give_up, left)
+        self._give_up_earlier()
         self._begin([(row, ()) for row in rows], 0, drawn)
         return self._run(ids, mask, {**arguments, "generation_config": generation_config})
 
     def generate_batch(self, *_, **__):
-        """Continuous batching: refused, see docs/adapters.md."""
-        raise Refused(
-            "continuous batching can't be protected: its slab could be placed in the pool, but nothing public says which request a step wrote, nor takes a "
-            "request back with its blocks filled. Try: generate() with a batch, or vLLM with kvguard's connector"
-        )
+        """Continuous batching has a cache of another make: engine.continuous, see docs/adapters.md."""
+        raise Refused("continuous batching has a pool of its own make. Try: kvguard.engine.continuous.protect(model, ...), then its generate_batch()")
 
     def resume(self, **again):
         """Go on with what a former life left, to its end; None where it left nothing. Returns what generate() would have: all ids, from the first on.
@@ -194,10 +169,6 @@ class Guarded:
         finally:
             self._end()
 
-    def _refuse_second(self) -> None:
-        if self._active:
-            raise Refused("a call is under way: rows of the pool belong to one at a time. Try: a batch, or another instance with a model of its own")
-
     def _refuse_misfit(self, rows: int, limit: int) -> None:
         if rows > self.shape.sequences or limit - 1 > self.shape.positions:
             raise Refused(
@@ -212,71 +183,25 @@ class Guarded:
 
     def _begin(self, rows: list, length: int, drawn: Drawn | None) -> None:
         """`rows`: (Row, ids known) each. The cache's first rows are the call's; `length` columns of them are there."""
-        self._active, self._names, self._drawn = True, [row.name for row, _ in rows], drawn
-        self._prompt = rows[0][0].prompt
+        self._drawn, self._prompt = drawn, rows[0][0].prompt
         self._count = count_from(start_again(rows[0][0].start), drawn.draws, drawn.each, drawn.even) if drawn is not None else None
-        self.unprotected = "" if self.guard is not None else self.joined.reason
         self.cache.begin(len(rows), length)
-        if self.emitter is not None:
-            self.emitter.scheduled(len(rows))
-        if self.guard is None:
-            return
-        if not self.guard.connected:
-            self._say(self.guard.refused or f"no daemon at {self.guard.session.path}. Try: kvguard node on this host; it is connected to when it comes")
-        self._attempt(self._begin_telling, rows, length)
+        if self._begin_rows([row.name for row, _ in rows]):
+            self._attempt(self._begin_telling, rows, length)
 
     def _begin_telling(self, rows: list, length: int) -> None:
-        for name, at in self.guard.table.sequences().items():  # of a call whose protection was lost, and whose blocks are written now
-            if name not in self._names:
-                self.guard.table.release(at)
-        made = []
-        for row, ids in rows:
-            made.append(telling.Row(row.name, row.row * self.shape.per_sequence, generate_call.pack(row)))
-            made[-1].ids.extend(ids)
-        self._telling = Telling(self.guard, self.emitter, made)
-        self._telling.read()
+        self._tell([telling.Row(row.name, row.row * self.shape.per_sequence, generate_call.pack(row), ids) for row, ids in rows])
         if any(ids for _, ids in rows):
             self._telling.rewind(length, self._sampler())
 
     def _end(self) -> None:
-        """Release the rows: the answer is the caller's now. Idempotent."""
-        if not self._active:
-            return
-        told, self._telling = self._telling, None
-        if told is not None:
-            self._attempt(told.release)
-        self._settle(self._names)
-        self._active, self._count, self._drawn = False, None, None
-
-    def _settle(self, names: list[str]) -> None:
-        if self.emitter is not None:
-            self.emitter.delivered(names)
-            self.emitter.scheduled(0)
-
-    def _give_up(self, names: list[str]) -> None:
-        if self.guard is not None:
-            live = self.guard.table.sequences()
-            Telling(self.guard, self.emitter, [telling.Row(name, 0, b"") for name in names if name in live]).release()
-        self._settle(names)
+        super()._end()
+        self._count, self._drawn = None, None
 
     def close(self) -> None:
-        """A clean end: nothing is left to resume. Idempotent; called at the interpreter's exit."""
-        if os.getpid() != self._pid:
-            return  # a fork's exit is not ours
-        atexit.unregister(self.close)
-        self._hook.remove()
-        guard, self.guard, self._telling = self.guard, None, None
-        if guard is not None:
-            guard.detach()
-        emitter, self.emitter = self.emitter, None
-        if emitter is not None:
-            emitter.close()
-
-    def __enter__(self) -> Guarded:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
+        if os.getpid() == self._pid:
+            self._hook.remove()
+        super().close()
 
     # ---- steps ------------------------------------------------------------------------------------------------------------------
 
@@ -306,9 +231,7 @@ class Guarded:
 
     def _sampled(self, ids: torch.Tensor) -> None:
         """Chosen, and not yet shown to anybody."""
-        self._results += 1
-        if self.emitter is not None:
-            self.emitter.progress(self._results)
+        self._progressed()
         if self._telling is not None:
             self._attempt(self._commit_sampled, ids)
 
@@ -328,25 +251,6 @@ class Guarded:
 
     def _sampler(self) -> bytes | None:
         return None if self._drawn is None else self._drawn.pack()
-
-    def _attempt(self, what, *arguments) -> None:
-        """A fault of ours ends the call's protection, never the call."""
-        try:
-            what(*arguments)
-        except Exception as error:  # whatever it is: the model's own work goes on
-            told, self._telling = self._telling, None
-            self._say(str(error) if isinstance(error, KvguardError) else f"{type(error).__name__}: {error}")
-            try:
-                if told is not None:
-                    told.leave_failed()
-            except Exception as second:  # the step's own memory is gone, say
-                log.warning("kvguard: the step could not be left either: %s", second)
-
-    def _say(self, reason: str) -> None:
-        self.unprotected = reason
-        if reason not in self._said:
-            self._said.add(reason)
-            log.warning("kvguard: UNPROTECTED: %s", reason)
 
 
 def _nothing() -> None:

@@ -36,8 +36,8 @@ def call(family: str, rows: int, new: int, hold_at: int, **options) -> dict:
 class Script:
     """The user's process."""
 
-    def __init__(self, cluster, node: str, what: dict) -> None:
-        arguments = [sys.executable, str(SCRIPT), json.dumps(what), str(cluster.directory / node / "kvguard.sock"), cluster.coordinator_address]
+    def __init__(self, cluster, node: str, what: dict, script: Path = SCRIPT) -> None:
+        arguments = [sys.executable, str(script), json.dumps(what), str(cluster.directory / node / "kvguard.sock"), cluster.coordinator_address]
         with open(cluster.directory / f"script-{time.monotonic_ns()}.log", "ab") as log:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "bufsize": 0}  # unbuffered: select() sees every line
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}  # packages may come by it
@@ -60,7 +60,7 @@ class Script:
     def kill(self) -> None:
         self.popen.send_signal(signal.SIGKILL)
         assert self.popen.wait() == -signal.SIGKILL
-        assert not any("sequences" in said or "end" in said for said in self.heard), "it had answered before it was killed"
+        assert not any({"sequences", "answers", "end"} & said.keys() for said in self.heard), "it had answered before it was killed"
 
     def close(self) -> None:
         if self.popen.poll() is None:
