@@ -79,12 +79,12 @@ def _older(known: Known, done: Done, rank: Rank) -> tuple[Clash, ...]:
 
 
 def _what_is_missing(record: RecoveryRecord, done: Done) -> str:
-    """Ids that the node had reported and no longer has: another life of its daemon carried the plan, and others may hold what is planned from them."""
+    """Ids that were reported and are gone, to another life of the daemon or to a rank's last step: others would go on with what is planned from them."""
     if done.part != "holders":
         return ""
-    given = {entry.sequence for entry in done.known}
-    wanted = [sequence for sequence, node in zip(record.order.sequences, record.order.ids_node, strict=True) if node == done.node and sequence not in given]
-    return f"it did not give the ids of {len(wanted)} sequence{'s' * (len(wanted) != 1)} that it had reported" if wanted else ""
+    given, order = {entry.sequence: len(entry.ids) // 4 for entry in done.known}, record.order
+    short = sum(node == done.node and given.get(name, 0) < ids for name, ids, node in zip(order.sequences, order.ids, order.ids_node, strict=True))
+    return f"it did not give all ids of {short} sequence{'s' * (short != 1)} that it had reported" if short else ""
 
 
 def give_up(known: Known, instance: str, failure: Failure, start) -> None:

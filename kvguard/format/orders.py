@@ -177,7 +177,7 @@ class PlanOrder(Message, frozen=True):
     """The durable plan, sent to every node of the instance: a truncation order to holders and survivors. Columns by sequence.
 
     `lineages`: after the plan, so each ends with (epoch, position). `ids_node`: who answers with the sequence's ids, sampler and request in its Done.
-    `ids`: how many ids are known. A sequence that isn't named is over: survivors release it, holders drop it.
+    `ids`: how many ids are known; who answers with fewer has failed. A sequence that isn't named is over: survivors release it, holders drop it.
     `explanations`: why this position and this rung, for people. `survivors`: the lives of the ranks that go on; whoever else still lives as one of these
     ranks is a former life that was taken for dead.
 

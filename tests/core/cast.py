@@ -91,7 +91,10 @@ class Daemon:
         return [m.Done(INSTANCE, epoch, self.name, part, self.errors.pop(part, ""), **more)]
 
     def _carry(self, plan: m.PlanOrder) -> list:
-        known = tuple(m.KnownIds(sequence, b"ids", b"", b"") for sequence, node in zip(plan.sequences, plan.ids_node, strict=True) if node == self.name)
+        tables = {**self.replicas, **{has["stream"]: has["rows"] for has in self.ranks.values()}}
+        columns = zip(plan.sequences, plan.ids, plan.ids_node, plan.ids_stream, strict=True)
+        asked = [(name, ids, tables[stream]) for name, ids, node, stream in columns if node == self.name]
+        known = tuple(m.KnownIds(name, bytes(4 * min(ids, rows[name][1])), b"", b"") for name, ids, rows in asked if name in rows)
         said = self._done(plan.epoch, "holders", known=known)
         lost = [rebuild.rank for rebuild in plan.rebuilds]
         for sequence, position, ids, lineage in zip(plan.sequences, plan.positions, plan.ids, plan.lineages, strict=True):

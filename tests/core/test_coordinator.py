@@ -166,7 +166,7 @@ def test_emitter_death_keeps_everything_in_the_pools():
     cast.run(200)
     (resume,) = cast.emitter.resumes
     assert cast.epoch() == 1, "the Resume was waiting: nobody had heard it"
-    assert {e.sequence: (e.position, e.rung, e.known.ids) for e in resume.sequences} == {"s": (9, "pool", b"ids"), "t": (5, "pool", b"ids")}
+    assert {e.sequence: (e.position, e.rung, e.known.ids) for e in resume.sequences} == {"s": (9, "pool", bytes(44)), "t": (5, "pool", bytes(28))}
     cast.connect(Emitter(3))
     cast.run(200)
     assert cast.epoch() == 2 and len(cast.emitter.resumes) == 1, "a newer emitter ends the session of the former"

@@ -306,3 +306,27 @@ def test_a_survivor_whose_last_step_went_back_is_planned_with_anew_and_one_that_
     standbys = [no for daemon in cast.daemons.values() for no in daemon.standbys]
     assert (standbys == [2000, 3000]) == behind, "no standby is spent on a rank that lives"
     assert not behind or cast.coordinator.history()[-1]["positions"] == {"s": 8, "t": 4}
+
+
+@pytest.mark.parametrize("left", [9, 0])
+def test_ids_that_a_last_step_took_back_after_the_report_are_planned_with_anew(left):
+    """Whoever didn't take them back would keep more ids than the instance resumes with, and call them its own in the new epoch. `left`: of 12."""
+    cast = three_stages()
+    a, rows = cast.daemons["a"], cast.daemons["a"].ranks[R0]["rows"]
+    rows["s"] = (9, 12)  # nobody knows more than the first rank
+    plain = a.hears
+
+    def hears(message):
+        said = plain(message)
+        if isinstance(message, m.Fence) and message.epoch.counter == 1:
+            rows.update(s=(9, left)) if left else rows.pop("s")
+        return said
+
+    a.hears = hears
+    cast.say(cast.daemons["c"], cast.daemons["c"].kill_rank(R2))
+    cast.run(500)
+    (resume,) = cast.emitter.resumes
+    assert not resume.error and resume.epoch.counter == cast.epoch() == 2 and cast.coordinator.history()[-1]["ranks"] == ["0.2.0"]
+    known = {entry.sequence: len(entry.known.ids) // 4 for entry in resume.sequences}
+    kept = [has["rows"] for daemon in cast.daemons.values() for has in daemon.ranks.values()]
+    assert known["t"] == 7 and all(ids <= known.get(name, 0) for table in kept for name, (_, ids) in table.items())
